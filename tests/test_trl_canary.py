@@ -1,0 +1,55 @@
+"""One readable failure on the day TRL changes something this package borrows."""
+
+import inspect
+
+import pytest
+import trl.trainer.dpo_trainer
+
+from trl_ext import _trl, candidate_trainer
+
+
+@pytest.mark.parametrize("path", _trl.BORROWED)
+def test_borrowed_name_is_there_with_the_parameters_it_was_read_with(path):
+    found = _trl.find_borrowed(path)
+    expected = _trl.BORROWED[path]
+    if inspect.isclass(found):
+        assert expected == ()
+        return
+    parameters = tuple(inspect.signature(inspect.unwrap(found)).parameters)
+    # a new parameter at the end is no news for us, a lost or renamed one is
+    assert parameters[: len(expected)] == expected, f"{path} now takes {parameters}"
+
+
+def test_every_overridden_private_method_is_listed():
+    overridden = {
+        name
+        for name, value in vars(candidate_trainer.CandidateTrainer).items()
+        if inspect.isfunction(value) and hasattr(trl.DPOTrainer, name) and name not in ("__init__",)
+    }
+    listed = {path.rpartition("DPOTrainer.")[2] for path in _trl.BORROWED if "DPOTrainer." in path}
+    assert overridden == listed
+
+
+def test_attributes_of_the_parent_that_are_read():
+    source = inspect.getsource(trl.DPOTrainer.__init__)
+    for attribute in ("aux_loss_enabled", "router_aux_loss_coef", "ref_model", "_tokenizer"):
+        assert f"self.{attribute} =" in source
+
+
+def test_lost_name_is_refused_in_one_sentence(monkeypatch):
+    monkeypatch.setitem(_trl.BORROWED, "trl.trainer.dpo_trainer:DPOTrainer._gone", ())
+    with pytest.raises(ImportError, match=r"no longer has \(trl.trainer.dpo_trainer:DPOTrainer._gone\): run `pip"):
+        _trl.check_borrowed_names()
+
+
+def test_old_trl_is_refused_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(_trl, "version", lambda name: "1.9.2")
+    with pytest.raises(
+        ImportError, match=r"needs trl>=1.16 and trl 1.9.2 is installed: run `pip install 'trl>=1.16'`"
+    ):
+        _trl.check_trl_version()
+
+
+def test_names_not_listed_cannot_be_borrowed():
+    with pytest.raises(AttributeError, match="must be listed"):
+        _trl.flush_left  # noqa: B018

@@ -1,0 +1,37 @@
+"""SLiC-HF and its neighbours for TRL: drop-in subclasses of `trl.DPOTrainer`.
+
+Public names are imported on first use, so that `import trl_ext` and a recipe's `--help` stay fast.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from ._trl import check_trl_version
+
+__version__ = "0.1.0"
+
+check_trl_version()
+
+_PUBLIC_NAMES = {
+    "CandidateCollator": "collators",
+    "CandidateTrainer": "candidate_trainer",
+    "SLiCConfig": "slic_config",
+    "SLiCTrainer": "slic_trainer",
+}
+__all__ = ["CandidateCollator", "CandidateTrainer", "SLiCConfig", "SLiCTrainer"]
+
+if TYPE_CHECKING:
+    from .candidate_trainer import CandidateTrainer
+    from .collators import CandidateCollator
+    from .slic_config import SLiCConfig
+    from .slic_trainer import SLiCTrainer
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC_NAMES:
+        raise AttributeError(f"module 'trl_ext' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(import_module(f".{_PUBLIC_NAMES[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

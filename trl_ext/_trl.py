@@ -1,0 +1,168 @@
+"""Every private name of TRL that this package leans on, read at TRL 1.16.
+
+Nothing else in the package imports a name that TRL does not document. `BORROWED` lists what is called, replaced and
+overridden, with the parameters each was read with; `tests/test_trl_canary.py` compares the list with the installed
+TRL, and `check_borrowed_names` refuses to start when one of them is gone. The names that are called can be imported
+from here (`from ._trl import pad`); they are looked up on first use, so that importing this module costs nothing.
+"""
+
+import contextlib
+import inspect
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.version import Version
+
+OLDEST_TRL = "1.16"
+
+# "module:qualified name" -> parameters at TRL 1.16. The comment says what it is for.
+BORROWED = {
+    # called: import them from this module
+    "trl.data_utils:_tokenize": ("processing_class", "input", "apply_chat_template_kwargs"),
+    "trl.data_utils:common_prefix_length": ("ids", "other_ids"),
+    "trl.trainer.utils:global_then_local_main_first": (),
+    "trl.trainer.utils:FusedCausalLMOutput": (),
+    "trl.trainer.utils:pad": ("tensors", "padding_value", "padding_side", "pad_to_multiple_of"),
+    "trl.trainer.utils:use_adapter": ("model", "adapter_name"),
+    "trl.trainer.utils:get_config_model_id": ("config",),
+    "trl.models.utils:disable_gradient_checkpointing": ("model", "gradient_checkpointing_kwargs"),
+    "trl.kernels.chunked_divergence:ChunkedDivergenceFunction": (),
+    "trl.kernels.chunked_divergence:ChunkedDivergenceFunction.forward": (
+        "ctx",
+        "student_hidden",
+        "student_weight",
+        "student_bias",
+        "teacher_hidden",
+        "teacher_weight",
+        "teacher_bias",
+        "beta",
+        "temperature",
+        "student_logit_scale",
+        "student_final_logit_softcapping",
+        "teacher_logit_scale",
+        "teacher_final_logit_softcapping",
+    ),
+    # replaced while a trainer without a reference model is being built (see `without_reference_model`)
+    "trl.trainer.dpo_trainer:create_model_from_path": ("model_id", "architecture", "kwargs"),
+    # overridden in `candidate_trainer.py`
+    "trl.trainer.dpo_trainer:DPOTrainer._prepare_dataset": (
+        "self",
+        "dataset",
+        "processing_class",
+        "args",
+        "dataset_name",
+    ),
+    "trl.trainer.dpo_trainer:DPOTrainer._set_signature_columns_if_needed": ("self",),
+    "trl.trainer.dpo_trainer:DPOTrainer.compute_ref_log_probs": ("self", "model", "inputs"),
+    "trl.trainer.dpo_trainer:DPOTrainer.compute_loss": (
+        "self",
+        "model",
+        "inputs",
+        "return_outputs",
+        "num_items_in_batch",
+    ),
+    "trl.trainer.dpo_trainer:DPOTrainer.prediction_step": (
+        "self",
+        "model",
+        "inputs",
+        "prediction_loss_only",
+        "ignore_keys",
+    ),
+    "trl.trainer.dpo_trainer:DPOTrainer.log": ("self", "logs", "start_time"),
+    # overridden, inherited by TRL from transformers.Trainer
+    "trl.trainer.dpo_trainer:DPOTrainer.get_batch_samples": ("self", "epoch_iterator", "num_batches", "device"),
+    "trl.trainer.dpo_trainer:DPOTrainer.evaluation_loop": (
+        "self",
+        "dataloader",
+        "description",
+        "prediction_loss_only",
+        "ignore_keys",
+        "metric_key_prefix",
+    ),
+}
+
+
+def check_trl_version() -> None:
+    """
+    Refuse a TRL that is missing or older than the one this package was written for.
+
+    Raises:
+        ImportError: in one sentence, with the command that mends it.
+    """
+    try:
+        installed = version("trl")
+    except PackageNotFoundError:
+        installed = None
+    if installed is None or Version(installed) < Version(OLDEST_TRL):
+        found = f"trl {installed} is installed" if installed else "trl is not installed"
+        raise ImportError(f"trl_ext needs trl>={OLDEST_TRL} and {found}: run `pip install 'trl>={OLDEST_TRL}'`.")
+
+
+def find_borrowed(path: str):
+    """The object named `"module:qualified.name"`; raises `ImportError` or `AttributeError` when it is gone."""
+    module, _, name = path.partition(":")
+    found = import_module(module)
+    for part in name.split("."):
+        found = inspect.getattr_static(found, part) if inspect.isclass(found) else getattr(found, part)
+    return getattr(found, "__func__", found)  # unwrap staticmethod
+
+
+def check_borrowed_names() -> None:
+    """
+    Refuse a TRL that has lost a name in `BORROWED`.
+
+    Raises:
+        ImportError: in one sentence, naming the lost names and the version that has them.
+    """
+    lost = []
+    for path in BORROWED:
+        try:
+            find_borrowed(path)
+        except (ImportError, AttributeError):
+            lost.append(path)
+    if lost:
+        raise ImportError(
+            f"trl_ext builds on names that trl {version('trl')} no longer has ({', '.join(lost)}): "
+            f"run `pip install 'trl=={OLDEST_TRL}.*'` or upgrade trl_ext."
+        )
+
+
+@contextlib.contextmanager
+def without_reference_model(policy_is_loaded_by_trl: bool):
+    """
+    Keep `DPOTrainer.__init__` from loading a reference model.
+
+    `DPOTrainer` 1.16 has no switch for this. Of the ways round it, the precompute flag hashes all weights and still
+    loads a copy under FSDP, and a copy that is dropped afterwards costs the peak memory we want to save. Here the one
+    loader call that would build the reference returns `None` instead, which is the state TRL itself is in when PEFT
+    or precomputed log-probs make a reference unnecessary.
+
+    Args:
+        policy_is_loaded_by_trl (`bool`):
+            Whether the constructor was given a model name, so that its first load is the policy's and must happen.
+    """
+    from trl.trainer import dpo_trainer
+
+    load = dpo_trainer.create_model_from_path
+    loads_to_let_through = 1 if policy_is_loaded_by_trl else 0
+
+    def load_policy_only(*args, **kwargs):
+        nonlocal loads_to_let_through
+        if loads_to_let_through == 0:
+            return None
+        loads_to_let_through -= 1
+        return load(*args, **kwargs)
+
+    dpo_trainer.create_model_from_path = load_policy_only
+    try:
+        yield
+    finally:
+        dpo_trainer.create_model_from_path = load
+
+
+def __getattr__(name: str):
+    for path in BORROWED:
+        module, _, qualified_name = path.partition(":")
+        if qualified_name == name:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module 'trl_ext._trl' has no attribute {name!r}; TRL names must be listed in BORROWED")
