@@ -1,0 +1,104 @@
+"""
+The slow, obvious versions: one prompt, one sequence, one token at a time, from plain logits.
+
+Nothing here calls the package. Tests and benchmarks compare against these.
+"""
+
+import torch
+
+
+def sequence_logp(model, prompt_ids, completion_ids):
+    """S(y): the sum over completion tokens of log P(token | everything before), from the model's own logits."""
+    ids = torch.tensor([list(prompt_ids) + list(completion_ids)])
+    logps = model(input_ids=ids).logits[0].float().log_softmax(-1)
+    total = torch.zeros(())
+    for position in range(max(len(prompt_ids), 1), ids.size(1)):
+        total = total + logps[position - 1, ids[0, position]]
+    return total
+
+
+def sequence_kl(model, reference_model, prompt_ids, completion_ids):
+    """Sum over completion tokens of KL(model || reference) between the next-token distributions."""
+    ids = torch.tensor([list(prompt_ids) + list(completion_ids)])
+    logps = model(input_ids=ids).logits[0].float().log_softmax(-1)
+    with torch.no_grad():
+        reference_logps = reference_model(input_ids=ids).logits[0].float().log_softmax(-1)
+    total = torch.zeros(())
+    for position in range(max(len(prompt_ids), 1), ids.size(1)):
+        p, q = logps[position - 1], reference_logps[position - 1]
+        total = total + (p.exp() * (p - q)).sum()
+    return total
+
+
+def rank_loss(logps, scores, delta):
+    """Mean over strictly ordered pairs of relu(delta - S+ + S-)."""
+    hinges = [
+        torch.relu(delta - logps[i] + logps[j])
+        for i in range(len(scores))
+        for j in range(len(scores))
+        if scores[i] > scores[j]
+    ]
+    return sum(hinges) / len(hinges) if hinges else torch.zeros(())
+
+
+def margin_loss(logps, scores, delta):
+    """Mean over strictly ordered pairs of relu(delta * (s+ - s-) - S+ + S-)."""
+    hinges = [
+        torch.relu(delta * (scores[i] - scores[j]) - logps[i] + logps[j])
+        for i in range(len(scores))
+        for j in range(len(scores))
+        if scores[i] > scores[j]
+    ]
+    return sum(hinges) / len(hinges) if hinges else torch.zeros(())
+
+
+def list_rank_loss(logps, scores, delta):
+    """Sum over pairs of relu(delta * (places apart) - S_i + S_j); equal scores share a place."""
+    places = {score: place for place, score in enumerate(sorted(set(scores), reverse=True))}
+    total = torch.zeros(())
+    for i in range(len(scores)):
+        for j in range(len(scores)):
+            apart = places[scores[j]] - places[scores[i]]
+            if apart > 0:
+                total = total + torch.relu(delta * apart - logps[i] + logps[j])
+    return total
+
+
+def expected_reward_loss(logps, scores, delta=None):
+    """- sum_i s_i P_i / sum_j P_j, in double precision."""
+    probabilities = [torch.exp(logp.double() - max(other.double() for other in logps)) for logp in logps]
+    return (-sum(s * p for s, p in zip(scores, probabilities, strict=True)) / sum(probabilities)).float()
+
+
+CALIBRATION_LOSSES = {
+    "rank": rank_loss,
+    "margin": margin_loss,
+    "list_rank": list_rank_loss,
+    "expected_reward": expected_reward_loss,
+}
+
+
+def slic_loss(model, rows, *, calibration, delta, reg_weight, reduction="sum", reference_model=None):
+    """
+    Mean SLiC loss over prepared rows (`prompt_ids`, `completion_ids`, `scores`, `reference_index`).
+
+    With `reference_model` the regulariser is the KL to it, else cross-entropy.
+    """
+    losses = []
+    for row in rows:
+
+        def likelihood(completion_ids, row=row):
+            logp = sequence_logp(model, row["prompt_ids"], completion_ids)
+            scored = len(completion_ids) - (0 if row["prompt_ids"] else 1)
+            return logp if reduction == "sum" else logp / scored
+
+        candidates = [likelihood(ids) for ids in row["completion_ids"][: len(row["scores"])]]
+        target = row["completion_ids"][row["reference_index"]]
+        if reference_model is None:
+            regularization = -likelihood(target)
+        else:
+            regularization = sequence_kl(model, reference_model, row["prompt_ids"], target)
+            if reduction == "mean":
+                regularization = regularization / len(target)
+        losses.append(CALIBRATION_LOSSES[calibration](candidates, row["scores"], delta) + reg_weight * regularization)
+    return sum(losses) / len(losses)

@@ -1,0 +1,191 @@
+"""
+The losses, as pure functions of tensors.
+
+Conventions, the same for every function here:
+
+- B prompts, K candidate completions per prompt (the largest K of the batch; `candidate_mask` marks the real ones).
+- `logps` (B, K), float: S(y), the log-likelihood of each candidate in nats, summed over its scored tokens unless the
+  caller averaged it. `scores` (B, K), float: how good each candidate is, higher is better. Only where a loss says so
+  does the size of a score enter; otherwise scores merely order.
+- Equal scores order nothing: such a pair of candidates contributes nothing.
+- Every function returns one loss per prompt, (B,). The mean over prompts is taken by the caller, once.
+- Masked candidates never enter a sum, whatever value they hold, and receive zero gradient.
+
+Papers: SLiC-HF (https://huggingface.co/papers/2305.10425); its predecessor SLiC
+(https://huggingface.co/papers/2210.00045), from which the other calibration losses come.
+"""
+
+import torch
+
+
+def ordered_pairs(scores: torch.Tensor, candidate_mask: torch.Tensor) -> torch.Tensor:
+    """
+    Which candidate beats which.
+
+    Args:
+        scores (`torch.Tensor` of shape `(B, K)`):
+            Score of each candidate.
+        candidate_mask (`torch.Tensor` of shape `(B, K)`, bool):
+            True where there is a candidate.
+
+    Returns:
+        `torch.Tensor` of shape `(B, K, K)`, bool: True at `[b, i, j]` where candidates i and j of prompt b exist and
+        `scores[b, i] > scores[b, j]`, strictly.
+    """
+    both = candidate_mask.unsqueeze(2) & candidate_mask.unsqueeze(1)
+    return both & (scores.unsqueeze(2) > scores.unsqueeze(1))
+
+
+def pair_gaps(logps: torch.Tensor, candidate_mask: torch.Tensor) -> torch.Tensor:
+    """All differences `S_i - S_j`, `(B, K, K)`; zero wherever a candidate is missing."""
+    logps = logps.masked_fill(~candidate_mask, 0.0)
+    return logps.unsqueeze(2) - logps.unsqueeze(1)
+
+
+def rank_margins(scores: torch.Tensor, candidate_mask: torch.Tensor, *, delta: float) -> torch.Tensor:
+    """The same margin for every pair: `delta`, as `(B, K, K)`."""
+    return torch.full_like(pair_gaps(scores, candidate_mask), delta)
+
+
+def score_margins(scores: torch.Tensor, candidate_mask: torch.Tensor, *, delta: float) -> torch.Tensor:
+    """A margin in proportion to the difference in score: `delta * (s_i - s_j)`, `(B, K, K)`."""
+    return delta * pair_gaps(scores, candidate_mask)
+
+
+def place_margins(scores: torch.Tensor, candidate_mask: torch.Tensor, *, delta: float) -> torch.Tensor:
+    """
+    A margin in proportion to the distance in the ranking: `delta * (place_j - place_i)`, `(B, K, K)`.
+
+    A candidate's place is the number of distinct better scores above it, so equals share a place and the margins do
+    not depend on the order of the list.
+    """
+    pairs = ordered_pairs(scores, candidate_mask)
+    # of candidates with equal scores only the first in the list counts as a place
+    equal = (scores.unsqueeze(2) == scores.unsqueeze(1)) & candidate_mask.unsqueeze(1)
+    earlier = torch.ones_like(equal[0]).tril(-1)
+    first_of_its_score = candidate_mask & ~(equal & earlier).any(dim=2)
+    places = (pairs & first_of_its_score.unsqueeze(2)).sum(dim=1)  # (B, K)
+    return delta * (places.unsqueeze(1) - places.unsqueeze(2)).to(scores.dtype)
+
+
+def pairwise_hinges(
+    logps: torch.Tensor, scores: torch.Tensor, candidate_mask: torch.Tensor, margins: torch.Tensor
+) -> torch.Tensor:
+    """`relu(margins[i, j] - S_i + S_j)` where candidate i beats candidate j, zero elsewhere; `(B, K, K)`."""
+    hinges = torch.relu(margins - pair_gaps(logps, candidate_mask))
+    return hinges.masked_fill(~ordered_pairs(scores, candidate_mask), 0.0)
+
+
+def _mean_over_pairs(hinges: torch.Tensor, scores: torch.Tensor, candidate_mask: torch.Tensor) -> torch.Tensor:
+    num_pairs = ordered_pairs(scores, candidate_mask).sum(dim=(1, 2))
+    return hinges.sum(dim=(1, 2)) / num_pairs.clamp(min=1)
+
+
+def slic_rank_loss(
+    logps: torch.Tensor, scores: torch.Tensor, candidate_mask: torch.Tensor, *, delta: float
+) -> torch.Tensor:
+    """
+    Rank calibration: `relu(delta - S(y+) + S(y-))` (SLiC-HF eq. 4, first term; SLiC's "rank").
+
+    Both papers draw one pair (y+, y-) at random from the strictly ordered pairs of a prompt. With K = 2 there is only
+    one. With more candidates we take the mean over all of them, which is the expectation of the paper's sampled loss
+    and has no sampling noise.
+
+    Args:
+        logps, scores, candidate_mask:
+            See the module docstring.
+        delta (`float`):
+            Margin in nats of log-likelihood. A pair whose gap reaches it contributes neither loss nor gradient.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`; zero for a prompt without a strictly ordered pair.
+    """
+    margins = rank_margins(scores, candidate_mask, delta=delta)
+    return _mean_over_pairs(pairwise_hinges(logps, scores, candidate_mask, margins), scores, candidate_mask)
+
+
+def slic_margin_loss(
+    logps: torch.Tensor, scores: torch.Tensor, candidate_mask: torch.Tensor, *, delta: float
+) -> torch.Tensor:
+    """
+    Margin calibration: `relu(delta * (s(y+) - s(y-)) - S(y+) + S(y-))` (SLiC, "margin").
+
+    The wanted gap grows with the difference in score, so here the size of the scores matters. As in
+    [`slic_rank_loss`], the mean over all strictly ordered pairs stands for the paper's random pair.
+
+    Args:
+        logps, scores, candidate_mask:
+            See the module docstring.
+        delta (`float`):
+            Nats of log-likelihood per unit of score.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`; zero for a prompt without a strictly ordered pair.
+    """
+    margins = score_margins(scores, candidate_mask, delta=delta)
+    return _mean_over_pairs(pairwise_hinges(logps, scores, candidate_mask, margins), scores, candidate_mask)
+
+
+def slic_list_rank_loss(
+    logps: torch.Tensor, scores: torch.Tensor, candidate_mask: torch.Tensor, *, delta: float
+) -> torch.Tensor:
+    """
+    List-wise rank calibration: `sum_{i<j} relu(delta * (j - i) - S(y_i) + S(y_j))`, candidates sorted best first
+    (SLiC, "list-wise rank", after BRIO's contrastive loss). A sum over pairs, not a mean.
+
+    The paper does not say what equal scores do; see [`place_margins`] for what they do here.
+
+    Args:
+        logps, scores, candidate_mask:
+            See the module docstring.
+        delta (`float`):
+            Nats of log-likelihood per place in the ranking.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`; zero for a prompt without a strictly ordered pair.
+    """
+    margins = place_margins(scores, candidate_mask, delta=delta)
+    return pairwise_hinges(logps, scores, candidate_mask, margins).sum(dim=(1, 2))
+
+
+def slic_expected_reward_loss(logps: torch.Tensor, scores: torch.Tensor, candidate_mask: torch.Tensor) -> torch.Tensor:
+    """
+    Expected-reward calibration: `-sum_i s(y_i) P(y_i) / sum_j P(y_j)` (SLiC, "expected reward").
+
+    The normalisation over the candidate list is how we read the paper; we found no second source that confirms it.
+    The size of the scores matters and there is no margin.
+
+    Args:
+        logps, scores, candidate_mask:
+            See the module docstring.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`.
+    """
+    # a finite floor instead of -inf keeps the gradient defined for a prompt without candidates
+    floor = torch.finfo(logps.dtype).min
+    probabilities = torch.softmax(logps.masked_fill(~candidate_mask, floor), dim=1)
+    return -(probabilities * scores.masked_fill(~candidate_mask, 0.0)).sum(dim=1)
+
+
+def slic_loss(
+    calibration_losses: torch.Tensor, regularization_losses: torch.Tensor, *, reg_weight: float
+) -> torch.Tensor:
+    """
+    `calibration + lambda * regularisation`, per prompt (SLiC-HF eq. 4).
+
+    With the cross-entropy regulariser `regularization_losses = -S(y_ref)`, so this is `- lambda * log P(y_ref | x)`
+    added to the hinge. Nothing is detached: the gradient flows through both terms.
+
+    Args:
+        calibration_losses (`torch.Tensor` of shape `(B,)`):
+            Output of one of the calibration losses above.
+        regularization_losses (`torch.Tensor` of shape `(B,)`):
+            Negative log-likelihood of y_ref, or its KL to the fine-tuned model.
+        reg_weight (`float`):
+            The paper's lambda.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`.
+    """
+    return calibration_losses + reg_weight * regularization_losses
