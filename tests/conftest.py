@@ -1,0 +1,118 @@
+"""Small models and data that all tests share. Nothing is downloaded."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from datasets import Dataset, disable_progress_bars
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_ext.playground import save_byte_level_model
+
+disable_progress_bars()
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    """A byte-level Llama of about 50 000 parameters."""
+    directory = tmp_path_factory.mktemp("model")
+    return str(save_byte_level_model(directory, hidden_size=32, num_layers=2, max_position_embeddings=512))
+
+
+@pytest.fixture
+def model(model_dir):
+    # larger weights than a fresh model's, so that its distributions are far from uniform and mistakes show
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_dir):
+    return AutoTokenizer.from_pretrained(model_dir)
+
+
+PAIRS = [
+    {"prompt": "What is 2 + 2? ", "chosen": "4", "rejected": "22, I should think"},
+    {"prompt": "Capital of France: ", "chosen": "Paris", "rejected": "Lyon"},
+    {"prompt": "Opposite of up? ", "chosen": "Down it is.", "rejected": "Up"},
+    {"prompt": "Say yes. ", "chosen": "yes", "rejected": "no no no"},
+    {"prompt": "Colour of grass? ", "chosen": "Green, mostly", "rejected": "Blue"},
+    {"prompt": "One word. ", "chosen": "word", "rejected": "two words"},
+    {"prompt": "Bye! ", "chosen": "Good bye", "rejected": "Hello"},
+    {"prompt": "7 times 6? ", "chosen": "42", "rejected": "13"},
+]
+
+
+@pytest.fixture
+def pairs():
+    return Dataset.from_list(PAIRS)
+
+
+@pytest.fixture
+def chat_pairs():
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": row["prompt"]}],
+                "chosen": [{"role": "assistant", "content": row["chosen"]}],
+                "rejected": [{"role": "assistant", "content": row["rejected"]}],
+            }
+            for row in PAIRS
+        ]
+    )
+
+
+@pytest.fixture
+def ranked():
+    """Ragged lists, with a tie and an all-equal row."""
+    return Dataset.from_list(
+        [
+            {"prompt": "a? ", "completions": ["x", "yy", "zzz"], "scores": [0.1, 0.9, 0.5]},
+            {"prompt": "bb? ", "completions": ["one", "two"], "scores": [1.0, 2.0]},
+            {"prompt": "c ", "completions": ["p", "q", "rr", "s"], "scores": [0.5, 0.5, 0.1, 0.9]},
+            {"prompt": "dd ", "completions": ["same", "score"], "scores": [1.0, 1.0]},
+        ]
+    )
+
+
+@pytest.fixture
+def config_kwargs(tmp_path):
+    """Settings under which two runs can be compared number by number."""
+    return {
+        "output_dir": str(tmp_path / "out"),
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "activation_checkpointing": False,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "num_train_epochs": 1,
+        "disable_tqdm": True,
+    }
+
+
+def real_data(name: str) -> Path:
+    """A file of real data next to the checkout; the test skips where there is none."""
+    path = REPOSITORY.parent / "shared" / "data" / name
+    if not path.is_file():
+        pytest.skip(f"real data {name} is not here")
+    return path
+
+
+def read_jsonl(path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]

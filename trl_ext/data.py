@@ -1,0 +1,546 @@
+"""
+Rows: which formats are accepted, what is wrong with a row, tokenisation, and what was cut or dropped and why.
+
+Whatever comes in, one prompt with K completions comes out, tokenised. A preference pair is K = 2.
+
+Accepted rows, plain text or conversational, in TRL's words:
+
+- preference: `chosen`, `rejected`, optionally `prompt` (else the shared beginning of both is the prompt), `reference`
+  (a target for the regulariser), `score_chosen` and `score_rejected`;
+- ranked: `prompt` (optional in the same way), `completions` (a list), `scores` (numbers, one per completion; K may
+  differ between rows), optionally `reference`.
+
+`tools` and `chat_template_kwargs` are passed to the chat template, as TRL does.
+
+A prepared row has `prompt_ids`, `completion_ids` (list of lists), `scores` (one per candidate) and `reference_index`
+(which of `completion_ids` is the regulariser's target). A target that differs from all candidates is appended to
+`completion_ids`, one that equals a candidate is not stored, and so not computed, twice.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate.logging import get_logger
+from datasets import Dataset, Features, IterableDataset, List, Value
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from ._trl import _tokenize, common_prefix_length, global_then_local_main_first
+
+logger = get_logger(__name__)
+
+PREPARED_FEATURES = Features(
+    {
+        "prompt_ids": List(Value("int64")),
+        "completion_ids": List(List(Value("int64"))),
+        "scores": List(Value("float64")),
+        "reference_index": Value("int64"),
+    }
+)
+# what a row has to say about its own preparation; read for the report, then removed
+_NOTE_FEATURES = Features(
+    {
+        "_problem": Value("string"),
+        "_detail": Value("string"),
+        "_num_truncated": Value("int64"),
+        "_boundary_moved": Value("bool"),
+        "_reference_missing": Value("bool"),
+    }
+)
+
+# what can be wrong with a row -> what to do about it
+REMEDIES = {
+    "missing": "Fill it in, or leave the row out.",
+    "not text": "Convert it to a string, or to a list of {'role': ..., 'content': ...} messages.",
+    "mixed": "Give prompt and completions the same form: all strings, or all lists of messages.",
+    "empty": "Leave out rows whose answer is empty.",
+    "not an answer": "Let each completion end with the assistant's message.",
+    "identical": "Leave out pairs without a preference.",
+    "length": "Give one score per completion.",
+    "too few": "Leave out prompts with fewer completions.",
+    "not a number": "Scores must be finite numbers; leave out completions that could not be scored.",
+    "out of order": "Let `chosen` be the one with the higher score.",
+    "too long": "Raise `max_length` (None: no limit), or shorten the prompt.",
+    "not renderable": "Check the row against the chat template.",
+}
+
+
+class RowError(ValueError):
+    """
+    A row that cannot be used.
+
+    Attributes:
+        problem (`str`): a key of `REMEDIES`.
+        column (`str`): the column at fault.
+    """
+
+    def __init__(self, problem: str, column: str, what: str):
+        self.problem, self.column = problem, column
+        super().__init__(f"column {column!r} {what}")
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """
+    What a trainer wants of its rows.
+
+    Args:
+        min_completions (`int`, defaults to 2):
+            Fewest candidates a prompt may have.
+        score_values (`bool`, defaults to `False`):
+            Whether the size of the scores matters, not only their order. A preference row then needs `score_chosen`
+            and `score_rejected`; otherwise `chosen` simply counts as better.
+        reference (`bool`, defaults to `False`):
+            Whether a `reference` column is used. If not, it is ignored and never computed.
+        max_length (`int`, *optional*):
+            Most tokens of prompt + completion; completions are cut at the end.
+        eos_token (`str`, *optional*):
+            Appended to plain-text completions that do not end with it, as TRL does. Conversational rows get theirs
+            from the chat template.
+    """
+
+    min_completions: int = 2
+    score_values: bool = False
+    reference: bool = False
+    max_length: int | None = None
+    eos_token: str | None = None
+
+
+@dataclass
+class PreparationReport:
+    """What became of a dataset: how many rows came in, how many went out, and what happened on the way."""
+
+    name: str
+    num_rows: int
+    num_prompts: int
+    num_completions: int
+    num_truncated: int
+    max_length: int | None
+    num_without_order: int
+    num_boundary_moved: int
+    num_reference_missing: int
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.name} data: {self.num_rows} rows -> {self.num_prompts} prompts, {self.num_completions} completions"
+        ]
+        if self.num_truncated:
+            share = self.num_truncated / self.num_completions
+            lines.append(f"cut at max_length={self.max_length}: {self.num_truncated} completions ({share:.1%})")
+        for problem, count in sorted(self.dropped.items()):
+            lines.append(f"dropped, {problem}: {count} rows")
+        if self.num_without_order:
+            lines.append(f"all scores equal, so nothing to rank: {self.num_without_order} prompts")
+        if self.num_reference_missing:
+            lines.append(f"no `reference`, so the best candidate stands in: {self.num_reference_missing} prompts")
+        if self.num_boundary_moved:
+            lines.append(
+                f"prompt tokenised differently alone than with its completions: {self.num_boundary_moved} prompts; "
+                "the completion starts where they diverge"
+            )
+        return "\n  ".join(lines)
+
+    @property
+    def worth_a_warning(self) -> bool:
+        """Whether something was cut, dropped or changed."""
+        return len(str(self).splitlines()) > 1
+
+
+def is_prepared(columns: list[str]) -> bool:
+    """Whether a dataset with these columns has been through [`prepare_dataset`] already."""
+    return set(PREPARED_FEATURES) <= set(columns)
+
+
+def check_columns(columns: list[str], name: str) -> None:
+    """
+    Check that the columns make a format we know.
+
+    Raises:
+        ValueError: columns are missing or contradict each other.
+        NotImplementedError: rows with images.
+    """
+    has = set(columns)
+    given = f"The {name} dataset has the columns {sorted(has)}"
+    if has & {"image", "images"}:
+        raise NotImplementedError(f"{given}: rows with images are not supported. Use text rows.")
+    if "completions" in has and has & {"chosen", "rejected"}:
+        raise ValueError(
+            f"{given}: `completions` and `chosen`/`rejected` say the same thing twice. Remove one of them."
+        )
+    if "completions" in has:
+        if "scores" not in has:
+            raise ValueError(
+                f"{given}: `completions` cannot be ranked without scores. Add the column `scores`, one per completion."
+            )
+        return
+    missing = {"chosen", "rejected"} - has
+    if missing:
+        raise ValueError(
+            f"{given}, without {' and '.join(f'`{column}`' for column in sorted(missing))}. Needed are `prompt`, "
+            "`chosen` and `rejected`, or `prompt`, `completions` and `scores`: rename or add the columns."
+        )
+
+
+def _check_text(value: Any, column: str, *, is_completion: bool) -> None:
+    """Refuse anything but a string or a list of messages; a completion must also say something."""
+    if value is None:
+        raise RowError("missing", column, "is missing (None)")
+    if isinstance(value, str):
+        if is_completion and not value.strip():
+            raise RowError("empty", column, "is empty")
+        return
+    if not isinstance(value, list):
+        shown = f"{value!r:.40}"
+        raise RowError("not text", column, f"is {type(value).__name__} ({shown}), neither text nor a list of messages")
+    if not value:
+        raise RowError("empty", column, "is an empty list of messages")
+    for message in value:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise RowError("not text", column, f"holds {message!r:.60}, which is not a message with a role")
+        content = message.get("content")
+        if content is not None and not isinstance(content, str | list):
+            raise RowError("not text", column, f"has a message whose content is {type(content).__name__}, not text")
+    if is_completion:
+        if value[-1]["role"] in ("user", "system"):
+            raise RowError("not an answer", column, f"ends with a message of the {value[-1]['role']}")
+        if not any(_says_something(message) for message in value):
+            raise RowError("empty", column, "is empty")
+
+
+def _says_something(message: Mapping) -> bool:
+    content = message.get("content")
+    if isinstance(content, list):  # content given in parts
+        return any(not isinstance(part, Mapping) or part.get("text", "x").strip() for part in content)
+    return bool((content or "").strip() or message.get("tool_calls"))
+
+
+def extract_shared_prompt(completions: list) -> tuple[Any, list]:
+    """
+    Split off the longest common beginning (of characters or of messages) as the prompt.
+
+    For two completions this is `trl.extract_prompt`; here it takes any number. A space before the split goes with the
+    completions.
+
+    Returns:
+        `tuple`: the prompt, and the completions without it.
+    """
+    shortest = min(len(completion) for completion in completions)
+    split = max(shortest - 1, 0)  # every completion keeps something
+    for position in range(split):
+        if any(completion[position] != completions[0][position] for completion in completions):
+            split = position
+            break
+    if split and completions[0][split - 1] == " ":
+        split -= 1
+    return completions[0][:split], [completion[split:] for completion in completions]
+
+
+def _check_scores(scores: Any, column: str, num_completions: int) -> list[float]:
+    if not isinstance(scores, list):
+        raise RowError("not a number", column, f"is {type(scores).__name__}, not a list of numbers")
+    if len(scores) != num_completions:
+        raise RowError("length", column, f"has {len(scores)} entries for {num_completions} completions")
+    for score in scores:
+        _check_number(score, column)
+    return [float(score) for score in scores]
+
+
+def _check_number(score: Any, column: str) -> None:
+    if not isinstance(score, int | float) or not math.isfinite(score):
+        raise RowError("not a number", column, f"holds {score!r:.40}, which is not a finite number")
+
+
+def parse_row(row: Mapping[str, Any], options: RowOptions) -> tuple[Any, list, list[float], Any]:
+    """
+    Read a row of any accepted format.
+
+    Returns:
+        `tuple`: prompt, the K candidates, their K scores, and the regulariser's own target or `None`.
+
+    Raises:
+        RowError: naming the column and what is wrong with it.
+    """
+    if "completions" in row:
+        candidates = row["completions"]
+        if not isinstance(candidates, list):
+            raise RowError("not text", "completions", f"is {type(candidates).__name__}, not a list")
+        columns = [f"completions[{index}]" for index in range(len(candidates))]
+        scores = _check_scores(row.get("scores"), "scores", len(candidates))
+    else:
+        candidates = [row["chosen"], row["rejected"]]
+        columns = ["chosen", "rejected"]
+        scores = [1.0, 0.0]
+        if options.score_values:
+            scores = [row.get("score_chosen"), row.get("score_rejected")]
+            for score, column in zip(scores, ("score_chosen", "score_rejected"), strict=True):
+                if score is None:
+                    raise RowError("missing", column, "is missing, and this loss needs the size of the scores")
+                _check_number(score, column)
+            if not scores[0] > scores[1]:
+                raise RowError("out of order", "score_chosen", f"({scores[0]}) is not above the rejected {scores[1]}")
+    if len(candidates) < options.min_completions:
+        raise RowError(
+            "too few", "completions", f"has {len(candidates)} entries where {options.min_completions} are needed"
+        )
+
+    reference = row.get("reference") if options.reference else None
+    texts = list(candidates) + ([reference] if reference is not None else [])
+    columns = columns + ["reference"] * (reference is not None)
+    for text, column in zip(texts, columns, strict=True):
+        _check_text(text, column, is_completion=True)
+    if "completions" not in row and row["chosen"] == row["rejected"]:
+        raise RowError("identical", "rejected", "is the same as 'chosen'")
+
+    prompt = row.get("prompt")
+    if "prompt" in row:
+        _check_text(prompt, "prompt", is_completion=False)
+    form = str if isinstance(texts[0], str) else list
+    for text, column in zip([*texts, *([prompt] if "prompt" in row else [])], [*columns, "prompt"], strict=False):
+        if not isinstance(text, form):
+            raise RowError("mixed", column, f"is {type(text).__name__} while {columns[0]!r} is {form.__name__}")
+    if "prompt" not in row:
+        prompt, texts = extract_shared_prompt(texts)
+        if form is list and not prompt:
+            raise RowError("missing", "prompt", "is missing, and the completions share no first message")
+    return prompt, texts[: len(candidates)], scores, texts[-1] if reference is not None else None
+
+
+def tokenize_candidates(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    prompt: str | list,
+    completions: list,
+    *,
+    eos_token: str | None = None,
+    **chat_template_kwargs,
+) -> tuple[list[int], list[list[int]], bool]:
+    """
+    Tokenise a prompt with its completions.
+
+    Prompt and completion are tokenised together, and the completions start where the first of them leaves the
+    tokenised prompt: the shortest common prefix over all of them. With two completions these are exactly the ids of
+    TRL's `DPOTrainer`.
+
+    Returns:
+        `tuple`: prompt ids, one list of ids per completion, and whether the prompt lost tokens at its end because
+        alone it is tokenised differently.
+    """
+    if isinstance(prompt, list):
+        prompt_ids = _tokenize(processing_class, prompt, add_generation_prompt=True, **chat_template_kwargs)
+        full_ids = [_tokenize(processing_class, prompt + c, **chat_template_kwargs)["input_ids"] for c in completions]
+    else:
+        if eos_token is not None:
+            completions = [c if c.endswith(eos_token) else c + eos_token for c in completions]
+        prompt_ids = _tokenize(processing_class, prompt)
+        full_ids = [_tokenize(processing_class, prompt + c)["input_ids"] for c in completions]
+    prompt_ids = prompt_ids["input_ids"]
+    prompt_length = min(common_prefix_length(prompt_ids, ids) for ids in full_ids)
+    return prompt_ids[:prompt_length], [ids[prompt_length:] for ids in full_ids], prompt_length < len(prompt_ids)
+
+
+def prepare_row(row: Mapping[str, Any], processing_class, options: RowOptions) -> dict[str, Any]:
+    """
+    Check, tokenise and truncate one row.
+
+    Returns:
+        `dict` with the columns of `PREPARED_FEATURES` and the notes for the report.
+
+    Raises:
+        RowError: the row cannot be used.
+    """
+    prompt, candidates, scores, reference = parse_row(row, options)
+    targets = candidates if reference is None else [*candidates, reference]
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    template_kwargs = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+    try:
+        prompt_ids, completion_ids, boundary_moved = tokenize_candidates(
+            processing_class, prompt, targets, eos_token=options.eos_token, **template_kwargs
+        )
+    except Exception as error:  # a chat template raises what it likes
+        raise RowError("not renderable", "prompt", f"could not be tokenised: {error}") from error
+
+    num_truncated = 0
+    if options.max_length is not None:
+        room = options.max_length - len(prompt_ids)
+        if room <= 0:
+            raise RowError(
+                "too long", "prompt", f"has {len(prompt_ids)} tokens and fills max_length={options.max_length}"
+            )
+        num_truncated = sum(len(ids) > room for ids in completion_ids)
+        completion_ids = [ids[:room] for ids in completion_ids]
+    for index, ids in enumerate(completion_ids):
+        if not ids:
+            raise RowError("empty", f"completion {index}", "has no tokens left after tokenisation")
+    if "completions" not in row and completion_ids[0] == completion_ids[1]:
+        cut = " once cut at max_length" if num_truncated else ""
+        raise RowError("identical", "rejected", f"has the same tokens as 'chosen'{cut}")
+
+    # y_ref: the row's own target, computed only once if it equals a candidate; else the best candidate
+    reference_index = max(range(len(scores)), key=scores.__getitem__)
+    if reference is not None:
+        reference_ids = completion_ids.pop()
+        if reference_ids in completion_ids:
+            reference_index = completion_ids.index(reference_ids)
+        else:
+            reference_index = len(completion_ids)
+            completion_ids.append(reference_ids)
+    return {
+        "prompt_ids": prompt_ids,
+        "completion_ids": completion_ids,
+        "scores": scores,
+        "reference_index": reference_index,
+        "_problem": None,
+        "_detail": None,
+        "_num_truncated": num_truncated,
+        "_boundary_moved": boundary_moved,
+        "_reference_missing": options.reference and "reference" in row and reference is None,
+    }
+
+
+_NOTHING = {
+    "prompt_ids": [],
+    "completion_ids": [],
+    "scores": [],
+    "reference_index": 0,
+    "_num_truncated": 0,
+    "_boundary_moved": False,
+    "_reference_missing": False,
+}
+
+
+def _prepare_row_or_note(row, processing_class, options) -> dict[str, Any]:
+    try:
+        return prepare_row(row, processing_class, options)
+    except RowError as error:
+        return {**_NOTHING, "_problem": error.problem, "_detail": str(error)}
+
+
+def _prepare_streamed_row(row, index, processing_class, options, name, drop) -> dict[str, Any]:
+    try:
+        return prepare_row(row, processing_class, options)
+    except RowError as error:
+        if not drop:
+            raise ValueError(_refusal(name, None, {error.problem: [(index, str(error))]})) from None
+        logger.warning(f"{name} data: row {index} dropped, {error}")
+        return {**_NOTHING, "_problem": error.problem, "_detail": str(error)}
+
+
+def _is_usable(row) -> bool:
+    return row["_problem"] is None
+
+
+def _refusal(name: str, num_rows: int | None, problems: dict[str, list[tuple[int, str]]]) -> str:
+    count = sum(len(rows) for rows in problems.values())
+    of_all = f"{count} of {num_rows} rows" if num_rows is not None else "a row"
+    lines = [f"The {name} dataset has {of_all} that cannot be used:"]
+    for problem, rows in problems.items():
+        index, detail = rows[0]
+        more = f" ({len(rows) - 1} more like it)" if len(rows) > 1 else ""
+        lines.append(f"  row {index}: {detail}{more}. {REMEDIES[problem]}")
+    lines.append('Mend the data, or set on_invalid_row="drop" to leave such rows out; they are counted and reported.')
+    return "\n".join(lines)
+
+
+def prepare_dataset(
+    dataset: Dataset | IterableDataset,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    options: RowOptions,
+    *,
+    name: str,
+    num_proc: int | None = None,
+    on_invalid_row: str = "error",
+    keep_columns: bool = False,
+) -> tuple[Dataset | IterableDataset, PreparationReport | None]:
+    """
+    Check, tokenise and truncate a dataset. A dataset that is prepared already is returned as it is.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows in an accepted format. A stream is prepared row by row as it is read, and refused or reported on then.
+        processing_class:
+            Tokenizer, or processor with one.
+        options ([`RowOptions`]):
+            What the trainer wants.
+        name (`str`):
+            How messages call the dataset, such as `"train"`.
+        num_proc (`int`, *optional*):
+            Processes to tokenise with; not for streams.
+        on_invalid_row (`str`, defaults to `"error"`):
+            `"error"`: any row that cannot be used stops everything, with a list. `"drop"`: such rows are left out and
+            counted.
+        keep_columns (`bool`, defaults to `False`):
+            Whether the other columns are kept.
+
+    Returns:
+        `tuple`: the prepared dataset, and the report (`None` for a stream and for a dataset that was prepared before).
+
+    Raises:
+        ValueError: missing columns or unusable rows, naming row, column and remedy; or nothing is left.
+        NotImplementedError: rows with images.
+    """
+    columns = dataset.column_names or list(next(iter(dataset)))
+    if is_prepared(columns):
+        return dataset, None
+    check_columns(columns, name)
+    if options.score_values and "completions" not in columns and "score_chosen" not in columns:
+        raise ValueError(
+            f"The {name} dataset has the columns {sorted(columns)}: this loss needs the size of the scores. Add "
+            "`score_chosen` and `score_rejected`, or use `completions` with `scores`."
+        )
+    map_kwargs = {"remove_columns": None if keep_columns else columns}
+    features = Features({**PREPARED_FEATURES, **_NOTE_FEATURES})
+    if keep_columns and dataset.features is not None:
+        features = Features({**dataset.features, **features})
+    if not keep_columns or dataset.features is not None:
+        map_kwargs["features"] = features
+
+    if isinstance(dataset, IterableDataset):
+        fn_kwargs = {
+            "processing_class": processing_class,
+            "options": options,
+            "name": name,
+            "drop": on_invalid_row == "drop",
+        }
+        dataset = dataset.map(_prepare_streamed_row, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
+        return dataset.filter(_is_usable).remove_columns(list(_NOTE_FEATURES)), None
+
+    with global_then_local_main_first():
+        noted = dataset.map(
+            _prepare_row_or_note,
+            fn_kwargs={"processing_class": processing_class, "options": options},
+            num_proc=num_proc,
+            desc=f"Tokenizing {name} dataset",
+            **map_kwargs,
+        )
+    problems: dict[str, list[tuple[int, str]]] = {}
+    for index, (problem, detail) in enumerate(zip(noted["_problem"], noted["_detail"], strict=True)):
+        if problem is not None:
+            problems.setdefault(problem, []).append((index, detail))
+    if problems and on_invalid_row == "error":
+        raise ValueError(_refusal(name, len(noted), problems))
+    prepared = noted
+    if problems:
+        unusable = {index for rows in problems.values() for index, _ in rows}
+        prepared = noted.select([index for index in range(len(noted)) if index not in unusable])
+    if len(prepared) == 0:
+        raise ValueError(
+            _refusal(name, len(noted), problems) if problems else f"The {name} dataset has no rows. Give it some."
+        )
+    report = PreparationReport(
+        name=name,
+        num_rows=len(noted),
+        num_prompts=len(prepared),
+        num_completions=sum(len(ids) for ids in prepared["completion_ids"]),
+        num_truncated=sum(prepared["_num_truncated"]),
+        max_length=options.max_length,
+        num_without_order=sum(len(set(scores)) == 1 for scores in prepared["scores"]),
+        num_boundary_moved=sum(prepared["_boundary_moved"]),
+        num_reference_missing=sum(prepared["_reference_missing"]),
+        dropped={problem: len(rows) for problem, rows in problems.items()},
+    )
+    logger.log(logging.WARNING if report.worth_a_warning else logging.INFO, str(report))
+    return prepared.remove_columns(list(_NOTE_FEATURES)), report
