@@ -1,0 +1,141 @@
+"""The same numbers on one process and on two, through the real launchers, on CPU with gloo."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import PAIRS, REPOSITORY
+
+WORKER = REPOSITORY / "tests" / "distributed" / "worker.py"
+RANKED = [
+    {"prompt": "a? ", "completions": ["x", "yy", "zzz"], "scores": [0.1, 0.9, 0.5]},
+    {"prompt": "bb? ", "completions": ["one", "two"], "scores": [1.0, 2.0]},
+    {"prompt": "c ", "completions": ["p", "q", "rr", "s"], "scores": [0.5, 0.5, 0.1, 0.9]},
+    {"prompt": "dd ", "completions": ["same", "score"], "scores": [1.0, 1.0]},
+    {"prompt": "eee ", "completions": ["first", "second", "third", "4th", "5th"], "scores": [5.0, 1.0, 3.0, 4.0, 2.0]},
+]
+COMPARED = (
+    "loss",
+    "loss/calibration",
+    "loss/regularization",
+    "hinge/active",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "lengths/chosen",
+    "entropy",
+    "mean_token_accuracy",
+    "logits/chosen",
+    "num_tokens",
+)
+
+
+def launch(command, folder, model_dir, rows, lora=False, **settings):
+    """Run the worker under a launcher; returns its logs, its final weights, and what each process noted."""
+    folder.mkdir()
+    job = {
+        "model": model_dir,
+        "rows": rows,
+        "lora": lora,
+        "settings": {
+            "output_dir": str(folder / "out"),
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": "none",
+            "activation_checkpointing": False,
+            "learning_rate": 1e-2,
+            "num_train_epochs": 3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "optim": "adamw_torch",
+            **settings,
+        },
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [*command, str(WORKER), str(folder / "job.json")],
+        env=environment, cwd=folder, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    weights = load_file(folder / "model" / name)
+    processes = [json.loads(path.read_text()) for path in sorted(folder.glob("process-*.json"))]
+    return json.loads((folder / "logs.json").read_text()), weights, processes
+
+
+def torchrun(processes):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+
+
+def zero(stage):
+    config = REPOSITORY / "accelerate_configs" / f"zero{stage}.yaml"
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
+    return [*accelerate, "--config_file", str(config), "--num_processes", "2"]
+
+
+def assert_same_run(one, other, rtol=1e-4, atol=1e-5):
+    (logs, weights, _), (other_logs, other_weights, _) = one, other
+    steps, other_steps = ([log for log in run["train"] if "loss" in log] for run in (logs, other_logs))
+    assert len(steps) == len(other_steps) >= 6
+    for step, other_step in zip(steps, other_steps, strict=True):
+        for name in COMPARED:
+            assert other_step[name] == pytest.approx(step[name], rel=rtol, abs=atol), (name, step["step"])
+    for name in COMPARED[:-1]:
+        assert other_logs["eval"][f"eval_{name}"] == pytest.approx(logs["eval"][f"eval_{name}"], rel=rtol, abs=atol), (
+            name
+        )
+    assert set(weights) ^ set(other_weights) <= {"lm_head.weight"}, "ZeRO-2 writes the tied head a second time"
+    for name, weight in weights.items():
+        torch.testing.assert_close(
+            other_weights[name], weight, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("data", ["even pairs", "uneven lists"])
+def test_two_processes_equal_one(data, model_dir, tmp_path):
+    """
+    8 pairs divide evenly; 5 lists of 2 to 5 candidates do not: the last step has one prompt for two processes, which
+    accelerate fills up with repeats.
+    """
+    rows = PAIRS if data == "even pairs" else RANKED
+    one = launch([sys.executable], tmp_path / "one", model_dir, rows, per_device_train_batch_size=2)
+    two = launch(
+        torchrun(2), tmp_path / "two", model_dir, rows, per_device_train_batch_size=1, per_device_eval_batch_size=2
+    )
+    assert [process["world"] for process in two[2]] == [2, 2]
+    assert_same_run(one, two)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_equals_one_process(stage, model_dir, tmp_path):
+    pytest.importorskip("deepspeed", reason="needs the extra trl_ext[deepspeed]")
+    one = launch([sys.executable], tmp_path / "one", model_dir, PAIRS, per_device_train_batch_size=2)
+    two = launch(zero(stage), tmp_path / "two", model_dir, PAIRS, per_device_train_batch_size=1)
+    assert [(p["world"], p["models"], p["reference"]) for p in two[2]] == [(2, 1, "None")] * 2
+    assert_same_run(one, two, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [{"reg_type": "kl"}, {"gradient_accumulation_steps": 2}, {"calibration": "list_rank"}]
+)
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+def test_more_settings_on_two_processes(strategy, lora, settings, model_dir, tmp_path):
+    if strategy != "ddp":
+        pytest.importorskip("deepspeed", reason="needs the extra trl_ext[deepspeed]")
+    command = torchrun(2) if strategy == "ddp" else zero(int(strategy[-1]))
+    rows = PAIRS if strategy != "ddp" else RANKED
+    one = launch([sys.executable], tmp_path / "one", model_dir, rows, lora, per_device_train_batch_size=2, **settings)
+    two = launch(command, tmp_path / "two", model_dir, rows, lora, per_device_train_batch_size=1, **settings)
+    assert_same_run(one, two, rtol=1e-3, atol=1e-4)
+    expected_models = 2 if settings.get("reg_type") == "kl" and not lora else 1
+    assert [process["models"] for process in two[2]] == [expected_models] * 2

@@ -1,0 +1,87 @@
+"""What the configs of all trainers here share."""
+
+from dataclasses import MISSING, dataclass, field, fields
+from typing import ClassVar
+
+import torch
+from trl import DPOConfig
+
+# Fields of DPOConfig that no trainer of this package reads, and what to use instead.
+_NOT_A_DPO_LOSS = "this trainer has a loss of its own"
+UNUSED_DPO_FIELDS = {
+    "loss_type": _NOT_A_DPO_LOSS,
+    "loss_weights": _NOT_A_DPO_LOSS,
+    "beta": _NOT_A_DPO_LOSS,
+    "ld_alpha": "`logps_reduction='mean'` if long answers weigh too much",
+    "f_divergence_type": "there is no divergence to a reference model in this loss",
+    "f_alpha_divergence_coef": "there is no divergence to a reference model in this loss",
+    "label_smoothing": "leave out the pairs you do not trust",
+    "use_weighting": "there is no weighting of pairs in this loss",
+    "discopop_tau": _NOT_A_DPO_LOSS,
+    "sync_ref_model": "no reference model is trained along",
+    "ref_model_mixup_alpha": "no reference model is trained along",
+    "ref_model_sync_steps": "no reference model is trained along",
+    "precompute_ref_log_probs": "no reference log-probabilities enter this loss",
+    "precompute_ref_batch_size": "no reference log-probabilities enter this loss",
+    "padding_free": "TRL itself switches it off",
+    "truncation_mode": "cut prompts before training; completions are cut at the end",
+}
+
+
+@dataclass
+class CandidateConfig(DPOConfig):
+    """
+    Base of the configs in this package: [`~trl.DPOConfig`], less the fields that mean nothing here.
+
+    Parameters:
+        on_invalid_row (`str`, *optional*, defaults to `"error"`):
+            What to do with rows that cannot be used (empty or missing answers, `chosen` equal to `rejected`, a prompt
+            that fills `max_length`, ...). `"error"` stops before any weight is loaded and lists them; `"drop"` leaves
+            them out, counts them and says so.
+
+    One default differs from `DPOConfig`: `bf16`, if not set, is `False` on a machine without accelerator. `DPOConfig`
+    would stop there and ask for `use_cpu`.
+    """
+
+    # inherited field -> what to use instead; a subclass adds what its own fields replace
+    unused_fields: ClassVar[dict[str, str]] = UNUSED_DPO_FIELDS
+
+    on_invalid_row: str = field(
+        default="error",
+        metadata={
+            "help": "What to do with rows that cannot be used: 'error' stops before any weight is loaded and lists "
+            "them, 'drop' leaves them out and counts them.",
+            "choices": ["error", "drop"],
+        },
+    )
+
+    @property
+    def uses_reference_model(self) -> bool:
+        """Whether training needs the log-probabilities of a second, frozen model."""
+        return False
+
+    def __post_init__(self):
+        if self.on_invalid_row not in ("error", "drop"):
+            raise ValueError(f"on_invalid_row={self.on_invalid_row!r} is not known. Set it to 'error' or 'drop'.")
+        self._refuse_unused_fields()
+        if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
+            self.bf16 = False
+        super().__post_init__()
+
+    def _refuse_unused_fields(self) -> None:
+        changed = []
+        for config_field in fields(DPOConfig):
+            if config_field.name not in self.unused_fields:
+                continue
+            default = config_field.default
+            if config_field.default_factory is not MISSING:
+                default = config_field.default_factory()
+            value = getattr(self, config_field.name)
+            if value != default and [value] != default:  # `loss_type` may be given as a string
+                instead = self.unused_fields[config_field.name]
+                changed.append(f"  {config_field.name}={value!r}: {instead}.")
+        if changed:
+            raise ValueError(
+                f"{type(self).__name__} does not read these settings of DPOConfig; leave them at their default:\n"
+                + "\n".join(changed)
+            )

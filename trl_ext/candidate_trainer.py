@@ -1,0 +1,385 @@
+"""The base of every trainer here, and the only file that overrides what is private in `trl.DPOTrainer`."""
+
+import contextlib
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch import nn
+from transformers import (
+    AutoProcessor,
+    BitsAndBytesConfig,
+    DataCollator,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
+from transformers.trainer_utils import EvalPrediction
+from trl import DPOTrainer
+
+from ._trl import check_borrowed_names, get_config_model_id, without_reference_model
+from .candidate_config import CandidateConfig
+from .collators import CandidateCollator
+from .data import PREPARED_FEATURES, PreparationReport, RowOptions, prepare_dataset
+from .execution.forward import score_completions
+from .logps import CompletionLogps, completion_logps
+from .metrics import MetricAccumulator
+
+check_borrowed_names()
+
+REQUIRED_BATCH_KEYS = {
+    "prompt_weights",
+    "prompt_index",
+    "candidate_index",
+    "reference_index",
+    "scores",
+    "input_ids",
+    "attention_mask",
+    "completion_mask",
+}
+
+
+class CandidateTrainer(DPOTrainer):
+    """
+    A [`~trl.DPOTrainer`] for losses over the log-likelihoods of K completions of one prompt.
+
+    It takes over what K completions change: preparing rows (`data.py`), collating them (`collators.py`), the model
+    call (`execution/`), the mean over prompts, and the metrics. A method is a subclass with a config class and one
+    function, [`~CandidateTrainer.loss_from_logps`].
+
+    Unlike `DPOTrainer`:
+
+    - No reference model is built, loaded or run unless `args.uses_reference_model` says so.
+    - Data is prepared and checked before any weight is loaded.
+    - The loss is the mean over the prompts of the whole optimiser step, counted once over all micro-batches and
+      processes. TRL averages the means of the micro-batches, which weighs prompts unequally when the last ones are
+      smaller. Prompts that only fill up the last batch of a distributed run count neither in the loss nor in metrics.
+    - Metrics are sums divided once, over all processes, when they are logged. `log` is therefore a collective call, as
+      `Trainer`'s own logging of the loss is. With several eval sets each has its own (`eval_<name>_logps/chosen`).
+    - `compute_metrics` is refused: it needs the full logits, which are never built.
+
+    Args:
+        model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics,
+        callbacks, optimizers, quantization_config, peft_config:
+            As in [`~trl.DPOTrainer`], with rows as described in `data.py`. A custom `data_collator` must return
+            the batch that [`CandidateCollator`] documents.
+
+    Raises:
+        TypeError: `args` is not of the trainer's config class.
+        ValueError: unusable rows or settings, before any weight is loaded.
+        NotImplementedError: something this trainer does not do (images, `compute_metrics`, sharding of one sequence
+            over several devices).
+    """
+
+    # the loss that `compute_loss` returns is divided by the number of prompts of the whole step already
+    loss_is_scaled_for_ga = True
+
+    config_class: ClassVar[type[CandidateConfig]] = CandidateConfig
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",  # noqa: F821
+        ref_model: PreTrainedModel | None = None,
+        args: CandidateConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: "PeftConfig | None" = None,  # noqa: F821
+    ):
+        model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+        if args is None:
+            args = self.config_class(f"{model_id.rstrip('/').split('/')[-1]}-{self._name}")
+        self._check_arguments(args, model, ref_model, train_dataset, compute_metrics)
+
+        if processing_class is None:
+            init_kwargs = args.model_init_kwargs or {}
+            processing_class = AutoProcessor.from_pretrained(
+                model_id, revision=init_kwargs.get("revision"), trust_remote_code=args.trust_remote_code
+            )
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+
+        self.data_reports: dict[str, PreparationReport] = {}
+        train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {
+                name: self._prepare_dataset(dataset, processing_class, args, name)
+                for name, dataset in eval_dataset.items()
+            }
+        elif eval_dataset is not None:
+            eval_dataset = self._prepare_dataset(eval_dataset, processing_class, args, "eval")
+
+        if data_collator is None:
+            data_collator = CandidateCollator(
+                pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of
+            )
+
+        adapters_before = set(getattr(model, "peft_config", {}))
+        with contextlib.ExitStack() as stack:
+            if not args.uses_reference_model:
+                stack.enter_context(without_reference_model(policy_is_loaded_by_trl=isinstance(model, str)))
+            super().__init__(
+                model=model,
+                ref_model=ref_model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
+        if not args.uses_reference_model:
+            # TRL copies the adapter of a PeftModel to serve as reference; drop it before it gets into checkpoints
+            if is_peft_model(self.model) and "ref" in self.model.peft_config and "ref" not in adapters_before:
+                self.model.delete_adapter("ref")
+            if self.ref_model is not None:
+                raise RuntimeError(
+                    f"{type(self).__name__} needs no reference model, yet this TRL built one. Please report it with "
+                    "the version of TRL."
+                )
+        self._metric_sums = {"train": MetricAccumulator(), "eval": MetricAccumulator()}
+        self._eval_prefix = "eval"
+
+    def _check_arguments(self, args, model, ref_model, train_dataset, compute_metrics) -> None:
+        """Refuse what cannot be honoured, before anything expensive happens."""
+        trainer = type(self).__name__
+        if not isinstance(args, self.config_class):
+            raise TypeError(
+                f"{trainer} got `args` of type {type(args).__name__}, which lacks its settings. Pass a "
+                f"{self.config_class.__name__}; it takes the same fields."
+            )
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is required: pass a `Dataset` or an `IterableDataset`.")
+        if not isinstance(train_dataset, Dataset | IterableDataset):
+            raise TypeError(
+                f"`train_dataset` is a {type(train_dataset).__name__}; pass a `Dataset` or an `IterableDataset` (one "
+                "split of a `DatasetDict`, for example)."
+            )
+        if ref_model is not None and not args.uses_reference_model:
+            raise ValueError(
+                f"{trainer} was given a `ref_model` that its loss never looks at and that would only take memory. "
+                "Leave `ref_model` out."
+            )
+        if compute_metrics is not None:
+            raise NotImplementedError(
+                f"{trainer} does not take `compute_metrics`: it is fed the full logits, which are never built here. "
+                "Use the metrics the trainer logs, or a `TrainerCallback` with `on_evaluate`."
+            )
+        parallelism = getattr(args, "parallelism_config", None)
+        for kind in ("tp", "cp", "sp"):
+            if parallelism is not None and getattr(parallelism, f"{kind}_size", 1) > 1:
+                raise NotImplementedError(
+                    f"{trainer} does not run with {kind}_size > 1: its loss needs each sequence whole on one device. "
+                    f"Leave `{kind}_size` at 1 and use DDP, ZeRO or FSDP."
+                )
+
+    # Rows and batches
+
+    def _row_options(self, args: CandidateConfig) -> RowOptions:
+        """What this trainer wants of its rows; a method that wants something else overrides it."""
+        return RowOptions(max_length=args.max_length)
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        options = dataclasses.replace(self._row_options(args), eos_token=tokenizer.eos_token)
+        dataset, report = prepare_dataset(
+            dataset,
+            processing_class,
+            options,
+            name=dataset_name,
+            num_proc=args.dataset_num_proc,
+            on_invalid_row=args.on_invalid_row,
+            keep_columns=not args.remove_unused_columns,
+        )
+        if report is not None:
+            self.data_reports[dataset_name] = report
+        return dataset
+
+    def _set_signature_columns_if_needed(self):
+        if self._signature_columns is None:
+            self._signature_columns = list(PREPARED_FEATURES)
+
+    def compute_ref_log_probs(self, model, inputs):
+        raise NotImplementedError(
+            f"{type(self).__name__} has no reference log-probabilities of two halves, as DPOTrainer has."
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | None]:
+        """The micro-batches of one optimiser step, and how many prompts they hold over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        _check_batch(batches[0])
+        self._ignore_repeated_prompts(batches[-1])
+        num_prompts = sum(batch["prompt_weights"].sum() for batch in batches).to(device)
+        return batches, self.accelerator.reduce(num_prompts, reduction="sum")
+
+    def _ignore_repeated_prompts(self, batch: dict[str, torch.Tensor]) -> None:
+        """
+        Give weight 0 to the prompts that accelerate repeats to fill up the last batches of a distributed run.
+
+        The gathered last batch holds the real prompts first, in the order of the processes, as
+        `Accelerator.gather_for_metrics` relies on too.
+        """
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return
+        weights = batch["prompt_weights"]
+        num_real = state.remainder - self.accelerator.process_index * len(weights)
+        weights[max(num_real, 0) :] = 0
+
+    # Loss
+
+    @abstractmethod
+    def loss_from_logps(
+        self, logps: CompletionLogps, inputs: dict[str, torch.Tensor], outputs: Any
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """
+        The method's loss.
+
+        Args:
+            logps ([`CompletionLogps`]): log-likelihood and length of each of the N rows.
+            inputs (`dict[str, torch.Tensor]`): the batch, see [`CandidateCollator`].
+            outputs: what the model returned, for methods that need more than log-likelihoods.
+
+        Returns:
+            `tuple`: losses `(B,)`, one per prompt, and metrics by name: a tensor `(B,)` to be averaged over prompts,
+            or a pair of them, numerators and denominators.
+        """
+
+    def forward_batch(self, model: nn.Module, inputs: dict[str, torch.Tensor], **model_kwargs: Any):
+        """The model call for one batch; a method that needs more from the model overrides it."""
+        return score_completions(model, inputs, **model_kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ):
+        """
+        The mean loss over prompts.
+
+        Args:
+            model (`torch.nn.Module`): the model, wrapped or not.
+            inputs (`dict[str, torch.Tensor]`): a batch of [`CandidateCollator`], on the model's device.
+            return_outputs (`bool`, defaults to `False`): also return what the model returned (no logits).
+            num_items_in_batch (`torch.Tensor`, *optional*): prompts of the whole optimiser step, over all
+                micro-batches and processes. `None`: the mean over this batch.
+
+        Returns:
+            The scalar loss, or `(loss, outputs)`.
+        """
+        _check_batch(inputs)
+        outputs = self.forward_batch(
+            model, inputs, **({"output_router_logits": True} if self.aux_loss_enabled else {})
+        )
+        logps = completion_logps(outputs.log_probs, inputs["completion_mask"])
+        losses, metrics = self.loss_from_logps(logps, inputs, outputs)
+
+        weights = inputs["prompt_weights"]
+        if num_items_in_batch is None:
+            scale = 1 / weights.sum().clamp(min=1)
+        else:
+            scale = self.accelerator.num_processes / num_items_in_batch  # gradients are averaged over processes
+        loss = (losses * weights).sum() * scale
+        if self.aux_loss_enabled:
+            # the router's balancing loss has no prompts to average over: weigh it by this micro-batch's share of them
+            share = weights.sum() * scale
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss * share
+            metrics["aux_loss"] = outputs.aux_loss.detach().expand_as(weights)
+        self._accumulate(metrics, inputs, outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        _check_batch(inputs)
+        self._ignore_repeated_prompts(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss, None, None
+
+    # Metrics
+
+    @torch.no_grad()
+    def _accumulate(self, metrics: dict[str, Any], inputs: dict[str, torch.Tensor], outputs: Any) -> None:
+        sums = self._metric_sums["train" if self.model.training else "eval"]
+        weights = inputs["prompt_weights"]
+        for name, value in metrics.items():
+            numerators, denominators = value if isinstance(value, tuple) else (value, torch.ones_like(weights))
+            sums.add(name, numerators * weights, denominators * weights)
+
+        row_weights = weights[inputs["prompt_index"]].unsqueeze(1)
+        scored = inputs["completion_mask"][:, 1:] * row_weights
+        sums.add("entropy", outputs.entropy * scored, scored)
+        best_row, worst_row = best_and_worst(inputs)
+        for name, rows in (("chosen", best_row), ("rejected", worst_row)):
+            sums.add(f"logits/{name}", outputs.mean_logits[rows] * scored[rows], scored[rows])
+        sums.add("mean_token_accuracy", outputs.is_top1[best_row] * scored[best_row], scored[best_row])
+        if self.model.training:
+            sums.add_total("num_tokens", inputs["attention_mask"] * row_weights)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        metrics = self._metric_sums[mode].reduce(self.accelerator)
+        if "train_runtime" in logs:  # the summary of the run, where the means of its last few steps would mislead
+            metrics = {}
+        if "num_tokens" in metrics:  # a running total, taken up again where a resumed run left off
+            before = (entry["num_tokens"] for entry in reversed(self.state.log_history) if "num_tokens" in entry)
+            metrics["num_tokens"] += next(before, 0)
+        if mode == "eval":
+            metrics = {f"{self._eval_prefix}_{name}": value for name, value in metrics.items()}
+        logs.update(metrics)
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        self._metric_sums["eval"].clear()  # `predict` fills it and never logs
+        self._eval_prefix = metric_key_prefix
+        return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+
+
+def _check_batch(inputs: dict[str, torch.Tensor]) -> None:
+    missing = REQUIRED_BATCH_KEYS - set(inputs)
+    if missing:
+        raise ValueError(
+            f"The batch lacks {sorted(missing)}: the data collator does not make the batches of "
+            "`trl_ext.CandidateCollator`. Leave `data_collator` out, or build on that class."
+        )
+
+
+def best_and_worst(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Rows of the best and the worst candidate of each prompt, `(B,)` each; of equals the first is the best and the last
+    the worst.
+    """
+    candidate_index, scores = inputs["candidate_index"], inputs["scores"]
+    absent = candidate_index < 0
+    best = scores.masked_fill(absent, float("-inf")).argmax(dim=1, keepdim=True)
+    # argmax takes the first of equals: look from the end for the last
+    worst = (-scores).masked_fill(absent, float("-inf")).flip(1).argmax(dim=1, keepdim=True)
+    worst = scores.size(1) - 1 - worst
+    return candidate_index.gather(1, best).squeeze(1), candidate_index.gather(1, worst).squeeze(1)

@@ -1,0 +1,47 @@
+"""Running means that come out the same for any split of the data over micro-batches and processes."""
+
+import torch
+from accelerate import Accelerator
+
+
+class MetricAccumulator:
+    """
+    Sums numerators and denominators on the device and divides once, globally, when asked.
+
+    Nothing is copied to the host and nothing is communicated until [`~MetricAccumulator.reduce`].
+    """
+
+    def __init__(self):
+        self._sums: dict[str, torch.Tensor] = {}
+        self._totals: set[str] = set()
+
+    def add(self, name: str, numerator: torch.Tensor, denominator: torch.Tensor) -> None:
+        """Add `numerator` and `denominator` (any shape; they are summed) to the metric `name`."""
+        pair = torch.stack([numerator.detach().sum().double(), denominator.detach().sum().double()])
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def add_total(self, name: str, amount: torch.Tensor) -> None:
+        """Add `amount` (any shape; it is summed) to the plain total `name`, which is not divided by anything."""
+        self.add(name, amount, torch.zeros_like(amount))
+        self._totals.add(name)
+
+    def reduce(self, accelerator: Accelerator) -> dict[str, float]:
+        """
+        Means, and totals, of everything added on any process since the last call, and start afresh.
+
+        All processes must call this together, having added the same names. One collective for all metrics. A metric
+        whose denominator is 0 is left out: there was nothing to average.
+        """
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        totals = accelerator.reduce(torch.stack([self._sums[name] for name in names]), reduction="sum").tolist()
+        self._sums = {}
+        return {
+            name: numerator if name in self._totals else numerator / denominator
+            for name, (numerator, denominator) in zip(names, totals, strict=True)
+            if denominator or name in self._totals
+        }
+
+    def clear(self) -> None:
+        self._sums = {}
