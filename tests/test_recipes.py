@@ -1,0 +1,243 @@
+"""The recipes as their users start them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+
+from tests.conftest import PAIRS, REPOSITORY, real_data
+from trl_ext import SLiCConfig
+from trl_ext.cli import checkpoint_to_resume, load_datasets, parse_recipe_args
+from trl_ext.plots import plot_training_curves
+
+RECIPE = REPOSITORY / "recipes" / "slic.py"
+PLAYGROUND = REPOSITORY / "recipes" / "configs" / "slic_playground.yaml"
+DATACLASSES = (ScriptArguments, SLiCConfig, ModelConfig, DatasetMixtureConfig)
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", str(RECIPE)]
+
+
+@pytest.fixture
+def pairs_file(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PAIRS * 4))
+    return path
+
+
+def arguments(**kwargs):
+    return [item for key, value in kwargs.items() for item in (f"--{key}", str(value))]
+
+
+def small_run(model_dir, data, output_dir, **kwargs):
+    settings = {
+        "model_name_or_path": model_dir, "dataset_name": data, "output_dir": output_dir, "bf16": False,
+        "report_to": "none", "per_device_train_batch_size": 2, "num_train_epochs": 1,
+        "learning_rate": 1e-3, "logging_steps": 1,
+    }  # fmt: skip
+    return [*LAUNCH, *arguments(**{**settings, **kwargs})]
+
+
+def launch(command, **kwargs):
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=REPOSITORY, **kwargs)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+# Arguments and data
+
+
+def parse(*args):
+    return parse_recipe_args(DATACLASSES, PLAYGROUND, list(args))
+
+
+def test_no_arguments_mean_the_playground(tmp_path):
+    script_args, training_args, model_args, _ = parse("--seed", "7")
+    assert script_args.dataset_name is None and model_args.model_name_or_path is None
+    playground = yaml.safe_load(PLAYGROUND.read_text())
+    assert training_args.delta == playground["delta"] and training_args.seed == 7
+    _, training_args, _, _ = parse("--dataset_name", "x", "--model_name_or_path", "y", "--output_dir", str(tmp_path))
+    assert training_args.delta == 1.0, "the playground's values are its own"
+
+
+def test_unknown_keys_are_fatal(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("delta: 2.0\nbetta: 0.1\nbf16: false\n")
+    with pytest.raises(ValueError, match="betta"):
+        parse("--config", str(config))
+    with pytest.raises(ValueError, match="--gamma"):
+        parse("--gamma", "1")
+
+
+def test_every_config_is_parsed_whole():
+    configs = sorted((REPOSITORY / "recipes" / "configs").rglob("*.yaml"))
+    assert len(configs) >= 2
+    for config in configs:
+        values = yaml.safe_load(config.read_text())
+        parsed = parse("--config", str(config), "--bf16", "False")
+        for key, value in values.items():
+            if key not in ("bf16", "report_to"):  # one is overridden above, the other is turned into a list
+                assert any(getattr(part, key, None) == value for part in parsed), f"{config.name}: {key}"
+
+
+def test_every_accelerate_config_is_loaded_by_accelerate():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    configs = sorted((REPOSITORY / "accelerate_configs").rglob("*.yaml"))
+    assert len(configs) >= 4
+    for config in configs:
+        assert load_config_from_file(str(config)).num_machines == 1
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "csv", "folder", "saved", "saved dict"])
+def test_local_data_of_every_kind(kind, tmp_path, pairs):
+    from datasets import DatasetDict
+
+    if kind == "saved":
+        pairs.save_to_disk(path := tmp_path / "saved")
+    elif kind == "saved dict":
+        DatasetDict({"train": pairs, "test": pairs}).save_to_disk(path := tmp_path / "saved")
+    elif kind == "folder":
+        (path := tmp_path / "folder").mkdir()
+        pairs.to_json(path / "train.jsonl")
+        pairs.to_json(path / "test.jsonl")
+    else:
+        path = tmp_path / f"rows.{kind}"
+        {"jsonl": pairs.to_json, "json": pairs.to_json, "parquet": pairs.to_parquet, "csv": pairs.to_csv}[kind](path)
+    script_args = ScriptArguments(dataset_name=str(path))
+    has_test = kind in ("folder", "saved dict")
+    mixture = DatasetMixtureConfig(test_split_size=None if has_test else 0.25)
+    train, test = load_datasets(script_args, mixture, with_eval=True, seed=0)
+    assert (len(train), len(test)) == ((8, 8) if has_test else (6, 2))
+    assert set(train.column_names) == {"prompt", "chosen", "rejected"}
+
+
+def test_missing_data_is_said(tmp_path, pairs):
+    pairs.to_json(tmp_path / "rows.jsonl")
+
+    def load(name, **kwargs):
+        script_args = ScriptArguments(dataset_name=name, **kwargs)
+        return load_datasets(script_args, DatasetMixtureConfig(), with_eval=True, seed=0)
+
+    with pytest.raises(ValueError, match="A model is given but no data. Set `--dataset_name`"):
+        load(None)
+    with pytest.raises(FileNotFoundError, match="looks like a local file, and there is none"):
+        load("nowhere.jsonl")
+    with pytest.raises(FileNotFoundError, match="looks like a local folder, and there is none"):
+        load("./nowhere")
+    with pytest.raises(ValueError, match=r"there is no split 'test', only \['train'\]. Set `--dataset_test_split`"):
+        load(str(tmp_path / "rows.jsonl"))
+    (tmp_path / "folder").mkdir()
+    pairs.to_json(tmp_path / "folder" / "train.jsonl")
+    with pytest.raises(ValueError, match=r"There is no split 'validation', only \['train'\]"):
+        load(str(tmp_path / "folder"), dataset_train_split="validation")
+
+
+def test_checkpoint_to_resume(tmp_path, capsys):
+    def wanted(value, **kwargs):
+        return checkpoint_to_resume(SLiCConfig(str(tmp_path), resume_from_checkpoint=value), **kwargs)
+
+    assert wanted(None) is None and wanted("false") is None and wanted("true") is None
+    for step in (3, 12, 20):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-20" / "trainer_state.json").write_text('{"global_')  # killed while writing
+    (tmp_path / "checkpoint-best").mkdir()
+    assert wanted("true") == wanted("last") == str(tmp_path / "checkpoint-12")
+    assert "checkpoint-20 is incomplete and passed over" in capsys.readouterr().out
+    assert wanted(str(tmp_path / "checkpoint-3")) == str(tmp_path / "checkpoint-3")
+    for path in ("gone", "checkpoint-20"):
+        with pytest.raises(FileNotFoundError, match="is not a complete checkpoint. Name one, or set it to 'true'"):
+            wanted(str(tmp_path / path))
+    with pytest.raises(
+        FileExistsError, match="holds checkpoints of an earlier run, up to checkpoint-20. Add `--resume"
+    ):
+        wanted(None)
+    assert wanted(None, start_afresh=True) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-best"]
+
+
+def test_plot_draws_train_and_eval(tmp_path):
+    history = [
+        {"step": 1, "loss": 2.0, "logps/chosen": -1.0, "logps/reference": -1.0},
+        {"step": 2, "eval_loss": 1.5},
+        {"step": 2, "loss": 1.0, "logps/chosen": -0.5, "logps/reference": -0.5},
+        {"step": 2, "train_runtime": 1.0},
+    ]
+    assert plot_training_curves(history, tmp_path / "curves.png", title="t").stat().st_size > 5000
+    assert plot_training_curves([], tmp_path / "empty.png", title="nothing yet").is_file()
+
+
+# Whole runs
+
+
+def test_train_evaluate_save_on_local_files(model_dir, pairs_file, tmp_path):
+    output = tmp_path / "out"
+    command = small_run(model_dir, pairs_file, output, eval_strategy="steps", eval_steps=4, test_split_size=0.25)
+    printed = launch([*command, "--use_peft", "--lora_target_modules", "q_proj", "v_proj"])
+    assert "train data: 24 rows -> 24 prompts, 48 completions" in printed
+    results = json.loads((output / "all_results.json").read_text())
+    assert results["train_loss"] > 0 and results["eval_rewards/accuracies"] >= 0 and results["eval_loss"] > 0
+    assert (output / "training_curves.png").stat().st_size > 5000
+    assert (output / "adapter_model.safetensors").is_file()
+
+
+def test_killed_run_resumes_to_the_same_weights(model_dir, pairs_file, tmp_path):
+    """kill -9 in mid-training; the resumed run ends where an uninterrupted one does."""
+    settings = {"save_strategy": "steps", "save_steps": 4, "num_train_epochs": 30, "max_steps": 300}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    launch(small_run(model_dir, pairs_file, whole, **{**settings, "save_steps": 300}))
+
+    command = small_run(model_dir, pairs_file, broken, **settings)
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as run:
+        deadline = time.time() + 200
+        while not (broken / "checkpoint-12").is_dir() and time.time() < deadline and run.poll() is None:
+            time.sleep(0.01)
+        os.killpg(run.pid, signal.SIGKILL)
+    assert not (broken / "all_results.json").exists(), "it was too late to kill it"
+    checkpoints = sorted(broken.glob("checkpoint-*"))
+    assert checkpoints
+    printed = launch([*command, "--resume_from_checkpoint", "true"])
+
+    histories = [json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (whole, broken)]
+    losses = [{log["step"]: log["loss"] for log in history if "loss" in log} for history in histories]
+    assert losses[0] == losses[1] and len(losses[0]) == 300
+    weights = [load_file(folder / "model.safetensors") for folder in (whole, broken)]
+    assert all(torch.equal(weights[1][name], weight) for name, weight in weights[0].items())
+    assert "train data" in printed
+
+
+def test_real_preference_data(tmp_path, model_dir):
+    data = real_data("preference.jsonl")
+    output = tmp_path / "out"
+    settings = {
+        "max_steps": 4, "max_length": 512, "on_invalid_row": "drop", "eval_strategy": "steps", "eval_steps": 4,
+        "test_split_size": 0.1,
+    }  # fmt: skip
+    printed = launch(small_run(model_dir, data, output, **settings))
+    assert "235" not in printed.split("->")[0] and "completions (" in printed, "what was cut is said"
+    assert (output / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_playground_as_the_readme_has_it(tmp_path):
+    """About two minutes: SFT, candidates, SLiC-HF, comparison."""
+    output = tmp_path / "playground"
+    start = time.time()
+    printed = launch([*LAUNCH, "--output_dir", str(output)])
+    assert time.time() - start < 180
+    results = json.loads((output / "all_results.json").read_text())
+    assert results["playground/win_rate"] >= 0.8
+    assert results["playground/accuracy_after"] > results["playground/accuracy_before"]
+    assert "held-out prompts" in printed and (output / "training_curves.png").is_file()
+    assert (Path(output) / "playground" / "sft" / "model.safetensors").is_file()

@@ -1,0 +1,193 @@
+"""What all recipes share: reading arguments, loading data, and writing down what came out."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RESUME_LAST = ("true", "yes", "last", "latest")
+FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def parse_recipe_args(dataclass_types: Sequence[type], playground_config: str | Path, args: list[str] | None = None):
+    """
+    Parse a recipe's command line, with `--config file.yaml` for values kept in a file.
+
+    Without a dataset and without a model, the values of `playground_config` become the defaults, so that the recipe
+    runs on the playground; anything given on the command line still wins. Unknown arguments, on the command line or
+    in the file, are fatal.
+
+    Args:
+        dataclass_types (`Sequence[type]`): as for [`~trl.TrlParser`]; the first holds `dataset_name`.
+        playground_config (`str` or `Path`): YAML file of the playground's values.
+        args (`list[str]`, *optional*): arguments, by default those of the command line.
+
+    Returns:
+        `tuple`: one object per dataclass.
+    """
+    from trl import TrlParser
+
+    args = list(sys.argv[1:] if args is None else args)
+    wants_playground = not any(
+        arg.split("=")[0] in ("--config", "--dataset_name", "--datasets", "--model_name_or_path") for arg in args
+    )
+    if wants_playground:
+        args = ["--config", str(playground_config), *args]
+    for index, arg in enumerate(args):
+        if arg.startswith("--config="):  # TrlParser knows only the form with a space
+            args[index : index + 1] = ["--config", arg.removeprefix("--config=")]
+    return TrlParser(dataclass_types).parse_args_and_config(args)
+
+
+def load_datasets(script_args, dataset_args, *, with_eval: bool, seed: int) -> tuple[Any, Any]:
+    """
+    Load the train split, and the eval split if one is wanted.
+
+    `dataset_name` may be a Hub name, a local `.json`, `.jsonl`, `.parquet` or `.csv` file, a folder with such files,
+    or a folder written by `Dataset.save_to_disk`. `datasets` in a config file is TRL's mixture. Data without an eval
+    split is split with `--test_split_size`.
+
+    Raises:
+        FileNotFoundError: `dataset_name` looks like a local path and is not there.
+        ValueError: no dataset, or no split of the wanted name.
+    """
+    from datasets import DatasetDict, load_dataset, load_from_disk
+    from trl import get_dataset
+
+    name, streaming = script_args.dataset_name, script_args.dataset_streaming
+    if dataset_args.datasets:
+        if name:
+            raise ValueError(f"Both `datasets` and dataset_name={name!r} are given. Leave one of them out.")
+        dataset = get_dataset(dataset_args)
+    elif name is None:
+        raise ValueError(
+            "A model is given but no data. Set `--dataset_name` to a Hub name, a local file or a folder; with neither "
+            "a model nor data the recipe runs its playground."
+        )
+    else:
+        path = Path(name)
+        if path.suffix in FILE_FORMATS:
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"dataset_name={name!r} looks like a local file, and there is none. Mend the path."
+                )
+            dataset = load_dataset(FILE_FORMATS[path.suffix], data_files={"train": name}, streaming=streaming)
+        elif (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
+            dataset = load_from_disk(name)
+        elif name.startswith((".", "/", "~")) and not path.is_dir():
+            raise FileNotFoundError(
+                f"dataset_name={name!r} looks like a local folder, and there is none. Mend the path."
+            )
+        else:
+            dataset = load_dataset(name, name=script_args.dataset_config, streaming=streaming)
+        if not isinstance(dataset, dict):
+            dataset = DatasetDict({script_args.dataset_train_split: dataset})
+
+    train_split, eval_split = script_args.dataset_train_split, script_args.dataset_test_split
+    if train_split not in dataset:
+        raise ValueError(f"There is no split {train_split!r}, only {sorted(dataset)}. Set `--dataset_train_split`.")
+    train_dataset = dataset[train_split]
+    if not with_eval:
+        return train_dataset, None
+    if eval_split in dataset:
+        return train_dataset, dataset[eval_split]
+    if dataset_args.test_split_size is None or streaming:
+        raise ValueError(
+            f"Evaluation is on and there is no split {eval_split!r}, only {sorted(dataset)}. Set "
+            "`--dataset_test_split`, or `--test_split_size 0.1` to set rows of the train split apart (not for "
+            "streams), or `--eval_strategy no`."
+        )
+    parts = train_dataset.train_test_split(test_size=dataset_args.test_split_size, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def model_init_kwargs(model_args, training_args) -> dict[str, Any]:
+    """Keyword arguments for loading the model, from the flags that TRL's own scripts have."""
+    return {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+
+
+def checkpoint_to_resume(training_args, *, start_afresh: bool = False) -> str | None:
+    """
+    The checkpoint to go on from: `--resume_from_checkpoint PATH`, or `true` for the last complete one in the output
+    folder. `None` if there is none yet, so that the same command serves the first start and every restart.
+
+    A run killed while it wrote a checkpoint leaves an incomplete one. Such checkpoints are passed over, and named.
+    Without `--resume_from_checkpoint`, checkpoints of an earlier run in the output folder are refused: a later resume
+    could not tell whose they are.
+
+    Args:
+        training_args: with `output_dir` and `resume_from_checkpoint`.
+        start_afresh (`bool`, defaults to `False`): remove an earlier run's checkpoints instead of refusing them.
+
+    Raises:
+        FileNotFoundError: a named checkpoint is not there or not complete.
+        FileExistsError: the output folder holds checkpoints and it was not asked to resume.
+    """
+    from accelerate import PartialState
+
+    state, wanted, output_dir = PartialState(), training_args.resume_from_checkpoint, Path(training_args.output_dir)
+    checkpoints = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
+    checkpoints.sort(key=lambda path: int(path.name[11:]), reverse=True)
+    state.wait_for_everyone()  # all processes have looked before one of them removes anything
+    if not wants_to_resume(training_args):
+        if checkpoints and not start_afresh:
+            raise FileExistsError(
+                f"{output_dir} holds checkpoints of an earlier run, up to {checkpoints[0].name}. Add "
+                "`--resume_from_checkpoint true` to go on from there, or set another `--output_dir`."
+            )
+        if checkpoints:
+            state.print(f"Starting afresh in {output_dir}. To go on instead, add --resume_from_checkpoint true.")
+        if state.is_main_process:
+            for checkpoint in checkpoints:
+                shutil.rmtree(checkpoint)
+        return None
+    if str(wanted).lower() not in RESUME_LAST:
+        if not _is_complete(Path(wanted)):
+            raise FileNotFoundError(
+                f"resume_from_checkpoint={wanted!r} is not a complete checkpoint. Name one, or set it to 'true' for "
+                "the last complete one in the output folder."
+            )
+        return wanted
+    for checkpoint in checkpoints:
+        if _is_complete(checkpoint):
+            return str(checkpoint)
+        state.print(f"{checkpoint} is incomplete and passed over: the run that wrote it was interrupted.")
+    return None
+
+
+def wants_to_resume(training_args) -> bool:
+    """Whether `--resume_from_checkpoint` is given, and not as a no."""
+    return str(training_args.resume_from_checkpoint).lower() not in ("none", "false", "no")
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether `Trainer` got to the end of writing a checkpoint: the state of the trainer is the last file."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def use_all_cpu_cores() -> None:
+    """
+    On a machine without accelerator, let each process of this node use its share of the cores.
+
+    `accelerate launch` without a config sets OMP_NUM_THREADS=1, which leaves the other cores idle. Whoever sets
+    `--num_cpu_threads_per_process` themselves to something else is left alone.
+    """
+    import torch
+
+    if torch.accelerator.is_available() or torch.get_num_threads() > 1:
+        return
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(max(cores // processes, 1))

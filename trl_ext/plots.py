@@ -1,0 +1,83 @@
+"""Training curves."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+# panel title -> {metric: label}
+SLIC_PANELS = {
+    "loss": {"loss": "total", "loss/calibration": "calibration", "loss/regularization": "regularisation (unweighted)"},
+    "log-likelihood, nats per answer": {
+        "logps/chosen": "chosen",
+        "logps/rejected": "rejected",
+        "logps/reference": "y_ref",
+    },
+    "share of pairs": {"rewards/accuracies": "ordered rightly", "hinge/active": "inside the margin"},
+    "margin S(y+) - S(y-), nats": {"rewards/margins": "mean margin"},
+    "length, tokens": {"lengths/chosen": "chosen", "lengths/rejected": "rejected"},
+    "learning rate": {"learning_rate": "learning rate"},
+}
+
+
+def plot_training_curves(
+    log_history: Sequence[dict], path: str | Path, *, title: str, panels: dict[str, dict[str, str]] = SLIC_PANELS
+) -> Path:
+    """
+    Draw what a trainer logged, train solid and eval dotted, one panel per question.
+
+    Args:
+        log_history (`Sequence[dict]`): `trainer.state.log_history`.
+        path (`str` or `Path`): picture to write; the ending sets the format.
+        title (`str`): above everything.
+        panels (`dict`, *optional*): panel title to `{metric: label}`. Panels and lines without data are left out.
+
+    Returns:
+        `Path`: `path`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def series(metric):
+        return [(entry["step"], entry[metric]) for entry in log_history if metric in entry and "step" in entry]
+
+    drawn = {}
+    for panel, metrics in panels.items():
+        lines = [
+            (label, series(prefix + metric), style)
+            for metric, label in metrics.items()
+            for prefix, style in (("", "-"), ("eval_", ":"))
+        ]
+        merged: list[tuple[str, list, str]] = []
+        for label, points, style in lines:
+            twin = next((index for index, line in enumerate(merged) if line[1:] == (points, style)), None)
+            if twin is not None:  # one line would hide the other
+                merged[twin] = (f"{merged[twin][0]} = {label}", points, style)
+            elif points:
+                merged.append((label, points, style))
+        if merged:
+            drawn[panel] = merged
+    columns = min(len(drawn), 3) or 1
+    rows = -(-len(drawn) // columns) or 1
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4.6 * columns, 3.0 * rows), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(drawn) :]:
+        axis.set_visible(False)
+    for axis, (panel, lines) in zip(axes.flat, drawn.items(), strict=False):
+        colors = {}
+        for label, points, style in lines:
+            color = colors.setdefault(label, f"C{len(colors)}")
+            steps, values = zip(*points, strict=True)
+            marker = "o" if style == ":" or len(points) == 1 else None
+            name = f"{label} (eval)" if style == ":" else label
+            axis.plot(steps, values, style, color=color, label=name, marker=marker, markersize=3)
+        axis.set_title(panel, fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if len(lines) > 1:
+            axis.legend(fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return Path(path)
