@@ -22,6 +22,7 @@ BORROWED = {
     "trl.data_utils:common_prefix_length": ("ids", "other_ids"),
     "trl.trainer.utils:global_then_local_main_first": (),
     "trl.trainer.utils:FusedCausalLMOutput": (),
+    "trl.trainer.utils:add_fused_lm_head": ("model", "temperature", "cast_lm_head_to_fp32", "outputs"),
     "trl.trainer.utils:pad": ("tensors", "padding_value", "padding_side", "pad_to_multiple_of"),
     "trl.trainer.utils:use_adapter": ("model", "adapter_name"),
     "trl.trainer.utils:get_config_model_id": ("config",),
@@ -68,6 +69,7 @@ BORROWED = {
         "prediction_loss_only",
         "ignore_keys",
     ),
+    "trl.trainer.dpo_trainer:DPOTrainer.predict": ("self", "test_dataset", "ignore_keys", "metric_key_prefix"),
     "trl.trainer.dpo_trainer:DPOTrainer.log": ("self", "logs", "start_time"),
     # overridden, inherited by TRL from transformers.Trainer
     "trl.trainer.dpo_trainer:DPOTrainer.get_batch_samples": ("self", "epoch_iterator", "num_batches", "device"),
@@ -109,20 +111,24 @@ def find_borrowed(path: str):
 
 def check_borrowed_names() -> None:
     """
-    Refuse a TRL that has lost a name in `BORROWED`.
+    Refuse a TRL that has lost a name in `BORROWED` or changed its parameters. New parameters at the end are no matter.
 
     Raises:
-        ImportError: in one sentence, naming the lost names and the version that has them.
+        ImportError: in one sentence, naming the names and the version that has them.
     """
-    lost = []
-    for path in BORROWED:
+    changed = []
+    for path, expected in BORROWED.items():
         try:
-            find_borrowed(path)
+            found = find_borrowed(path)
+            if not inspect.isclass(found):
+                parameters = tuple(inspect.signature(inspect.unwrap(found)).parameters)
+                if parameters[: len(expected)] != expected:
+                    changed.append(f"{path} now takes {parameters}")
         except (ImportError, AttributeError):
-            lost.append(path)
-    if lost:
+            changed.append(f"{path} is gone")
+    if changed:
         raise ImportError(
-            f"trl_ext builds on names that trl {version('trl')} no longer has ({', '.join(lost)}): "
+            f"trl_ext builds on names that have changed in trl {version('trl')} ({'; '.join(changed)}): "
             f"run `pip install 'trl=={OLDEST_TRL}.*'` or upgrade trl_ext."
         )
 
@@ -160,7 +166,16 @@ def without_reference_model(policy_is_loaded_by_trl: bool):
         dpo_trainer.create_model_from_path = load
 
 
+_checked = False
+
+
 def __getattr__(name: str):
+    global _checked
+    if name.startswith("__"):
+        raise AttributeError(name)
+    if not _checked:  # before the first borrowed name is handed out, so that a lost one is refused in one sentence
+        check_borrowed_names()
+        _checked = True
     for path in BORROWED:
         module, _, qualified_name = path.partition(":")
         if qualified_name == name:
