@@ -190,6 +190,91 @@ def test_wrong_types_are_refused(row, message, tokenizer):
         prepare([row, row], tokenizer)
 
 
+def test_implicit_prompt_with_a_reference_that_has_it_or_not(tokenizer):
+    options = RowOptions(reference=True, eos_token=tokenizer.eos_token)
+    pair = {"chosen": "2 + 2? 4", "rejected": "2 + 2? 5"}
+    for reference in ("It is 4.", "2 + 2? It is 4."):
+        prepared, _ = prepare([{**pair, "reference": reference}], tokenizer, options)
+        prompt, (chosen, rejected, target) = decode(tokenizer, prepared[0])
+        assert (prompt, chosen, rejected) == ("2 + 2?", " 4<|im_end|>", " 5<|im_end|>")
+        assert target.strip() == "It is 4.<|im_end|>"
+
+
+@pytest.mark.parametrize("prompt", ["messages", "text", "none"])
+def test_conversations_that_repeat_the_prompt(prompt, tokenizer):
+    """Answers as whole conversations, with the prompt beside them or not: two datasets in wide use are like this."""
+    whole = {key: CHAT["prompt"] + CHAT[key] for key in ("chosen", "rejected")}
+    given = {"messages": {"prompt": CHAT["prompt"]}, "text": {"prompt": CHAT["prompt"][0]["content"]}, "none": {}}
+    options = RowOptions(reference=True, eos_token=tokenizer.eos_token)
+    row = {**whole, **given[prompt], "reference": CHAT["prompt"] + [{"role": "assistant", "content": "hey"}]}
+    expected, _ = prepare([{**CHAT, "reference": [{"role": "assistant", "content": "hey"}]}], tokenizer, options)
+    assert prepare([row], tokenizer, options)[0][0] == expected[0]
+
+
+def test_nothing_behind_an_implicit_prompt_is_empty(tokenizer):
+    with pytest.raises(ValueError, match="column 'rejected' is empty"):
+        prepare([{"chosen": "ask answer", "rejected": "ask "}], tokenizer)
+
+
+def test_streams_say_what_they_cut_and_name_missing_values(tokenizer, caplog):
+    options = RowOptions(max_length=8, eos_token=tokenizer.eos_token)
+    rows = [{**GOOD, "chosen": "a long answer"}] * 12
+    with caplog.at_level(logging.WARNING, logger="trl_ext"):
+        list(prepare(IterableDataset.from_generator(lambda: iter(rows)), tokenizer, options)[0])
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"train data: so far {n} completions cut at max_length=8" for n in (1, 10)]
+
+    ragged = IterableDataset.from_generator(lambda: iter([GOOD, {"prompt": "p", "chosen": "c"}]))
+    with pytest.raises(ValueError, match=r"row 1: column 'rejected' is missing"):
+        list(prepare(ragged, tokenizer)[0])
+
+
+def test_no_rows_at_all(tokenizer):
+    for empty in (Dataset.from_list([]), Dataset.from_dict({"prompt": [], "chosen": [], "rejected": []})):
+        with pytest.raises(ValueError, match="The train dataset has no rows"):
+            prepare(empty, tokenizer)
+    with pytest.raises(ValueError, match="The train dataset has no rows"):
+        prepare(IterableDataset.from_generator(lambda: iter([])), tokenizer)
+
+
+def test_tensor_formats_do_not_change_the_ids(tokenizer, ranked):
+    plain = prepare(ranked, tokenizer)[0]
+    for form in ("numpy", "torch"):
+        assert list(prepare(ranked.with_format(form), tokenizer)[0].with_format(None)) == list(plain)
+
+
+def test_another_version_does_not_use_what_this_one_cached(tokenizer, tmp_path, monkeypatch):
+    from trl_ext import data
+
+    path = tmp_path / "rows.jsonl"
+    Dataset.from_list(PAIRS).to_json(path)
+
+    def cache_files():
+        dataset = Dataset.from_json(str(path), cache_dir=str(tmp_path / "cache"))
+        return {file["filename"] for file in prepare(dataset, tokenizer)[0].cache_files}
+
+    first = cache_files()
+    assert first == cache_files()
+    monkeypatch.setattr(data, "PREPARED_BY", "another version")
+    assert not first & cache_files()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**CHAT, "tools": "[{"}, r"row 0: column 'prompt' could not be tokenised: Expecting"),
+        ({**CHAT, "chat_template_kwargs": "x"}, r"row 0: column 'prompt' could not be tokenised"),
+        (
+            {**CHAT, "chosen": [{"role": "assistant", "content": [{"type": "text", "text": None}]}]},
+            r"'chosen' is empty",
+        ),
+    ],
+)
+def test_broken_template_arguments_and_parts_are_named(row, message, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        prepare([row], tokenizer)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -213,7 +298,9 @@ def test_all_problems_are_listed_once_with_their_number(tokenizer):
     rows = [GOOD, {**GOOD, "chosen": ""}, {**GOOD, "rejected": ""}, {**GOOD, "rejected": "good"}]
     with pytest.raises(ValueError) as error:
         prepare(rows, tokenizer)
-    assert "3 of 4 rows" in str(error.value) and "row 1" in str(error.value) and "(1 more like it)" in str(error.value)
+    assert (
+        "3 of 4 rows" in str(error.value) and "row 1" in str(error.value) and "(1 more like it: 2)" in str(error.value)
+    )
     assert "row 3" in str(error.value)
 
 

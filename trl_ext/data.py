@@ -6,11 +6,12 @@ Whatever comes in, one prompt with K completions comes out, tokenised. A prefere
 Accepted rows, plain text or conversational, in TRL's words:
 
 - preference: `chosen`, `rejected`, optionally `prompt` (else the shared beginning of both is the prompt), `reference`
-  (a target for the regulariser), `score_chosen` and `score_rejected`;
+  (a target for the regulariser, with or without the prompt), `score_chosen` and `score_rejected`;
 - ranked: `prompt` (optional in the same way), `completions` (a list), `scores` (numbers, one per completion; K may
   differ between rows), optionally `reference`.
 
-`tools` and `chat_template_kwargs` are passed to the chat template, as TRL does.
+Conversations that repeat the prompt in front of every answer are understood too, with the prompt as messages or as the
+text of the first user message. `tools` and `chat_template_kwargs` are passed to the chat template, as TRL does.
 
 A prepared row has `prompt_ids`, `completion_ids` (list of lists), `scores` (one per candidate) and `reference_index`
 (which of `completion_ids` is the regulariser's target). A target that differs from all candidates is appended to
@@ -22,15 +23,21 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
-from accelerate.logging import get_logger
+from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from . import __version__
 from ._trl import _tokenize, common_prefix_length, global_then_local_main_first
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
+
+# enters the fingerprint of prepared data: `datasets` hashes the functions of a module by name, and would go on using
+# what another version of them has cached
+PREPARED_BY = f"trl_ext {__version__}, trl {version('trl')}"
 
 PREPARED_FEATURES = Features(
     {
@@ -214,7 +221,7 @@ def _check_text(value: Any, column: str, *, is_completion: bool) -> None:
 def _says_something(message: Mapping) -> bool:
     content = message.get("content")
     if isinstance(content, list):  # content given in parts
-        return any(not isinstance(part, Mapping) or part.get("text", "x").strip() for part in content)
+        return any(not isinstance(part, Mapping) or (part.get("text") or "").strip() for part in content)
     return bool((content or "").strip() or message.get("tool_calls"))
 
 
@@ -271,7 +278,7 @@ def parse_row(row: Mapping[str, Any], options: RowOptions) -> tuple[Any, list, l
         columns = [f"completions[{index}]" for index in range(len(candidates))]
         scores = _check_scores(row.get("scores"), "scores", len(candidates))
     else:
-        candidates = [row["chosen"], row["rejected"]]
+        candidates = [row.get("chosen"), row.get("rejected")]
         columns = ["chosen", "rejected"]
         scores = [1.0, 0.0]
         if options.score_values:
@@ -292,21 +299,39 @@ def parse_row(row: Mapping[str, Any], options: RowOptions) -> tuple[Any, list, l
     columns = columns + ["reference"] * (reference is not None)
     for text, column in zip(texts, columns, strict=True):
         _check_text(text, column, is_completion=True)
-    if "completions" not in row and row["chosen"] == row["rejected"]:
+    if "completions" not in row and candidates[0] == candidates[1]:
         raise RowError("identical", "rejected", "is the same as 'chosen'")
 
+    form = str if isinstance(texts[0], str) else list
+    for text, column in zip(texts, columns, strict=True):
+        if not isinstance(text, form):
+            raise RowError("mixed", column, f"is {type(text).__name__} while {columns[0]!r} is {form.__name__}")
     prompt = row.get("prompt")
     if "prompt" in row:
         _check_text(prompt, "prompt", is_completion=False)
-    form = str if isinstance(texts[0], str) else list
-    for text, column in zip([*texts, *([prompt] if "prompt" in row else [])], [*columns, "prompt"], strict=False):
-        if not isinstance(text, form):
-            raise RowError("mixed", column, f"is {type(text).__name__} while {columns[0]!r} is {form.__name__}")
-    if "prompt" not in row:
-        prompt, texts = extract_shared_prompt(texts)
+        if form is list:
+            if prompt == candidates[0][0].get("content") and candidates[0][0]["role"] == "user":
+                prompt = [candidates[0][0]]  # the text of the first message, which the conversations repeat
+            elif isinstance(prompt, str):
+                raise RowError("mixed", "prompt", f"is str while {columns[0]!r} is list")
+            if all(_begins_with(candidate, prompt) for candidate in candidates):
+                candidates = [candidate[len(prompt) :] for candidate in candidates]
+        elif not isinstance(prompt, str):
+            raise RowError("mixed", "prompt", f"is {type(prompt).__name__} while {columns[0]!r} is str")
+    else:
+        prompt, candidates = extract_shared_prompt(candidates)
         if form is list and not prompt:
             raise RowError("missing", "prompt", "is missing, and the completions share no first message")
-    return prompt, texts[: len(candidates)], scores, texts[-1] if reference is not None else None
+    if reference is not None and _begins_with(reference, prompt) and (form is list or "prompt" not in row):
+        reference = reference[len(prompt) :]
+    texts = [*candidates, *([] if reference is None else [reference])]
+    for text, column in zip(texts, columns, strict=True):
+        _check_text(text or "", column, is_completion=True)  # again: there may be nothing behind the prompt
+    return prompt, candidates, scores, reference
+
+
+def _begins_with(text: str | list, beginning: str | list) -> bool:
+    return bool(beginning) and text[: len(beginning)] == beginning
 
 
 def tokenize_candidates(
@@ -353,10 +378,10 @@ def prepare_row(row: Mapping[str, Any], processing_class, options: RowOptions) -
     """
     prompt, candidates, scores, reference = parse_row(row, options)
     targets = candidates if reference is None else [*candidates, reference]
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    template_kwargs = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
     try:
+        tools = row.get("tools")
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        template_kwargs = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
         prompt_ids, completion_ids, boundary_moved = tokenize_candidates(
             processing_class, prompt, targets, eos_token=options.eos_token, **template_kwargs
         )
@@ -374,7 +399,12 @@ def prepare_row(row: Mapping[str, Any], processing_class, options: RowOptions) -
         completion_ids = [ids[:room] for ids in completion_ids]
     for index, ids in enumerate(completion_ids):
         if not ids:
-            raise RowError("empty", f"completion {index}", "has no tokens left after tokenisation")
+            names = (
+                ["chosen", "rejected"]
+                if "completions" not in row
+                else [f"completions[{i}]" for i in range(len(scores))]
+            )
+            raise RowError("empty", [*names, "reference"][index], "has no tokens left after tokenisation")
     if "completions" not in row and completion_ids[0] == completion_ids[1]:
         cut = " once cut at max_length" if num_truncated else ""
         raise RowError("identical", "rejected", f"has the same tokens as 'chosen'{cut}")
@@ -412,21 +442,43 @@ _NOTHING = {
 }
 
 
-def _prepare_row_or_note(row, processing_class, options) -> dict[str, Any]:
+def _prepare_row_or_note(row, processing_class, options, prepared_by) -> dict[str, Any]:
     try:
         return prepare_row(row, processing_class, options)
     except RowError as error:
         return {**_NOTHING, "_problem": error.problem, "_detail": str(error)}
 
 
-def _prepare_streamed_row(row, index, processing_class, options, name, drop) -> dict[str, Any]:
-    try:
-        return prepare_row(row, processing_class, options)
-    except RowError as error:
-        if not drop:
-            raise ValueError(_refusal(name, None, {error.problem: [(index, str(error))]})) from None
-        logger.warning(f"{name} data: row {index} dropped, {error}")
-        return {**_NOTHING, "_problem": error.problem, "_detail": str(error)}
+class _StreamedRows:
+    """
+    Prepares the rows of a stream as they are read, and says what it does to them.
+
+    Dropped rows are named one by one. Cuts are counted, and said when their number reaches 1, 10, 100, ... Each
+    process and each worker of a data loader speaks for the rows it reads.
+    """
+
+    def __init__(self, processing_class, options: RowOptions, name: str, drop: bool):
+        self.processing_class, self.options, self.name, self.drop = processing_class, options, name, drop
+        self.num_truncated = self.num_boundary_moved = self.num_reference_missing = 0
+
+    def __call__(self, row, index) -> dict[str, Any]:
+        try:
+            prepared = prepare_row(row, self.processing_class, self.options)
+        except RowError as error:
+            if not self.drop:
+                raise ValueError(_refusal(self.name, None, {error.problem: [(index, str(error))]})) from None
+            logger.warning(f"{self.name} data: row {index} dropped, {error}")
+            return {**_NOTHING, "_problem": error.problem, "_detail": str(error)}
+        for attribute, note, what in (
+            ("num_truncated", "_num_truncated", f"completions cut at max_length={self.options.max_length}"),
+            ("num_boundary_moved", "_boundary_moved", "prompts tokenised differently alone than with completions"),
+            ("num_reference_missing", "_reference_missing", "rows without `reference`: the best candidate stands in"),
+        ):
+            before, after = getattr(self, attribute), getattr(self, attribute) + int(prepared[note])
+            setattr(self, attribute, after)
+            if len(str(after)) > len(str(before)) or (before == 0 < after):
+                logger.warning(f"{self.name} data: so far {after} {what}")
+        return prepared
 
 
 def _is_usable(row) -> bool:
@@ -439,7 +491,8 @@ def _refusal(name: str, num_rows: int | None, problems: dict[str, list[tuple[int
     lines = [f"The {name} dataset has {of_all} that cannot be used:"]
     for problem, rows in problems.items():
         index, detail = rows[0]
-        more = f" ({len(rows) - 1} more like it)" if len(rows) > 1 else ""
+        others = ", ".join(str(other) for other, _ in rows[1:10]) + (", ..." if len(rows) > 10 else "")
+        more = f" ({len(rows) - 1} more like it: {others})" if len(rows) > 1 else ""
         lines.append(f"  row {index}: {detail}{more}. {REMEDIES[problem]}")
     lines.append('Mend the data, or set on_invalid_row="drop" to leave such rows out; they are counted and reported.')
     return "\n".join(lines)
@@ -482,7 +535,9 @@ def prepare_dataset(
         ValueError: missing columns or unusable rows, naming row, column and remedy; or nothing is left.
         NotImplementedError: rows with images.
     """
-    columns = dataset.column_names or list(next(iter(dataset)))
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
+        raise ValueError(f"The {name} dataset has no rows. Give it some.")
     if is_prepared(columns):
         return dataset, None
     check_columns(columns, name)
@@ -499,19 +554,14 @@ def prepare_dataset(
         map_kwargs["features"] = features
 
     if isinstance(dataset, IterableDataset):
-        fn_kwargs = {
-            "processing_class": processing_class,
-            "options": options,
-            "name": name,
-            "drop": on_invalid_row == "drop",
-        }
-        dataset = dataset.map(_prepare_streamed_row, with_indices=True, fn_kwargs=fn_kwargs, **map_kwargs)
+        prepare = _StreamedRows(processing_class, options, name, drop=on_invalid_row == "drop")
+        dataset = dataset.map(prepare, with_indices=True, **map_kwargs)
         return dataset.filter(_is_usable).remove_columns(list(_NOTE_FEATURES)), None
 
     with global_then_local_main_first():
-        noted = dataset.map(
+        noted = dataset.with_format(None).map(
             _prepare_row_or_note,
-            fn_kwargs={"processing_class": processing_class, "options": options},
+            fn_kwargs={"processing_class": processing_class, "options": options, "prepared_by": PREPARED_BY},
             num_proc=num_proc,
             desc=f"Tokenizing {name} dataset",
             **map_kwargs,
@@ -527,9 +577,7 @@ def prepare_dataset(
         unusable = {index for rows in problems.values() for index, _ in rows}
         prepared = noted.select([index for index in range(len(noted)) if index not in unusable])
     if len(prepared) == 0:
-        raise ValueError(
-            _refusal(name, len(noted), problems) if problems else f"The {name} dataset has no rows. Give it some."
-        )
+        raise ValueError(_refusal(name, len(noted), problems))
     report = PreparationReport(
         name=name,
         num_rows=len(noted),
@@ -542,5 +590,6 @@ def prepare_dataset(
         num_reference_missing=sum(prepared["_reference_missing"]),
         dropped={problem: len(rows) for problem, rows in problems.items()},
     )
-    logger.log(logging.WARNING if report.worth_a_warning else logging.INFO, str(report))
+    if PartialState().is_main_process:
+        logger.log(logging.WARNING if report.worth_a_warning else logging.INFO, str(report))
     return prepared.remove_columns(list(_NOTE_FEATURES)), report
