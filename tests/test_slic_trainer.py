@@ -5,6 +5,7 @@ import warnings
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tests.conftest import PAIRS
 from trl_ext import CandidateCollator, SLiCConfig, SLiCTrainer
 from trl_ext.slic_config import CALIBRATIONS
 
+BF16_LOSS, BF16_GRADIENT = 0.001, 0.07  # measured: at most 0.00033 and 0.033
 REFERENCES = ["four", PAIRS[1]["rejected"], "It is down.", "yes", "nay", "word", "ta ta", "forty-two"]
 
 
@@ -124,29 +126,66 @@ def test_averaged_likelihoods_equal_slow_reference(reg_type, model, tokenizer, p
     torch.testing.assert_close(trainer.compute_loss(trainer.model, one_batch(trainer)), slow, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("reg_type", ["cross_entropy", "kl"])
 @pytest.mark.parametrize("calibration", CALIBRATIONS)
-def test_bfloat16_autocast_stays_within_two_percent(calibration, model, tokenizer, ranked, config_kwargs):
+def test_bfloat16_autocast_stays_close(
+    calibration, reg_type, model, tokenizer, pairs, chat_pairs, ranked, config_kwargs
+):
     """
-    bf16 keeps 8 bits of a number, so a token's log-probability is off by up to about 0.4 %, and S by less. Differences
-    of S magnify that. Measured here: at most 0.9 % of the largest S in the batch; the bound is twice that.
+    bf16 keeps 8 bits of a number: 0.4 % of each activation. The bound on both parts of the loss is BF16_LOSS of the
+    largest |S| of the batch, on gradients BF16_GRADIENT of their norm.
     """
-    trainer = build(model, tokenizer, ranked, config_kwargs, calibration=calibration)
+    rows = dataset_of("ranked" if calibration != "rank" else "plain+reference", pairs, chat_pairs, ranked)
+    frozen = perturbed(model, scale=0.1) if reg_type == "kl" else None
+    trainer = build(
+        model,
+        tokenizer,
+        rows,
+        config_kwargs,
+        calibration=calibration,
+        reg_type=reg_type,
+        reg_weight=1.0,
+        ref_model=frozen,
+    )
     batch = one_batch(trainer)
-    exact = trainer.compute_loss(trainer.model, batch).item()
-    with torch.autocast("cpu", torch.bfloat16):
-        rough = trainer.compute_loss(trainer.model, batch).item()
-    rows = [(row["prompt_ids"], ids) for row in trainer.train_dataset for ids in row["completion_ids"]]
-    largest = max(abs(reference.sequence_logp(model, *row).item()) for row in rows)
+    parts, norms = [], []
+    for half in (False, True):
+        trainer.model.zero_grad()
+        captured = {}
+        original = trainer.loss_from_logps
+
+        def keep(*args, captured=captured, original=original):
+            losses, metrics = original(*args)
+            captured.update(metrics)
+            return losses, metrics
+
+        trainer.loss_from_logps = keep
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = trainer.compute_loss(trainer.model, batch)
+        trainer.loss_from_logps = original
+        loss.backward()
+        parts.append([captured[f"loss/{part}"].detach().mean().item() for part in ("calibration", "regularization")])
+        norms.append(torch.cat([g.flatten() for g in gradients(trainer.model).values()]))
+    (exact, rough), (exact_gradient, rough_gradient) = parts, norms
+    examples = [(row["prompt_ids"], ids) for row in trainer.train_dataset for ids in row["completion_ids"]]
+    largest = max(abs(reference.sequence_logp(model, *example).item()) for example in examples)
     assert rough != exact, "autocast was not active"
-    assert abs(rough - exact) < 0.02 * largest
+    for one, other in zip(exact, rough, strict=True):
+        assert abs(one - other) < BF16_LOSS * largest
+    assert (rough_gradient - exact_gradient).norm() < BF16_GRADIENT * exact_gradient.norm()
 
 
 def test_left_padding_equals_right_padding(model, tokenizer, ranked, config_kwargs):
     trainer = build(model, tokenizer, ranked, config_kwargs)
-    right, left = (trainer.compute_loss(model, one_batch(trainer, padding_side=side)) for side in ("right", "left"))
-    wide = trainer.compute_loss(model, one_batch(trainer, pad_to_multiple_of=64))
-    torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(wide, right, rtol=1e-5, atol=1e-5)
+    results = []
+    for collator_kwargs in ({}, {"padding_side": "left"}, {"pad_to_multiple_of": 64}):
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(model, one_batch(trainer, **collator_kwargs))
+        loss.backward()
+        results.append((loss, gradients(trainer.model)))
+    for loss, grads in results[1:]:
+        torch.testing.assert_close(loss, results[0][0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(grads, results[0][1], rtol=1e-3, atol=1e-5)
 
 
 def test_order_of_rows_does_not_matter(model, tokenizer, ranked, config_kwargs):
@@ -290,17 +329,26 @@ def test_evaluation_during_training_and_best_checkpoint(model_dir, tokenizer, pa
     assert trainer.state.best_metric == max(log["eval_rewards/accuracies"] for log in evals)
 
 
-def test_stream(model_dir, tokenizer, config_kwargs):
+def test_stream_trains_like_the_same_rows_in_a_list(model_dir, tokenizer, config_kwargs):
+    kwargs = {**config_kwargs, "max_steps": 6, "train_sampling_strategy": "sequential"}
     stream = IterableDataset.from_generator(lambda: iter(PAIRS))
-    streamed, stream_losses = run(model_dir, tokenizer, stream, {**config_kwargs, "max_steps": 6})
-    assert len(stream_losses.series()) == 6
-    listed, list_losses = run(
-        model_dir,
-        tokenizer,
-        Dataset.from_list(PAIRS),
-        {**config_kwargs, "max_steps": 4, "train_sampling_strategy": "sequential"},
-    )
-    torch.testing.assert_close(stream_losses.series()[:4], list_losses.series(), rtol=0.2, atol=0.2)
+    streamed, stream_losses = run(model_dir, tokenizer, stream, kwargs)
+    listed, list_losses = run(model_dir, tokenizer, Dataset.from_list(PAIRS), kwargs)
+    assert len(stream_losses.series()) == 6 and stream_losses.series() == list_losses.series()
+    assert torch.equal(weights(streamed), weights(listed))
+
+
+def test_evaluating_a_stream_gives_the_numbers_of_a_list(model, tokenizer, pairs, ranked, config_kwargs):
+    """5 rows in batches of 4: the last batch is short, and Trainer's own mean would count it as whole."""
+    rows = [*ranked, {**ranked[0], "prompt": "again "}]
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    trainer = build(model, tokenizer, pairs, config_kwargs, eval_dataset=stream, per_device_eval_batch_size=4)
+    streamed, listed = trainer.evaluate(), trainer.evaluate(Dataset.from_list(rows))
+    predicted = trainer.predict(Dataset.from_list(rows)).metrics
+    for name in ("loss", "loss/calibration", "logps/chosen", "hinge/active"):
+        assert streamed[f"eval_{name}"] == pytest.approx(listed[f"eval_{name}"], rel=1e-5), name
+        assert predicted[f"test_{name}"] == pytest.approx(listed[f"eval_{name}"], rel=1e-5), name
+    assert trainer.evaluate(stream)["eval_loss"] == streamed["eval_loss"]
 
 
 @pytest.mark.parametrize("logging_steps", [1, 3])
@@ -364,11 +412,6 @@ def test_balancing_loss_of_a_mixture_of_experts_is_added_once(tokenizer, pairs, 
     assert values[0.5][0] - values[0.0][0] == pytest.approx(0.5 * aux_loss, rel=1e-3)
     assert values[0.5][1] - values[0.0][1] == pytest.approx(0.5 * aux_loss, rel=0.05)
     assert values[0.0][0] == pytest.approx(values[0.0][1], rel=1e-5)
-
-
-def test_trackers_receive_the_metrics(model_dir, tokenizer, pairs, config_kwargs, tmp_path):
-    pytest.importorskip("tensorboard", reason="tensorboard is optional")
-    run(model_dir, tokenizer, pairs, {**config_kwargs, "report_to": "tensorboard"})
 
 
 # No reference model
@@ -477,8 +520,9 @@ def test_kl_with_lora_is_the_kl_to_the_base_model(model_dir, tokenizer, pairs, c
         ({"loss_type": "hinge"}, r"loss_type='hinge': set `calibration`"),
         ({"loss_type": ["sigmoid", "sft"]}, r"loss_type=\['sigmoid', 'sft'\]: set `calibration`"),
         ({"beta": 1.0}, r"beta=1.0: set `delta`, the margin in nats"),
-        ({"ld_alpha": 0.5}, r"ld_alpha=0.5: `logps_reduction='mean'`"),
+        ({"ld_alpha": 0.5}, r"ld_alpha=0.5: set `logps_reduction='mean'`"),
         ({"label_smoothing": 0.1}, r"label_smoothing=0.1: leave out the pairs"),
+        ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor=0.1: this trainer has a loss of its own"),
         ({"f_divergence_type": "forward_kl"}, r"f_divergence_type='forward_kl': set `reg_type`"),
         ({"use_weighting": True}, r"use_weighting=True: there is no weighting"),
         ({"sync_ref_model": True}, r"sync_ref_model=True: no reference model"),
@@ -521,9 +565,54 @@ def test_refusals_come_before_any_weight_is_loaded(model_dir, tokenizer, pairs, 
             SLiCTrainer(model_dir, args=DPOConfig(**config_kwargs), train_dataset=pairs)
         with pytest.raises(ValueError, match="`train_dataset` is required"):
             build(model_dir, tokenizer, None, config_kwargs)
+        with pytest.raises(ValueError, match="got no model. Pass a name"):
+            build(None, tokenizer, pairs, config_kwargs)
+        with pytest.raises(ValueError, match="dispatch_batches=True would tear"):
+            build(model_dir, tokenizer, pairs, config_kwargs, accelerator_config={"dispatch_batches": True})
         with pytest.raises(TypeError, match="`train_dataset` is a dict"):
             build(model_dir, tokenizer, {"train": pairs}, config_kwargs)
     assert counts["models"] == 0
+
+
+def test_adapters_that_would_mean_the_wrong_reference_are_refused(model_dir, tokenizer, pairs, config_kwargs):
+    def peft_model(*names):
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        model = get_peft_model(model, LORA, adapter_name=names[0])
+        for name in names[1:]:
+            model.add_adapter(name, LORA)
+        return model
+
+    with pytest.raises(
+        ValueError, match=r"has the adapters \['mine'\].* Load the adapter with `adapter_name='default'`"
+    ):
+        build(peft_model("mine"), tokenizer, pairs, config_kwargs)
+    two = peft_model("default", "other")
+    two.set_adapter("other")
+    build(two, tokenizer, pairs, config_kwargs)
+    with pytest.raises(ValueError, match=r"of which \['other'\] are active.* activate 'default' alone"):
+        build(two, tokenizer, pairs, config_kwargs, reg_type="kl")
+    used = peft_model("default")
+    build(used, tokenizer, pairs, config_kwargs, reg_type="kl")
+    with pytest.raises(ValueError, match=r"delete an earlier 'ref' with `model.delete_adapter\('ref'\)`"):
+        build(used, tokenizer, pairs, config_kwargs, reg_type="kl")
+    trained_head = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    build(model_dir, tokenizer, pairs, config_kwargs, peft_config=trained_head)
+    with pytest.raises(NotImplementedError, match="the head is the reference's as well. Leave the head out"):
+        build(model_dir, tokenizer, pairs, config_kwargs, peft_config=trained_head, reg_type="kl")
+
+
+def test_padding_token_is_used_or_refused(model_dir, tokenizer, pairs, config_kwargs):
+    trainer = build(model_dir, None, pairs, config_kwargs, pad_token="!")
+    assert trainer.data_collator.pad_token_id == trainer.processing_class.convert_tokens_to_ids("!")
+    with pytest.raises(ValueError, match="The padding token '<nope>' is not in the tokenizer's vocabulary"):
+        build(model_dir, None, pairs, config_kwargs, pad_token="<nope>")
+
+
+def test_sharding_of_one_sequence_is_refused_by_name(model_dir, tokenizer, pairs, config_kwargs):
+    args = SLiCConfig(**config_kwargs)
+    args.parallelism_config = SimpleNamespace(tp_size=1, cp_size=2, sp_size=1)
+    with pytest.raises(NotImplementedError, match="does not run with cp_size > 1.* Leave `cp_size` at 1"):
+        SLiCTrainer(model_dir, args=args, train_dataset=pairs, processing_class=tokenizer)
 
 
 def test_foreign_collator_is_refused_by_name(model, tokenizer, pairs, config_kwargs):

@@ -12,7 +12,7 @@ UNUSED_DPO_FIELDS = {
     "loss_type": _NOT_A_DPO_LOSS,
     "loss_weights": _NOT_A_DPO_LOSS,
     "beta": _NOT_A_DPO_LOSS,
-    "ld_alpha": "`logps_reduction='mean'` if long answers weigh too much",
+    "ld_alpha": _NOT_A_DPO_LOSS,
     "f_divergence_type": "there is no divergence to a reference model in this loss",
     "f_alpha_divergence_coef": "there is no divergence to a reference model in this loss",
     "label_smoothing": "leave out the pairs you do not trust",
@@ -23,6 +23,7 @@ UNUSED_DPO_FIELDS = {
     "ref_model_sync_steps": "no reference model is trained along",
     "precompute_ref_log_probs": "no reference log-probabilities enter this loss",
     "precompute_ref_batch_size": "no reference log-probabilities enter this loss",
+    "label_smoothing_factor": _NOT_A_DPO_LOSS,
     "padding_free": "TRL itself switches it off",
     "truncation_mode": "cut prompts before training; completions are cut at the end",
 }
@@ -70,7 +71,7 @@ class CandidateConfig(DPOConfig):
 
     def _refuse_unused_fields(self) -> None:
         changed = []
-        for config_field in fields(DPOConfig):
+        for config_field in fields(DPOConfig):  # its defaults, whatever a subclass makes of them
             if config_field.name not in self.unused_fields:
                 continue
             default = config_field.default

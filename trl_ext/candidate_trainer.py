@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -22,15 +21,13 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction
 from trl import DPOTrainer
 
-from ._trl import check_borrowed_names, get_config_model_id, without_reference_model
+from ._trl import get_config_model_id, without_reference_model
 from .candidate_config import CandidateConfig
 from .collators import CandidateCollator
 from .data import PREPARED_FEATURES, PreparationReport, RowOptions, prepare_dataset
 from .execution.forward import score_completions
 from .logps import CompletionLogps, completion_logps
 from .metrics import MetricAccumulator
-
-check_borrowed_names()
 
 REQUIRED_BATCH_KEYS = {
     "prompt_weights",
@@ -101,19 +98,31 @@ class CandidateTrainer(DPOTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: "PeftConfig | None" = None,  # noqa: F821
     ):
-        model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+        if model is None:
+            raise ValueError(
+                f"{type(self).__name__} got no model. Pass a name, a folder or a model object as `model`."
+            )
         if args is None:
-            args = self.config_class(f"{model_id.rstrip('/').split('/')[-1]}-{self._name}")
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = self.config_class(f"{name.rstrip('/').split('/')[-1]}-{self._name}")
         self._check_arguments(args, model, ref_model, train_dataset, compute_metrics)
 
         if processing_class is None:
+            model_id = model if isinstance(model, str) else get_config_model_id(model.config)
             init_kwargs = args.model_init_kwargs or {}
             processing_class = AutoProcessor.from_pretrained(
                 model_id, revision=init_kwargs.get("revision"), trust_remote_code=args.trust_remote_code
             )
-        tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer = _tokenizer_of(processing_class)
+        tokenizer.pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
+        if tokenizer.pad_token not in tokenizer.get_vocab():
+            raise ValueError(
+                f"The padding token {tokenizer.pad_token!r} is not in the tokenizer's vocabulary. Set "
+                "`tokenizer.pad_token` to a token that is."
+            )
+        # Accelerate's dispatcher, its default for streams, cuts every tensor of a batch to the number of prompts; ours
+        # have a row per completion. So each process reads its own batches.
+        args.accelerator_config.dispatch_batches = False
 
         self.data_reports: dict[str, PreparationReport] = {}
         train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
@@ -156,8 +165,13 @@ class CandidateTrainer(DPOTrainer):
                     f"{type(self).__name__} needs no reference model, yet this TRL built one. Please report it with "
                     "the version of TRL."
                 )
+        else:
+            self._prepare_reference_model()
         self._metric_sums = {"train": MetricAccumulator(), "eval": MetricAccumulator()}
         self._eval_prefix = "eval"
+
+    def _prepare_reference_model(self) -> None:
+        """What a method has to do to its reference model, where it has one."""
 
     def _check_arguments(self, args, model, ref_model, train_dataset, compute_metrics) -> None:
         """Refuse what cannot be honoured, before anything expensive happens."""
@@ -174,6 +188,12 @@ class CandidateTrainer(DPOTrainer):
                 f"`train_dataset` is a {type(train_dataset).__name__}; pass a `Dataset` or an `IterableDataset` (one "
                 "split of a `DatasetDict`, for example)."
             )
+        if args.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "accelerator_config.dispatch_batches=True would tear a prompt's completions apart: one process would "
+                "cut the batch by rows for the others. Leave it out."
+            )
+        self._check_adapters(args, model, ref_model)
         if ref_model is not None and not args.uses_reference_model:
             raise ValueError(
                 f"{trainer} was given a `ref_model` that its loss never looks at and that would only take memory. "
@@ -192,6 +212,22 @@ class CandidateTrainer(DPOTrainer):
                     f"Leave `{kind}_size` at 1 and use DDP, ZeRO or FSDP."
                 )
 
+    def _check_adapters(self, args, model, ref_model) -> None:
+        if isinstance(model, str) or not is_peft_model(model) or ref_model is not None:
+            return
+        adapters = list(model.peft_config)
+        if "default" not in adapters:
+            raise ValueError(
+                f"The PeftModel has the adapters {adapters}, and TRL looks for one called 'default'. Load the adapter "
+                "with `adapter_name='default'`."
+            )
+        if args.uses_reference_model and (model.active_adapters != ["default"] or "ref" in adapters):
+            raise ValueError(
+                f"The PeftModel has the adapters {adapters}, of which {model.active_adapters} are active. TRL copies "
+                "the adapter 'default' to an adapter 'ref' to serve as reference: activate 'default' alone, and "
+                "delete an earlier 'ref' with `model.delete_adapter('ref')`."
+            )
+
     # Rows and batches
 
     def _row_options(self, args: CandidateConfig) -> RowOptions:
@@ -199,8 +235,7 @@ class CandidateTrainer(DPOTrainer):
         return RowOptions(max_length=args.max_length)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        options = dataclasses.replace(self._row_options(args), eos_token=tokenizer.eos_token)
+        options = dataclasses.replace(self._row_options(args), eos_token=_tokenizer_of(processing_class).eos_token)
         dataset, report = prepare_dataset(
             dataset,
             processing_class,
@@ -251,7 +286,6 @@ class CandidateTrainer(DPOTrainer):
 
     # Loss
 
-    @abstractmethod
     def loss_from_logps(
         self, logps: CompletionLogps, inputs: dict[str, torch.Tensor], outputs: Any
     ) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -267,6 +301,7 @@ class CandidateTrainer(DPOTrainer):
             `tuple`: losses `(B,)`, one per prompt, and metrics by name: a tensor `(B,)` to be averaged over prompts,
             or a pair of them, numerators and denominators.
         """
+        raise NotImplementedError(f"{type(self).__name__} has no loss: define `loss_from_logps`.")
 
     def forward_batch(self, model: nn.Module, inputs: dict[str, torch.Tensor], **model_kwargs: Any):
         """The model call for one batch; a method that needs more from the model overrides it."""
@@ -310,6 +345,10 @@ class CandidateTrainer(DPOTrainer):
             share = weights.sum() * scale
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss * share
             metrics["aux_loss"] = outputs.aux_loss.detach().expand_as(weights)
+            losses = losses.detach() + self.router_aux_loss_coef * outputs.aux_loss.detach()
+        if not self.model.training:
+            # `Trainer` repeats a batch's mean by the batch size set, which is too often for the last batch of a stream
+            metrics["loss"] = losses
         self._accumulate(metrics, inputs, outputs)
         return (loss, outputs) if return_outputs else loss
 
@@ -320,6 +359,16 @@ class CandidateTrainer(DPOTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         return loss, None, None
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        """
+        The metrics of [`~Trainer.evaluate`] on a dataset, raw or prepared. There are no predictions to return:
+        `Trainer` would collect the full logits, which are never built.
+        """
+        test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, metric_key_prefix)
+        output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        output.metrics.update(self._reduce_metrics("eval"))
+        return output
 
     # Metrics
 
@@ -342,24 +391,29 @@ class CandidateTrainer(DPOTrainer):
             sums.add_total("num_tokens", inputs["attention_mask"] * row_weights)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
+        metrics = self._reduce_metrics("train" if self.model.training else "eval")
+        if "train_runtime" not in logs:  # the summary of the run, where the means of its last few steps would mislead
+            logs.update(metrics)
+        super().log(logs, start_time)
+
+    def _reduce_metrics(self, mode: str) -> dict[str, float]:
         metrics = self._metric_sums[mode].reduce(self.accelerator)
-        if "train_runtime" in logs:  # the summary of the run, where the means of its last few steps would mislead
-            metrics = {}
         if "num_tokens" in metrics:  # a running total, taken up again where a resumed run left off
             before = (entry["num_tokens"] for entry in reversed(self.state.log_history) if "num_tokens" in entry)
             metrics["num_tokens"] += next(before, 0)
-        if mode == "eval":
-            metrics = {f"{self._eval_prefix}_{name}": value for name, value in metrics.items()}
-        logs.update(metrics)
-        super().log(logs, start_time)
+        prefix = "" if mode == "train" else f"{self._eval_prefix}_"
+        return {prefix + name: value for name, value in metrics.items()}
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        self._metric_sums["eval"].clear()  # `predict` fills it and never logs
+        self._metric_sums["eval"].clear()
         self._eval_prefix = metric_key_prefix
         return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+
+
+def _tokenizer_of(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
 def _check_batch(inputs: dict[str, torch.Tensor]) -> None:

@@ -17,7 +17,8 @@ class MetricAccumulator:
 
     def add(self, name: str, numerator: torch.Tensor, denominator: torch.Tensor) -> None:
         """Add `numerator` and `denominator` (any shape; they are summed) to the metric `name`."""
-        pair = torch.stack([numerator.detach().sum().double(), denominator.detach().sum().double()])
+        precision = torch.float32 if numerator.device.type == "mps" else torch.float64  # MPS has no float64
+        pair = torch.stack([numerator.detach().sum().to(precision), denominator.detach().sum().to(precision)])
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def add_total(self, name: str, amount: torch.Tensor) -> None:

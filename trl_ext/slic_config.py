@@ -37,8 +37,9 @@ class SLiCConfig(CandidateConfig):
         reg_type (`str`, *optional*, defaults to `"cross_entropy"`):
             - `"cross_entropy"`: - S(y_ref) under the model in training (SLiC-HF). No second model.
             - `"kl"`: KL(model || fine-tuned model), over the whole vocabulary, at each token of y_ref, added up. The
-              regulariser of the earlier SLiC paper, and the only setting that holds a reference model: the base model
-              under a LoRA adapter, otherwise a second copy of the weights.
+              regulariser of the earlier SLiC paper, and the only setting that holds a reference model. With a
+              `peft_config` that is the base model, with a `PeftModel` a copy of its adapter as it starts, otherwise a
+              second copy of the weights.
         logps_reduction (`str`, *optional*, defaults to `"sum"`):
             `"sum"`: S adds up the token log-probabilities, as in the paper. `"mean"`: their average per token, in the
             calibration and in the regulariser alike; `delta` is then nats per token.
@@ -57,6 +58,7 @@ class SLiCConfig(CandidateConfig):
         "loss_type": "set `calibration`",
         "loss_weights": "set `reg_weight`",
         "beta": "set `delta`, the margin in nats; TRL's hinge with `beta` has the margin 1 / beta and the slope beta",
+        "ld_alpha": "set `logps_reduction='mean'` if long answers weigh too much",
         "f_divergence_type": "set `reg_type` and `reg_weight`",
         "f_alpha_divergence_coef": "set `reg_type` and `reg_weight`",
         "precompute_ref_log_probs": (

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ._trl import disable_gradient_checkpointing, use_adapter
@@ -99,11 +100,6 @@ class SLiCTrainer(CandidateTrainer):
             }"""),
     }
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        if self.args.uses_reference_model:
-            self._add_kl_heads()
-
     def _row_options(self, args: SLiCConfig) -> RowOptions:
         return RowOptions(
             max_length=args.max_length,
@@ -154,9 +150,16 @@ class SLiCTrainer(CandidateTrainer):
 
     # The KL regulariser, and with it everything that has to do with a reference model
 
-    def _add_kl_heads(self) -> None:
+    def _prepare_reference_model(self) -> None:
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
         if self.ref_model is None:  # PEFT: the reference is the same model without its adapter
+            head = policy.get_output_embeddings()
+            if isinstance(head, AuxiliaryTrainingWrapper):
+                raise NotImplementedError(
+                    "reg_type='kl' with an adapter that trains the LM head (`modules_to_save` or "
+                    "`trainable_token_indices`) is not supported: the head is the reference's as well. Leave the head "
+                    "out of the adapter, or set reg_type='cross_entropy'."
+                )
             add_kl_head(policy, policy.get_output_embeddings)
         else:
             reference = self.accelerator.unwrap_model(self.ref_model)
