@@ -111,8 +111,8 @@ def measure(job: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=4, help="pairs per batch")
-    parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt")
+    parser.add_argument("--pairs", type=int, default=2, help="pairs per batch")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--answer", type=int, default=64, help="tokens of each answer")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--runs", type=int, default=3, help="runs of each trainer, in turn; the median is kept")

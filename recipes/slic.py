@@ -22,6 +22,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 from trl_ext import SLiCConfig
 from trl_ext.cli import (
     checkpoint_to_resume,
+    is_playground,
     load_datasets,
     model_init_kwargs,
     parse_recipe_args,
@@ -36,18 +37,16 @@ def main(script_args, training_args, model_args, dataset_args):
     from trl import get_peft_config, get_quantization_config
 
     from trl_ext import SLiCTrainer
-    from trl_ext.playground import Playground, build_playground
+    from trl_ext.playground import Playground, build_playground, holds_playground
     from trl_ext.plots import plot_training_curves
 
     use_all_cpu_cores()
     output_dir = Path(training_args.output_dir)
-    is_playground = (
-        model_args.model_name_or_path is None and script_args.dataset_name is None and not dataset_args.datasets
-    )
-    resume_from = checkpoint_to_resume(training_args, start_afresh=is_playground)
+    on_playground = is_playground(script_args, model_args, dataset_args)
+    resume_from = checkpoint_to_resume(training_args, start_afresh=on_playground and holds_playground(output_dir))
 
     # Data: the playground's own, or the user's
-    if is_playground:
+    if on_playground:
         playground = Playground(seed=training_args.seed)
         sft_model, candidates = build_playground(
             playground, output_dir / "playground", reuse=wants_to_resume(training_args)
@@ -71,7 +70,8 @@ def main(script_args, training_args, model_args, dataset_args):
         peft_config=get_peft_config(model_args),
     )
     for report in trainer.data_reports.values():
-        trainer.accelerator.print(report)
+        if not report.worth_a_warning:  # the others were said already
+            trainer.accelerator.print(report)
     results = trainer.train(resume_from_checkpoint=resume_from).metrics
     if eval_dataset is not None:
         results.update(trainer.evaluate())
@@ -79,7 +79,7 @@ def main(script_args, training_args, model_args, dataset_args):
     trainer.save_state()
 
     # Report
-    if is_playground:
+    if on_playground:
         comparison = playground.evaluate(training_args.output_dir, sft_model)
         results.update(comparison.metrics())
         if trainer.is_world_process_zero():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from tests.conftest import PAIRS, REPOSITORY, real_data
@@ -74,6 +76,49 @@ def test_unknown_keys_are_fatal(tmp_path):
         parse("--config", str(config))
     with pytest.raises(ValueError, match="--gamma"):
         parse("--gamma", "1")
+
+
+def test_flags_that_would_do_nothing_and_missing_models_are_refused(tmp_path, pairs):
+    with pytest.raises(ValueError, match="Data is given but no model. Set `--model_name_or_path`"):
+        parse("--dataset_name", "x", "--output_dir", str(tmp_path))
+    with pytest.raises(ValueError, match="`--ignore_bias_buffers` .* is not offered here"):
+        parse(
+            "--dataset_name", "x", "--model_name_or_path", "y", "--ignore_bias_buffers", "--output_dir", str(tmp_path)
+        )
+    with pytest.raises(ValueError, match="`--config` names no file"):
+        parse("--config")
+    pairs.to_json(tmp_path / "rows.jsonl")
+    pairs.save_to_disk(tmp_path / "saved")
+
+    def load(name, with_eval=False, test_split_size=None, **kwargs):
+        mixture = DatasetMixtureConfig(test_split_size=test_split_size)
+        script_args = ScriptArguments(dataset_name=str(tmp_path / name), **kwargs)
+        return load_datasets(script_args, mixture, with_eval=with_eval, seed=0)
+
+    with pytest.raises(ValueError, match="test_split_size=0.5 would do nothing: evaluation is off"):
+        load("rows.jsonl", test_split_size=0.5)
+    with pytest.raises(ValueError, match="dataset_config='x' means nothing for local data"):
+        load("rows.jsonl", dataset_config="x")
+    with pytest.raises(ValueError, match="is not streamed. Leave `--dataset_streaming` out"):
+        load("saved", dataset_streaming=True)
+
+
+def test_mixture_is_split_the_same_way_every_time(tmp_path, pairs):
+    pairs.to_json(tmp_path / "rows.jsonl")
+    mixture = {"datasets": [{"path": "json", "data_files": str(tmp_path / "rows.jsonl")}], "test_split_size": 0.5}
+    first, second = (
+        load_datasets(ScriptArguments(), DatasetMixtureConfig(**mixture), with_eval=True, seed=3)[1]["chosen"]
+        for _ in range(2)
+    )
+    assert len(first) == 4 and list(first) == list(second)
+
+
+def test_a_forgotten_data_flag_deletes_nothing(tmp_path):
+    """Without model and data the playground would run, but not over the checkpoints of another run."""
+    (tmp_path / "checkpoint-500").mkdir()
+    done = subprocess.run([*LAUNCH, "--output_dir", str(tmp_path)], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode and "holds checkpoints of an earlier run, up to checkpoint-500" in done.stderr
+    assert (tmp_path / "checkpoint-500").is_dir()
 
 
 def test_every_config_is_parsed_whole():
@@ -218,15 +263,25 @@ def test_killed_run_resumes_to_the_same_weights(model_dir, pairs_file, tmp_path)
 
 
 def test_real_preference_data(tmp_path, model_dir):
+    """Train, evaluate, save, reload and resume on 235 real chats."""
     data = real_data("preference.jsonl")
     output = tmp_path / "out"
     settings = {
-        "max_steps": 4, "max_length": 512, "on_invalid_row": "drop", "eval_strategy": "steps", "eval_steps": 4,
-        "test_split_size": 0.1,
+        "max_steps": 4, "max_length": 512, "on_invalid_row": "drop", "eval_strategy": "steps", "eval_steps": 2,
+        "test_split_size": 0.1, "save_strategy": "steps", "save_steps": 2,
     }  # fmt: skip
     printed = launch(small_run(model_dir, data, output, **settings))
-    assert "235" not in printed.split("->")[0] and "completions (" in printed, "what was cut is said"
-    assert (output / "model.safetensors").is_file()
+    assert "train data: 211 rows -> " in printed and "cut at max_length=512: " in printed
+    first = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    assert [log["step"] for log in first if "eval_loss" in log][:2] == [2, 4]
+
+    shutil.rmtree(output / "checkpoint-4")
+    launch([*small_run(model_dir, data, output, **settings), "--resume_from_checkpoint", "true"])
+    again = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    assert [log.get("loss") for log in again if "loss" in log] == [log.get("loss") for log in first if "loss" in log]
+    model = AutoModelForCausalLM.from_pretrained(output)
+    saved = load_file(output / "model.safetensors")
+    assert all(torch.equal(parameter, saved[name]) for name, parameter in model.named_parameters())
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What all recipes share: reading arguments, loading data, and writing down what came out."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,35 +17,55 @@ def parse_recipe_args(dataclass_types: Sequence[type], playground_config: str | 
     """
     Parse a recipe's command line, with `--config file.yaml` for values kept in a file.
 
-    Without a dataset and without a model, the values of `playground_config` become the defaults, so that the recipe
-    runs on the playground; anything given on the command line still wins. Unknown arguments, on the command line or
-    in the file, are fatal.
+    Without a dataset, a model and a config file, the values of `playground_config` become the defaults, so that the
+    recipe runs on the playground; anything given on the command line still wins. Unknown arguments, on the command
+    line or in the file, are fatal.
 
     Args:
-        dataclass_types (`Sequence[type]`): as for [`~trl.TrlParser`]; the first holds `dataset_name`.
+        dataclass_types (`Sequence[type]`): as for [`~trl.TrlParser`]: [`~trl.ScriptArguments`], the trainer's config,
+            [`~trl.ModelConfig`] and [`~trl.DatasetMixtureConfig`], in this order.
         playground_config (`str` or `Path`): YAML file of the playground's values.
         args (`list[str]`, *optional*): arguments, by default those of the command line.
 
     Returns:
         `tuple`: one object per dataclass.
+
+    Raises:
+        ValueError: unknown arguments, data without a model, or a flag that would do nothing.
     """
     from trl import TrlParser
 
     args = list(sys.argv[1:] if args is None else args)
-    wants_playground = not any(
-        arg.split("=")[0] in ("--config", "--dataset_name", "--datasets", "--model_name_or_path") for arg in args
-    )
-    if wants_playground:
-        args = ["--config", str(playground_config), *args]
     for index, arg in enumerate(args):
         if arg.startswith("--config="):  # TrlParser knows only the form with a space
             args[index : index + 1] = ["--config", arg.removeprefix("--config=")]
-    return TrlParser(dataclass_types).parse_args_and_config(args)
+    if args and args[-1] == "--config":
+        raise ValueError("`--config` names no file. Put the path of a YAML file behind it.")
+    if not any(arg.split("=")[0] in ("--config", "--dataset_name", "--model_name_or_path") for arg in args):
+        args = ["--config", str(playground_config), *args]
+    parsed = TrlParser(dataclass_types).parse_args_and_config(args)
+
+    script_args, _training_args, model_args, dataset_args = parsed
+    if is_playground(script_args, model_args, dataset_args):
+        return parsed
+    if model_args.model_name_or_path is None:
+        raise ValueError(
+            "Data is given but no model. Set `--model_name_or_path` to a Hub name or a folder; with neither a model "
+            "nor data the recipe runs its playground."
+        )
+    if script_args.ignore_bias_buffers:
+        raise ValueError("`--ignore_bias_buffers` is a debugging switch of TRL's scripts that is not offered here.")
+    return parsed
+
+
+def is_playground(script_args, model_args, dataset_args) -> bool:
+    """Whether neither a model nor data is given."""
+    return model_args.model_name_or_path is None and script_args.dataset_name is None and not dataset_args.datasets
 
 
 def load_datasets(script_args, dataset_args, *, with_eval: bool, seed: int) -> tuple[Any, Any]:
     """
-    Load the train split, and the eval split if one is wanted.
+    Load the train split, and the eval split if one is wanted. Row numbers in messages are those of the split.
 
     `dataset_name` may be a Hub name, a local `.json`, `.jsonl`, `.parquet` or `.csv` file, a folder with such files,
     or a folder written by `Dataset.save_to_disk`. `datasets` in a config file is TRL's mixture. Data without an eval
@@ -61,21 +82,30 @@ def load_datasets(script_args, dataset_args, *, with_eval: bool, seed: int) -> t
     if dataset_args.datasets:
         if name:
             raise ValueError(f"Both `datasets` and dataset_name={name!r} are given. Leave one of them out.")
-        dataset = get_dataset(dataset_args)
+        # the split is ours: TRL's is not seeded
+        dataset = get_dataset(dataclasses.replace(dataset_args, test_split_size=None))
     elif name is None:
         raise ValueError(
             "A model is given but no data. Set `--dataset_name` to a Hub name, a local file or a folder; with neither "
             "a model nor data the recipe runs its playground."
         )
     else:
-        path = Path(name)
+        path = Path(name).expanduser()
+        name = str(path) if name.startswith("~") else name
+        is_saved = (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file()
+        if script_args.dataset_config is not None and (path.suffix in FILE_FORMATS or is_saved):
+            raise ValueError(
+                f"dataset_config={script_args.dataset_config!r} means nothing for local data. Leave it out."
+            )
         if path.suffix in FILE_FORMATS:
             if not path.is_file():
                 raise FileNotFoundError(
                     f"dataset_name={name!r} looks like a local file, and there is none. Mend the path."
                 )
             dataset = load_dataset(FILE_FORMATS[path.suffix], data_files={"train": name}, streaming=streaming)
-        elif (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
+        elif is_saved:
+            if streaming:
+                raise ValueError("Data written by `save_to_disk` is not streamed. Leave `--dataset_streaming` out.")
             dataset = load_from_disk(name)
         elif name.startswith((".", "/", "~")) and not path.is_dir():
             raise FileNotFoundError(
@@ -90,6 +120,12 @@ def load_datasets(script_args, dataset_args, *, with_eval: bool, seed: int) -> t
     if train_split not in dataset:
         raise ValueError(f"There is no split {train_split!r}, only {sorted(dataset)}. Set `--dataset_train_split`.")
     train_dataset = dataset[train_split]
+    if dataset_args.test_split_size is not None and (not with_eval or eval_split in dataset):
+        why = f"there is a split {eval_split!r}" if eval_split in dataset else "evaluation is off"
+        raise ValueError(
+            f"test_split_size={dataset_args.test_split_size} would do nothing: {why}. Leave it out"
+            + (", or set `--eval_strategy steps`." if not with_eval else ".")
+        )
     if not with_eval:
         return train_dataset, None
     if eval_split in dataset:

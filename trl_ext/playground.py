@@ -449,8 +449,9 @@ class Comparison:
 
 
 def load_model(path: str | Path):
-    """Model (float32) and tokenizer of a local checkpoint, a full one or an adapter."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
+    """Model (float32, on this process's device) and tokenizer of a local checkpoint, a full one or an adapter."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(PartialState().device)
+    return model, AutoTokenizer.from_pretrained(path)
 
 
 def build_playground(playground: Playground, directory: str | Path, *, reuse: bool = False) -> tuple[Path, list[dict]]:
@@ -482,6 +483,8 @@ def build_playground(playground: Playground, directory: str | Path, *, reuse: bo
             )
     stages_done = json.loads((directory / "stages.json").read_text()) if reuse and settings_file.exists() else []
     state.wait_for_everyone()
+    if state.is_main_process and not stages_done:
+        settings_file.unlink(missing_ok=True)  # what is there counts no longer
 
     def finish(stage: str) -> None:
         stages_done.append(stage)
@@ -499,6 +502,11 @@ def build_playground(playground: Playground, directory: str | Path, *, reuse: bo
             _write_atomically(candidates_file, "".join(json.dumps(row) + "\n" for row in candidates))
         finish("candidates")
     return sft, [json.loads(line) for line in candidates_file.read_text().splitlines()]
+
+
+def holds_playground(output_dir: str | Path) -> bool:
+    """Whether a recipe has run its playground in this output folder before."""
+    return (Path(output_dir) / "playground" / "playground.json").is_file()
 
 
 def _write_atomically(path: Path, text: str) -> None:
