@@ -273,6 +273,8 @@ class Playground:
             args=SFTConfig(
                 str(directory),
                 seed=self.seed,
+                # arguments made without it would end a distributed run on CPUs: they set the process's state anew
+                use_cpu=PartialState().device.type == "cpu",
                 per_device_train_batch_size=max(self.sft_batch_size // PartialState().num_processes, 1),
                 num_train_epochs=1,
                 learning_rate=self.sft_learning_rate,

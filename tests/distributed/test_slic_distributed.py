@@ -123,6 +123,19 @@ def test_zero_equals_one_process(stage, model_dir, tmp_path):
     assert_same_run(one, two, rtol=1e-3, atol=1e-4)
 
 
+def test_playground_is_shared_out(tmp_path):
+    """Both processes train one SFT model, sample a part of the candidates each, and see the same whole."""
+    worker = WORKER.with_name("playground_worker.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = [*torchrun(2), str(worker), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    first, second = (json.loads((tmp_path / f"process-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second and first["world"] == 2
+    assert len(first["candidates"]) == 21 and len(first["answers"]) == 9
+    assert all(len(row["completions"]) == 2 for row in first["candidates"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{"reg_type": "kl"}, {"gradient_accumulation_steps": 2}, {"calibration": "list_rank"}]
