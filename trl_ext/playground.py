@@ -267,15 +267,18 @@ class Playground:
         """Make the byte-level model, train it on the SFT rows with TRL's `SFTTrainer`, and save it to `directory`."""
         from trl import SFTConfig, SFTTrainer
 
-        start = save_byte_level_model(Path(directory) / "untrained", max_position_embeddings=256, seed=self.seed)
+        state, start = PartialState(), Path(directory) / "untrained"
+        if state.is_main_process:
+            save_byte_level_model(start, max_position_embeddings=256, seed=self.seed)
+        state.wait_for_everyone()
         trainer = SFTTrainer(
             model=str(start),
             args=SFTConfig(
                 str(directory),
                 seed=self.seed,
                 # arguments made without it would end a distributed run on CPUs: they set the process's state anew
-                use_cpu=PartialState().device.type == "cpu",
-                per_device_train_batch_size=max(self.sft_batch_size // PartialState().num_processes, 1),
+                use_cpu=state.device.type == "cpu",
+                per_device_train_batch_size=max(self.sft_batch_size // state.num_processes, 1),
                 num_train_epochs=1,
                 learning_rate=self.sft_learning_rate,
                 lr_scheduler_type="cosine",
@@ -331,6 +334,7 @@ class Playground:
 
     def evaluate(self, model_path: str | Path, sft_path: str | Path) -> "Comparison":
         """Sample one answer per held-out prompt from each of two saved models and compare them."""
+        PartialState().wait_for_everyone()  # whoever saved the models has finished
         prompts = self.prompts("held_out")
         answers, logps = {}, {}
         for offset, (name, path) in enumerate((("sft", sft_path), ("trained", model_path))):
@@ -462,7 +466,8 @@ def build_playground(playground: Playground, directory: str | Path, *, reuse: bo
 
     Args:
         playground ([`Playground`]): the settings.
-        directory (`str` or `Path`): where the SFT model (`sft/`) and `candidates.jsonl` are kept.
+        directory (`str` or `Path`): where the SFT model (`sft/`) and `candidates.jsonl` are kept; a folder that all
+            processes see.
         reuse (`bool`, defaults to `False`): take what is there. It must come from the same settings.
 
     Returns:
