@@ -190,25 +190,41 @@ def test_wrong_types_are_refused(row, message, tokenizer):
         prepare([row, row], tokenizer)
 
 
-def test_implicit_prompt_with_a_reference_that_has_it_or_not(tokenizer):
+def test_implicit_prompt_with_a_reference(tokenizer):
     options = RowOptions(reference=True, eos_token=tokenizer.eos_token)
     pair = {"chosen": "2 + 2? 4", "rejected": "2 + 2? 5"}
-    for reference in ("It is 4.", "2 + 2? It is 4."):
-        prepared, _ = prepare([{**pair, "reference": reference}], tokenizer, options)
-        prompt, (chosen, rejected, target) = decode(tokenizer, prepared[0])
-        assert (prompt, chosen, rejected) == ("2 + 2?", " 4<|im_end|>", " 5<|im_end|>")
-        assert target.strip() == "It is 4.<|im_end|>"
+    prepared, _ = prepare([{**pair, "reference": "2 + 2? It is 4."}], tokenizer, options)
+    assert decode(tokenizer, prepared[0]) == ("2 + 2?", [f" {text}<|im_end|>" for text in ("4", "5", "It is 4.")])
+    for reference in ("It is 4.", "2 apples"):
+        with pytest.raises(ValueError, match=r"'reference' does not begin with '2 \+ 2\?'.* Add a `prompt` column"):
+            prepare([{**pair, "reference": reference}], tokenizer, options)
 
 
 @pytest.mark.parametrize("prompt", ["messages", "text", "none"])
-def test_conversations_that_repeat_the_prompt(prompt, tokenizer):
-    """Answers as whole conversations, with the prompt beside them or not: two datasets in wide use are like this."""
-    whole = {key: CHAT["prompt"] + CHAT[key] for key in ("chosen", "rejected")}
-    given = {"messages": {"prompt": CHAT["prompt"]}, "text": {"prompt": CHAT["prompt"][0]["content"]}, "none": {}}
+@pytest.mark.parametrize(
+    "extra", [[], [{"role": "assistant", "content": "yes?"}, {"role": "user", "content": "well"}]]
+)
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "be kind", "name": None}]])
+def test_conversations_that_repeat_the_prompt(system, extra, prompt, tokenizer):
+    """Answers as whole conversations, with the prompt beside them or not: datasets in wide use are like this."""
+    start = [*system, *CHAT["prompt"], *extra]
+    whole = {key: [{**message, "name": None} for message in start] + CHAT[key] for key in ("chosen", "rejected")}
+    given = {"messages": {"prompt": start}, "text": {"prompt": CHAT["prompt"][0]["content"]}, "none": {}}
     options = RowOptions(reference=True, eos_token=tokenizer.eos_token)
-    row = {**whole, **given[prompt], "reference": CHAT["prompt"] + [{"role": "assistant", "content": "hey"}]}
-    expected, _ = prepare([{**CHAT, "reference": [{"role": "assistant", "content": "hey"}]}], tokenizer, options)
-    assert prepare([row], tokenizer, options)[0][0] == expected[0]
+    answer = [{"role": "assistant", "content": "hey"}]
+    separate = {**CHAT, "prompt": start, "reference": answer}
+    expected = prepare_row(separate, tokenizer, options)
+    for reference in (answer, [*start, *answer]):
+        assert prepare_row({**whole, **given[prompt], "reference": reference}, tokenizer, options) == expected
+
+
+@pytest.mark.parametrize("column", ["chosen", "rejected", "reference"])
+def test_a_prompt_repeated_in_one_answer_only_or_a_foreign_one_is_refused(column, tokenizer):
+    options = RowOptions(reference=True, eos_token=tokenizer.eos_token)
+    foreign = [{"role": "user", "content": "something else"}]
+    row = {**CHAT, "reference": CHAT["chosen"]}
+    with pytest.raises(ValueError, match=f"column '{column}' begins with a message of the user"):
+        prepare_row({**row, column: foreign + row[column]}, tokenizer, options)
 
 
 def test_nothing_behind_an_implicit_prompt_is_empty(tokenizer):

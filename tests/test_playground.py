@@ -149,7 +149,8 @@ def test_build_learns_keeps_and_takes_up_what_is_done(tmp_path):
     assert build_playground(playground, tmp_path, reuse=True)[1] == candidates
     assert (sft / "model.safetensors").stat().st_mtime_ns == stamp
 
-    (tmp_path / "stages.json").write_text('["sft"]')  # as if killed while sampling
+    state = json.loads((tmp_path / "playground.json").read_text())
+    (tmp_path / "playground.json").write_text(json.dumps({**state, "stages": ["sft"]}))  # as if killed while sampling
     assert build_playground(playground, tmp_path, reuse=True)[1] == candidates
     assert (sft / "model.safetensors").stat().st_mtime_ns == stamp
 

@@ -65,13 +65,21 @@ def test_no_arguments_mean_the_playground(tmp_path):
     assert script_args.dataset_name is None and model_args.model_name_or_path is None
     playground = yaml.safe_load(PLAYGROUND.read_text())
     assert training_args.delta == playground["delta"] and training_args.seed == 7
-    _, training_args, _, _ = parse("--dataset_name", "x", "--model_name_or_path", "y", "--output_dir", str(tmp_path))
-    assert training_args.delta == 1.0, "the playground's values are its own"
+    for model, data in (("--model_name_or_path", "--dataset_name"), ("--model-name-or-path", "--dataset-name")):
+        _, training_args, _, _ = parse(data, "x", model, "y", "--output_dir", str(tmp_path))
+        assert training_args.delta == 1.0, "the playground's values are its own"
+    parse("--config", str(PLAYGROUND))
+    config = tmp_path / "config.yaml"
+    config.write_text("seed: 1\n")
+    with pytest.raises(ValueError, match="The config file names neither a model nor data. Set `model_name_or_path`"):
+        parse("--config", str(config))
+    with pytest.raises(ValueError, match="test_split_size, eval_strategy would do nothing on the playground"):
+        parse("--test_split_size", "0.1", "--eval_strategy", "epoch")
 
 
 def test_unknown_keys_are_fatal(tmp_path):
     config = tmp_path / "config.yaml"
-    config.write_text("delta: 2.0\nbetta: 0.1\nbf16: false\n")
+    config.write_text("model_name_or_path: x\ndataset_name: y\nbetta: 0.1\n")
     with pytest.raises(ValueError, match="betta"):
         parse("--config", str(config))
     with pytest.raises(ValueError, match="--gamma"):
@@ -99,6 +107,9 @@ def test_flags_that_would_do_nothing_and_missing_models_are_refused(tmp_path, pa
         load("rows.jsonl", test_split_size=0.5)
     with pytest.raises(ValueError, match="dataset_config='x' means nothing for local data"):
         load("rows.jsonl", dataset_config="x")
+    with pytest.raises(ValueError, match="`dataset_streaming` and `dataset_config` mean nothing for a mixture"):
+        mixture = DatasetMixtureConfig(datasets=[{"path": "json"}])
+        load_datasets(ScriptArguments(dataset_streaming=True), mixture, with_eval=False, seed=0)
     with pytest.raises(ValueError, match="is not streamed. Leave `--dataset_streaming` out"):
         load("saved", dataset_streaming=True)
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, TrainerCallback
 from trl import DPOConfig
 
@@ -589,12 +589,21 @@ def test_adapters_that_would_mean_the_wrong_reference_are_refused(model_dir, tok
     two = peft_model("default", "other")
     two.set_adapter("other")
     build(two, tokenizer, pairs, config_kwargs)
-    with pytest.raises(ValueError, match=r"of which \['other'\] are active.* activate 'default' alone"):
+    with pytest.raises(ValueError, match=r"\['other'\] are active.* Activate 'default' alone"):
         build(two, tokenizer, pairs, config_kwargs, reg_type="kl")
     used = peft_model("default")
     build(used, tokenizer, pairs, config_kwargs, reg_type="kl")
-    with pytest.raises(ValueError, match=r"delete an earlier 'ref' with `model.delete_adapter\('ref'\)`"):
-        build(used, tokenizer, pairs, config_kwargs, reg_type="kl")
+    for reg_type in ("kl", "cross_entropy"):
+        with pytest.raises(ValueError, match=r"left its reference 'ref'.* with `model.delete_adapter\('ref'\)`"):
+            build(used, tokenizer, pairs, config_kwargs, reg_type=reg_type)
+    peft_model("default").save_pretrained(config_kwargs["output_dir"])
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    with pytest.raises(ValueError, match="Nothing in the PeftModel .* is trainable. Load it with `is_trainable=True`"):
+        build(PeftModel.from_pretrained(base, config_kwargs["output_dir"]), tokenizer, pairs, config_kwargs)
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    adalora = get_peft_model(base, AdaLoraConfig(total_step=10, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="An AdaLoRA PeftModel cannot be given a second adapter"):
+        build(adalora, tokenizer, pairs, config_kwargs)
     trained_head = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     build(model_dir, tokenizer, pairs, config_kwargs, peft_config=trained_head)
     with pytest.raises(NotImplementedError, match="the head is the reference's as well. Leave the head out"):

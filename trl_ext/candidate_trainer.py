@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from peft import PeftMixedModel, PeftType
 from torch import nn
 from transformers import (
     AutoProcessor,
@@ -59,6 +61,7 @@ class CandidateTrainer(DPOTrainer):
     - Metrics are sums divided once, over all processes, when they are logged. `log` is therefore a collective call, as
       `Trainer`'s own logging of the loss is. With several eval sets each has its own (`eval_<name>_logps/chosen`).
     - `compute_metrics` is refused: it needs the full logits, which are never built.
+    - `args.accelerator_config.dispatch_batches` is set to False, for lists as for streams.
 
     Args:
         model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics,
@@ -114,12 +117,15 @@ class CandidateTrainer(DPOTrainer):
                 model_id, revision=init_kwargs.get("revision"), trust_remote_code=args.trust_remote_code
             )
         tokenizer = _tokenizer_of(processing_class)
-        tokenizer.pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
-        if tokenizer.pad_token not in tokenizer.get_vocab():
+        pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
+        if pad_token is None:
+            raise ValueError("The tokenizer has neither a padding nor an end token. Set `tokenizer.pad_token`.")
+        if pad_token not in tokenizer.get_vocab():
             raise ValueError(
-                f"The padding token {tokenizer.pad_token!r} is not in the tokenizer's vocabulary. Set "
-                "`tokenizer.pad_token` to a token that is."
+                f"The padding token {pad_token!r} is not in the tokenizer's vocabulary. Set `pad_token` to one that "
+                "is, or leave it out."
             )
+        tokenizer.pad_token = pad_token
         # Accelerate's dispatcher, its default for streams, cuts every tensor of a batch to the number of prompts; ours
         # have a row per completion. So each process reads its own batches.
         args.accelerator_config.dispatch_batches = False
@@ -213,19 +219,37 @@ class CandidateTrainer(DPOTrainer):
                 )
 
     def _check_adapters(self, args, model, ref_model) -> None:
-        if isinstance(model, str) or not is_peft_model(model) or ref_model is not None:
+        """Refuse PEFT objects for which TRL would make no reference, the wrong one, or one it cannot make."""
+        if isinstance(model, PeftMixedModel):
+            raise NotImplementedError("A PeftMixedModel cannot be trained here. Pass a PeftModel with one adapter.")
+        if isinstance(model, str) or not is_peft_model(model):
             return
         adapters = list(model.peft_config)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                f"Nothing in the PeftModel (adapters {adapters}) is trainable. Load it with `is_trainable=True`."
+            )
+        if ref_model is not None:
+            return
         if "default" not in adapters:
             raise ValueError(
                 f"The PeftModel has the adapters {adapters}, and TRL looks for one called 'default'. Load the adapter "
                 "with `adapter_name='default'`."
             )
-        if args.uses_reference_model and (model.active_adapters != ["default"] or "ref" in adapters):
+        if "ref" in adapters:
             raise ValueError(
-                f"The PeftModel has the adapters {adapters}, of which {model.active_adapters} are active. TRL copies "
-                "the adapter 'default' to an adapter 'ref' to serve as reference: activate 'default' alone, and "
-                "delete an earlier 'ref' with `model.delete_adapter('ref')`."
+                f"The PeftModel has the adapters {adapters}: an earlier trainer left its reference 'ref', and TRL "
+                "would add another. Remove it with `model.delete_adapter('ref')`."
+            )
+        if model.peft_config["default"].peft_type == PeftType.ADALORA:
+            raise ValueError(
+                "An AdaLoRA PeftModel cannot be given a second adapter, and TRL adds one. Pass the base model and the "
+                "AdaLoraConfig as `peft_config`."
+            )
+        if args.uses_reference_model and model.active_adapters != ["default"]:
+            raise ValueError(
+                f"Of the adapters {adapters} of the PeftModel, {model.active_adapters} are active, and TRL takes a "
+                "copy of 'default' as reference. Activate 'default' alone."
             )
 
     # Rows and batches
@@ -236,6 +260,12 @@ class CandidateTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         options = dataclasses.replace(self._row_options(args), eos_token=_tokenizer_of(processing_class).eos_token)
+        if options.eos_token is None:
+            warnings.warn(
+                "The tokenizer has no end token, so plain-text answers get none and the model does not learn to stop. "
+                "Set `tokenizer.eos_token`.",
+                stacklevel=3,
+            )
         dataset, report = prepare_dataset(
             dataset,
             processing_class,

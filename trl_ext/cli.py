@@ -41,12 +41,31 @@ def parse_recipe_args(dataclass_types: Sequence[type], playground_config: str | 
             args[index : index + 1] = ["--config", arg.removeprefix("--config=")]
     if args and args[-1] == "--config":
         raise ValueError("`--config` names no file. Put the path of a YAML file behind it.")
-    if not any(arg.split("=")[0] in ("--config", "--dataset_name", "--model_name_or_path") for arg in args):
-        args = ["--config", str(playground_config), *args]
     parsed = TrlParser(dataclass_types).parse_args_and_config(args)
-
-    script_args, _training_args, model_args, dataset_args = parsed
+    script_args, training_args, model_args, dataset_args = parsed
     if is_playground(script_args, model_args, dataset_args):
+        if (
+            "--config" in args
+            and Path(args[args.index("--config") + 1]).resolve() != Path(playground_config).resolve()
+        ):
+            raise ValueError(
+                "The config file names neither a model nor data. Set `model_name_or_path` and `dataset_name`, or "
+                "leave `--config` out to run the playground."
+            )
+        meaningless = [
+            name
+            for part in (script_args, dataset_args)
+            for name, value in vars(part).items()
+            if value != getattr(type(part)(), name)
+        ]
+        meaningless += ["eval_strategy"] if training_args.eval_strategy != "no" else []
+        if meaningless:
+            raise ValueError(
+                f"{', '.join(meaningless)} would do nothing on the playground, which makes its own data and evaluates "
+                "at the end. Leave them out, or set `--model_name_or_path` and `--dataset_name`."
+            )
+        if "--config" not in args:
+            parsed = TrlParser(dataclass_types).parse_args_and_config(["--config", str(playground_config), *args])
         return parsed
     if model_args.model_name_or_path is None:
         raise ValueError(
@@ -80,6 +99,12 @@ def load_datasets(script_args, dataset_args, *, with_eval: bool, seed: int) -> t
 
     name, streaming = script_args.dataset_name, script_args.dataset_streaming
     if dataset_args.datasets:
+        if streaming or script_args.dataset_config is not None:
+            raise ValueError(
+                "`dataset_streaming` and `dataset_config` mean nothing for a mixture. Set `streaming` in the config "
+                "file, and `name` in each of its `datasets`."
+            )
+        streaming = dataset_args.streaming
         if name:
             raise ValueError(f"Both `datasets` and dataset_name={name!r} are given. Leave one of them out.")
         # the split is ours: TRL's is not seeded

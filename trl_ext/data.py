@@ -6,7 +6,7 @@ Whatever comes in, one prompt with K completions comes out, tokenised. A prefere
 Accepted rows, plain text or conversational, in TRL's words:
 
 - preference: `chosen`, `rejected`, optionally `prompt` (else the shared beginning of both is the prompt), `reference`
-  (a target for the regulariser, with or without the prompt), `score_chosen` and `score_rejected`;
+  (a target for the regulariser, of the same form as the answers), `score_chosen` and `score_rejected`;
 - ranked: `prompt` (optional in the same way), `completions` (a list), `scores` (numbers, one per completion; K may
   differ between rows), optionally `reference`.
 
@@ -18,12 +18,14 @@ A prepared row has `prompt_ids`, `completion_ids` (list of lists), `scores` (one
 `completion_ids`, one that equals a candidate is not stored, and so not computed, twice.
 """
 
+import hashlib
 import json
 import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -37,7 +39,10 @@ logger = logging.getLogger(__name__)
 
 # enters the fingerprint of prepared data: `datasets` hashes the functions of a module by name, and would go on using
 # what another version of them has cached
-PREPARED_BY = f"trl_ext {__version__}, trl {version('trl')}"
+PREPARED_BY = (
+    f"trl_ext {__version__} {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}, "
+    f"trl {version('trl')}, transformers {version('transformers')}"
+)
 
 PREPARED_FEATURES = Features(
     {
@@ -64,7 +69,8 @@ REMEDIES = {
     "not text": "Convert it to a string, or to a list of {'role': ..., 'content': ...} messages.",
     "mixed": "Give prompt and completions the same form: all strings, or all lists of messages.",
     "empty": "Leave out rows whose answer is empty.",
-    "not an answer": "Let each completion end with the assistant's message.",
+    "not an answer": "Let each completion be the assistant's turn, or let all of them repeat the whole prompt.",
+    "ambiguous": "Add a `prompt` column, and leave the prompt out of the answers.",
     "identical": "Leave out pairs without a preference.",
     "length": "Give one score per completion.",
     "too few": "Leave out prompts with fewer completions.",
@@ -309,25 +315,73 @@ def parse_row(row: Mapping[str, Any], options: RowOptions) -> tuple[Any, list, l
     prompt = row.get("prompt")
     if "prompt" in row:
         _check_text(prompt, "prompt", is_completion=False)
-        if form is list:
-            if prompt == candidates[0][0].get("content") and candidates[0][0]["role"] == "user":
-                prompt = [candidates[0][0]]  # the text of the first message, which the conversations repeat
-            elif isinstance(prompt, str):
-                raise RowError("mixed", "prompt", f"is str while {columns[0]!r} is list")
-            if all(_begins_with(candidate, prompt) for candidate in candidates):
-                candidates = [candidate[len(prompt) :] for candidate in candidates]
-        elif not isinstance(prompt, str):
-            raise RowError("mixed", "prompt", f"is {type(prompt).__name__} while {columns[0]!r} is str")
-    else:
-        prompt, candidates = extract_shared_prompt(candidates)
-        if form is list and not prompt:
-            raise RowError("missing", "prompt", "is missing, and the completions share no first message")
-    if reference is not None and _begins_with(reference, prompt) and (form is list or "prompt" not in row):
-        reference = reference[len(prompt) :]
+    split = _split_text if form is str else _split_messages
+    prompt, candidates, reference = split(prompt, candidates, reference, columns)
     texts = [*candidates, *([] if reference is None else [reference])]
     for text, column in zip(texts, columns, strict=True):
-        _check_text(text or "", column, is_completion=True)  # again: there may be nothing behind the prompt
+        _check_text(text, column, is_completion=True)  # again: there may be nothing behind the prompt
     return prompt, candidates, scores, reference
+
+
+def _split_text(prompt: Any, candidates: list[str], reference: str | None, columns: list[str]):
+    """Prompt, candidates and reference of a plain-text row, whose prompt may be implicit."""
+    if prompt is None:
+        prompt, candidates = extract_shared_prompt(candidates)
+        if reference is not None:
+            if not _begins_with(reference, prompt):
+                # it may lack the prompt, or share less of the answer than the candidates do: we cannot tell
+                raise RowError("ambiguous", "reference", f"does not begin with {prompt!r:.60}, as all candidates do")
+            reference = reference[len(prompt) :]
+    elif not isinstance(prompt, str):
+        raise RowError("mixed", "prompt", f"is {type(prompt).__name__} while {columns[0]!r} is str")
+    return prompt, candidates, reference
+
+
+def _split_messages(prompt: Any, candidates: list[list], reference: list | None, columns: list[str]):
+    """
+    Prompt, candidates and reference of a conversational row.
+
+    The prompt may be implicit, and may be repeated in front of every candidate. Keys that are None are dropped: a
+    table fills them in wherever another row has them.
+    """
+    candidates = [_without_empty_keys(messages) for messages in candidates]
+    reference = None if reference is None else _without_empty_keys(reference)
+    if isinstance(prompt, str):
+        # the text of the first user message, which all conversations repeat
+        if not all(_first_user_text(messages) == prompt for messages in candidates):
+            raise RowError("mixed", "prompt", f"is str while {columns[0]!r} is list")
+        prompt = None
+    if prompt is None:
+        prompt, candidates = extract_shared_prompt(candidates)
+        if not prompt:
+            raise RowError("missing", "prompt", "is missing, and the completions share no first message")
+    else:
+        prompt = _without_empty_keys(prompt)
+        if all(_begins_with(messages, prompt) for messages in candidates):
+            candidates = [messages[len(prompt) :] for messages in candidates]
+    if reference is not None and _begins_with(reference, prompt):
+        reference = reference[len(prompt) :]
+    for messages, column in zip([*candidates, *([reference] if reference else [])], columns, strict=False):
+        if messages and messages[0]["role"] in ("user", "system"):
+            raise RowError(
+                "not an answer",
+                column,
+                f"begins with a message of the {messages[0]['role']} and does not go on from the prompt",
+            )
+    return prompt, candidates, reference
+
+
+def _without_empty_keys(messages: list[Mapping]) -> list[dict]:
+    return [
+        {key: value for key, value in message.items() if value is not None or key == "content"} for message in messages
+    ]
+
+
+def _first_user_text(messages: list[Mapping]) -> str | None:
+    content = next((message.get("content") for message in messages if message["role"] == "user"), None)
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content if isinstance(part, Mapping))
+    return content
 
 
 def _begins_with(text: str | list, beginning: str | list) -> bool:

@@ -478,26 +478,25 @@ def build_playground(playground: Playground, directory: str | Path, *, reuse: bo
     """
     state = PartialState()
     directory = Path(directory)
-    settings_file, sft, candidates_file = (directory / name for name in ("playground.json", "sft", "candidates.jsonl"))
-    settings = asdict(playground)
-    if reuse and settings_file.exists():
-        found = json.loads(settings_file.read_text())
-        if found != settings:
-            changed = {key for key in {*found, *settings} if found.get(key) != settings.get(key)}
+    state_file, sft, candidates_file = (directory / name for name in ("playground.json", "sft", "candidates.jsonl"))
+    settings, stages_done = asdict(playground), []
+    if reuse and state_file.exists():
+        found = json.loads(state_file.read_text())
+        if found["settings"] != settings:
+            changed = {key for key in settings if found["settings"].get(key) != settings[key]}
             raise ValueError(
                 f"{directory} was made with other settings ({', '.join(sorted(changed))}). Use the same settings to "
                 "resume, or another output folder to start afresh."
             )
-    stages_done = json.loads((directory / "stages.json").read_text()) if reuse and settings_file.exists() else []
+        stages_done = found["stages"]
     state.wait_for_everyone()
     if state.is_main_process and not stages_done:
-        settings_file.unlink(missing_ok=True)  # what is there counts no longer
+        state_file.unlink(missing_ok=True)  # what is there counts no longer
 
     def finish(stage: str) -> None:
         stages_done.append(stage)
         if state.is_main_process:
-            _write_atomically(settings_file, json.dumps(settings, indent=2))
-            _write_atomically(directory / "stages.json", json.dumps(stages_done))
+            _write_atomically(state_file, json.dumps({"settings": settings, "stages": stages_done}, indent=2))
         state.wait_for_everyone()
 
     if "sft" not in stages_done:

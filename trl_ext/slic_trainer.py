@@ -160,6 +160,9 @@ class SLiCTrainer(CandidateTrainer):
                     "`trainable_token_indices`) is not supported: the head is the reference's as well. Leave the head "
                     "out of the adapter, or set reg_type='cross_entropy'."
                 )
+            for name, parameter in self.model.named_parameters():
+                if ".ref." in name:  # not every kind of adapter is frozen by TRL's copying it
+                    parameter.requires_grad_(False)
             add_kl_head(policy, policy.get_output_embeddings)
         else:
             reference = self.accelerator.unwrap_model(self.ref_model)
