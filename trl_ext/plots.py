@@ -37,6 +37,7 @@ def plot_training_curves(
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     def series(metric):
         return [(entry["step"], entry[metric]) for entry in log_history if metric in entry and "step" in entry]
@@ -74,6 +75,7 @@ def plot_training_curves(
             axis.plot(steps, values, style, color=color, label=name, marker=marker, markersize=3)
         axis.set_title(panel, fontsize=10)
         axis.set_xlabel("step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         if len(lines) > 1:
             axis.legend(fontsize=8)
