@@ -105,13 +105,12 @@ class CandidateTrainer(DPOTrainer):
             raise ValueError(
                 f"{type(self).__name__} got no model. Pass a name, a folder or a model object as `model`."
             )
+        model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = self.config_class(f"{name.rstrip('/').split('/')[-1]}-{self._name}")
+            args = self.config_class(f"{model_id.rstrip('/').split('/')[-1]}-{self._name}")
         self._check_arguments(args, model, ref_model, train_dataset, compute_metrics)
 
         if processing_class is None:
-            model_id = model if isinstance(model, str) else get_config_model_id(model.config)
             init_kwargs = args.model_init_kwargs or {}
             processing_class = AutoProcessor.from_pretrained(
                 model_id, revision=init_kwargs.get("revision"), trust_remote_code=args.trust_remote_code
@@ -145,7 +144,6 @@ class CandidateTrainer(DPOTrainer):
                 pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of
             )
 
-        adapters_before = set(getattr(model, "peft_config", {}))
         with contextlib.ExitStack() as stack:
             if not args.uses_reference_model:
                 stack.enter_context(without_reference_model(policy_is_loaded_by_trl=isinstance(model, str)))
@@ -164,7 +162,7 @@ class CandidateTrainer(DPOTrainer):
             )
         if not args.uses_reference_model:
             # TRL copies the adapter of a PeftModel to serve as reference; drop it before it gets into checkpoints
-            if is_peft_model(self.model) and "ref" in self.model.peft_config and "ref" not in adapters_before:
+            if is_peft_model(self.model) and "ref" in self.model.peft_config:
                 self.model.delete_adapter("ref")
             if self.ref_model is not None:
                 raise RuntimeError(
@@ -295,7 +293,6 @@ class CandidateTrainer(DPOTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        _check_batch(batches[0])
         self._ignore_repeated_prompts(batches[-1])
         num_prompts = sum(batch["prompt_weights"].sum() for batch in batches).to(device)
         return batches, self.accelerator.reduce(num_prompts, reduction="sum")
@@ -307,6 +304,7 @@ class CandidateTrainer(DPOTrainer):
         The gathered last batch holds the real prompts first, in the order of the processes, as
         `Accelerator.gather_for_metrics` relies on too.
         """
+        _check_batch(batch)  # training and evaluation both pass here before they read anything
         state = self.accelerator.gradient_state
         if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return
@@ -384,7 +382,6 @@ class CandidateTrainer(DPOTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
-        _check_batch(inputs)
         self._ignore_repeated_prompts(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)

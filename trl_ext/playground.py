@@ -17,6 +17,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from accelerate import PartialState
@@ -396,22 +397,18 @@ class Comparison:
         wins, decided = self.num_wins, self.num_decided
         interval = binomtest(wins, max(decided, 1)).proportion_ci(method="wilson")
 
-        def mean(values):
-            values = list(values)
-            return sum(values) / len(values)
-
         return {
-            "playground/accuracy_before": mean(score == 1 for score in self.sft_scores),
-            "playground/accuracy_after": mean(score == 1 for score in self.trained_scores),
-            "playground/score_before": mean(self.sft_scores),
-            "playground/score_after": mean(self.trained_scores),
+            "playground/accuracy_before": fmean(score == 1 for score in self.sft_scores),
+            "playground/accuracy_after": fmean(score == 1 for score in self.trained_scores),
+            "playground/score_before": fmean(self.sft_scores),
+            "playground/score_after": fmean(self.trained_scores),
             "playground/win_rate": wins / max(decided, 1),
             "playground/win_rate_low": interval.low,
             "playground/win_rate_high": interval.high,
             "playground/num_decided": decided,
             "playground/num_held_out": len(self.prompts),
-            "playground/length_before": mean(map(len, self.sft_answers)),
-            "playground/length_after": mean(map(len, self.trained_answers)),
+            "playground/length_before": fmean(map(len, self.sft_answers)),
+            "playground/length_after": fmean(map(len, self.trained_answers)),
             "playground/kl_to_sft": self.kl_to_sft,
         }
 
@@ -423,15 +420,12 @@ class Comparison:
         for heading in ("", "SFT", name):
             table.add_column(heading, justify="left" if not heading else "right")
 
-        def row(label, before, after):
-            table.add_row(label, before, after)
-
-        row("accuracy", *(f"{metrics[f'playground/accuracy_{when}']:.1%}" for when in ("before", "after")))
-        row("mean score", *(f"{metrics[f'playground/score_{when}']:.3f}" for when in ("before", "after")))
-        row("mean length", *(f"{metrics[f'playground/length_{when}']:.2f}" for when in ("before", "after")))
-        row("KL to SFT, nats per answer", "0", f"{metrics['playground/kl_to_sft']:.2f}")
+        table.add_row("accuracy", *(f"{metrics[f'playground/accuracy_{when}']:.1%}" for when in ("before", "after")))
+        table.add_row("mean score", *(f"{metrics[f'playground/score_{when}']:.3f}" for when in ("before", "after")))
+        table.add_row("mean length", *(f"{metrics[f'playground/length_{when}']:.2f}" for when in ("before", "after")))
+        table.add_row("KL to SFT, nats per answer", "0", f"{metrics['playground/kl_to_sft']:.2f}")
         low, high = metrics["playground/win_rate_low"], metrics["playground/win_rate_high"]
-        row(
+        table.add_row(
             f"wins of {self.num_decided} decided comparisons",
             "",
             f"{metrics['playground/win_rate']:.1%} ({low:.1%} to {high:.1%})",

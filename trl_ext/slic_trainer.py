@@ -12,7 +12,7 @@ from torch import nn
 from ._trl import disable_gradient_checkpointing, use_adapter
 from .candidate_trainer import CandidateTrainer, best_and_worst
 from .data import RowOptions
-from .execution.forward import add_kl_head, score_completions
+from .execution.forward import MODEL_KEYS, add_kl_head, score_completions
 from .logps import CompletionLogps, by_prompt
 from .losses import (
     ordered_pairs,
@@ -188,8 +188,7 @@ class SLiCTrainer(CandidateTrainer):
     def _reference_hidden_states(self, inputs: dict[str, torch.Tensor], target_mask: torch.Tensor) -> torch.Tensor:
         """The reference model's hidden states at the tokens of y_ref, `(M, H)`; only those rows are run."""
         rows = inputs["reference_index"]
-        keys = ("input_ids", "attention_mask", "position_ids", "completion_mask")
-        targets = {key: inputs[key][rows] for key in keys if key in inputs}
+        targets = {key: inputs[key][rows] for key in (*MODEL_KEYS, "completion_mask") if key in inputs}
         model, adapter_off = self.ref_model, contextlib.nullcontext()
         if model is None:
             model, unwrapped = self.model, self.accelerator.unwrap_model(self.model)
