@@ -17,6 +17,16 @@ def sequence_logp(model, prompt_ids, completion_ids):
     return total
 
 
+def token_logps(model, prompt_ids, completion_ids):
+    """log P(token | everything before) for each completion token that something precedes."""
+    ids = torch.tensor([list(prompt_ids) + list(completion_ids)])
+    logps = model(input_ids=ids).logits[0].float().log_softmax(-1)
+    positions = range(max(len(prompt_ids), 1), ids.size(1))
+    return (
+        torch.stack([logps[position - 1, ids[0, position]] for position in positions]) if positions else logps[:0, 0]
+    )
+
+
 def sequence_kl(model, reference_model, prompt_ids, completion_ids):
     """Sum over completion tokens of KL(model || reference) between the next-token distributions."""
     ids = torch.tensor([list(prompt_ids) + list(completion_ids)])

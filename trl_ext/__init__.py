@@ -17,12 +17,22 @@ _PUBLIC_NAMES = {
     "CandidateTrainer": "candidate_trainer",
     "SLiCConfig": "slic_config",
     "SLiCTrainer": "slic_trainer",
+    "enable_prefix_sharing": "prefix_sharing",
+    "share_prefixes": "prefix_sharing",
 }
-__all__ = ["CandidateCollator", "CandidateTrainer", "SLiCConfig", "SLiCTrainer"]
+__all__ = [
+    "CandidateCollator",
+    "CandidateTrainer",
+    "SLiCConfig",
+    "SLiCTrainer",
+    "enable_prefix_sharing",
+    "share_prefixes",
+]
 
 if TYPE_CHECKING:
     from .candidate_trainer import CandidateTrainer
     from .collators import CandidateCollator
+    from .prefix_sharing import enable_prefix_sharing, share_prefixes
     from .slic_config import SLiCConfig
     from .slic_trainer import SLiCTrainer
 

@@ -45,6 +45,8 @@ BORROWED = {
     ),
     # replaced while a trainer without a reference model is being built (see `without_reference_model`)
     "trl.trainer.dpo_trainer:create_model_from_path": ("model_id", "architecture", "kwargs"),
+    # wrapped while a trainer is being constructed (see `after_fused_lm_head`)
+    "trl.trainer.dpo_trainer:add_fused_lm_head": ("model", "temperature", "cast_lm_head_to_fp32", "outputs"),
     # overridden in `candidate_trainer.py`
     "trl.trainer.dpo_trainer:DPOTrainer._prepare_dataset": (
         "self",
@@ -164,6 +166,24 @@ def without_reference_model(policy_is_loaded_by_trl: bool):
         yield
     finally:
         dpo_trainer.create_model_from_path = load
+
+
+@contextlib.contextmanager
+def after_fused_lm_head(callback):
+    """Call `callback(model)` on every model to which a `DPOTrainer` being constructed adds TRL's fused LM head."""
+    from trl.trainer import dpo_trainer
+
+    add = dpo_trainer.add_fused_lm_head
+
+    def add_and_call(model, *args, **kwargs):
+        add(model, *args, **kwargs)
+        callback(model)
+
+    dpo_trainer.add_fused_lm_head = add_and_call
+    try:
+        yield
+    finally:
+        dpo_trainer.add_fused_lm_head = add
 
 
 _checked = False

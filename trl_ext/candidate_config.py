@@ -40,6 +40,13 @@ class CandidateConfig(DPOConfig):
             that fills `max_length`, ...). `"error"` stops before any weight is loaded and lists them; `"drop"` leaves
             them out, counts them and says so.
 
+        prefix_sharing (`str` or `bool`, *optional*, defaults to `"auto"`):
+            Whether each prompt is computed once for all its completions, which changes no result. `"auto"`: for the
+            batches where that is expected to be faster. `True`: always; a model that cannot is an error. `False`:
+            never, TRL's padded forward is used as it is.
+        check_prefix_sharing (`bool`, *optional*, defaults to `False`):
+            Whether to run the first rearranged batch both ways and stop if log-probabilities or gradients disagree.
+
     One default differs from `DPOConfig`: `bf16`, if not set, is `False` on a machine without accelerator. `DPOConfig`
     would stop there and ask for `use_cpu`.
     """
@@ -56,6 +63,18 @@ class CandidateConfig(DPOConfig):
         },
     )
 
+    prefix_sharing: str = field(
+        default="auto",
+        metadata={
+            "help": "Compute each prompt once for all its completions: 'auto' where that is expected to be faster, "
+            "true always, false never. The results are the same."
+        },
+    )
+    check_prefix_sharing: bool = field(
+        default=False,
+        metadata={"help": "Run the first rearranged batch both ways and stop if the results disagree."},
+    )
+
     @property
     def uses_reference_model(self) -> bool:
         """Whether training needs the log-probabilities of a second, frozen model."""
@@ -64,6 +83,15 @@ class CandidateConfig(DPOConfig):
     def __post_init__(self):
         if self.on_invalid_row not in ("error", "drop"):
             raise ValueError(f"on_invalid_row={self.on_invalid_row!r} is not known. Set it to 'error' or 'drop'.")
+        by_word = {"true": True, "false": False, "auto": "auto"}  # from the command line everything is text
+        if str(self.prefix_sharing).lower() not in by_word:
+            raise ValueError(f"prefix_sharing={self.prefix_sharing!r} is not known. Set it to 'auto', True or False.")
+        self.prefix_sharing = by_word[str(self.prefix_sharing).lower()]
+        if self.check_prefix_sharing and self.prefix_sharing is False:
+            raise ValueError(
+                "check_prefix_sharing=True compares shared with padded batches, and prefix_sharing=False shares none. "
+                "Leave one of them out."
+            )
         self._refuse_unused_fields()
         if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
             self.bf16 = False

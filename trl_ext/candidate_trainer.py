@@ -30,6 +30,7 @@ from .data import PREPARED_FEATURES, PreparationReport, RowOptions, prepare_data
 from .execution.forward import score_completions
 from .logps import CompletionLogps, completion_logps
 from .metrics import MetricAccumulator
+from .prefix_sharing import enable_prefix_sharing
 
 REQUIRED_BATCH_KEYS = {
     "prompt_weights",
@@ -171,6 +172,9 @@ class CandidateTrainer(DPOTrainer):
                 )
         else:
             self._prepare_reference_model()
+        self.prefix_sharing = None
+        if args.prefix_sharing is not False:
+            enable_prefix_sharing(self, args.prefix_sharing, self_check=args.check_prefix_sharing)
         self._metric_sums = {"train": MetricAccumulator(), "eval": MetricAccumulator()}
         self._eval_prefix = "eval"
 

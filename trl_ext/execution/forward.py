@@ -72,8 +72,8 @@ def add_kl_head(model: PreTrainedModel, reference_head: Callable[[], nn.Module] 
 
     Two extra arguments of `forward` are understood afterwards:
 
-    - `hidden_mask` `(N, L - 1)`, bool: the output carries `hidden_states` `(M, H)`, the backbone's hidden states at
-      the M marked positions.
+    - `hidden_mask` `(N, L - 1)`, bool (shaped like `shift_labels` where these are given): the output carries
+      `hidden_states` `(M, H)`, the backbone's hidden states at the M marked positions.
     - `reference_hidden` `(M, H)` with it: the output carries `kl` `(M,)`, float32, instead: KL(model || reference) in
       nats at those positions, over the whole vocabulary, with gradient to the model only. It is computed by TRL's
       chunked kernel inside the model's forward, where ZeRO-3 and DDP expect the LM head to be used; no logits are
@@ -101,8 +101,10 @@ def add_kl_head(model: PreTrainedModel, reference_head: Callable[[], nn.Module] 
             outputs = fused_forward(*args, **kwargs)
         finally:
             hook.remove()
-        length = hidden_mask.size(1)
-        hidden_states = captured["hidden_states"][:, :-1][:, -length:][hidden_mask]
+        hidden_states = captured["hidden_states"]
+        if kwargs.get("shift_labels") is None:
+            hidden_states = hidden_states[:, :-1][:, -hidden_mask.size(1) :]
+        hidden_states = hidden_states[hidden_mask]
         outputs = KLOutput(**outputs)
         if reference_hidden is None:
             outputs.hidden_states = hidden_states

@@ -1,0 +1,96 @@
+"""The plan as an attention mask, for each backend of transformers."""
+
+import numpy as np
+import torch
+from torch.nn.attention.flex_attention import BlockMask
+
+from .layout import Layout
+
+# side of a FlexAttention block; row lengths are rounded up to it
+FLEX_BLOCK_SIZE = 128
+
+
+def visibility(layout: Layout, window: int | None, device: torch.device) -> torch.Tensor:
+    """
+    Which slot sees which: bool `(R, 1, T, T)`, query by key. Slot q sees k <= q < `subtree_end[k]`.
+
+    Args:
+        layout ([`Layout`]): the plan.
+        window (`int`, *optional*): of a sliding-window layer. A token sees the `window` tokens before it in its own
+            sequence, itself included, however far apart they are in the row.
+        device (`torch.device`): where to build it.
+    """
+    subtree_end = torch.from_numpy(layout.subtree_end).to(device)
+    slot = torch.arange(layout.row_length, device=device)
+    visible = (slot[:, None] >= slot) & (slot[:, None] < subtree_end[:, None, :])
+    if window is not None:
+        depth = torch.from_numpy(layout.depth).to(device)
+        visible &= (depth[:, :, None] - depth[:, None, :]) < window
+    return visible.unsqueeze(1)
+
+
+def attention_mask(
+    layout: Layout, window: int | None, *, backend: str, dtype: torch.dtype, device: torch.device
+) -> "torch.Tensor | BlockMask":
+    """
+    The mask in the form a backend of transformers takes as it is.
+
+    Args:
+        layout ([`Layout`]): the plan.
+        window (`int`, *optional*): see [`visibility`].
+        backend (`str`): `"sdpa"` (bool), `"eager"` (0 or the lowest number of `dtype`, to be added to the scores) or
+            `"flex_attention"` (block mask; T must be a multiple of `FLEX_BLOCK_SIZE`).
+        dtype (`torch.dtype`): of the attention scores.
+        device (`torch.device`): of the model's inputs.
+    """
+    if backend == "flex_attention":
+        return block_mask(layout, window, device)
+    visible = visibility(layout, window, device)
+    if backend == "sdpa":
+        return visible
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+def block_mask(layout: Layout, window: int | None, device: torch.device) -> BlockMask:
+    """
+    The mask for FlexAttention. Which blocks are empty, full or mixed follows from the plan on the host, so that no
+    `(T, T)` mask is ever made and nothing has to be compiled to make this one.
+    """
+    size = FLEX_BLOCK_SIZE
+    num_blocks = layout.row_length // size
+    by_block = (layout.num_rows, num_blocks, size)
+    end, depth = layout.subtree_end.reshape(by_block), layout.depth.reshape(by_block)
+    first_slot = np.arange(num_blocks) * size
+    query, key = first_slot[:, None], first_slot[None, :]
+    # (R, query block, key block)
+    some = (query + size > key) & (end.max(axis=2)[:, None, :] > query)
+    whole = (query >= key + size) & (end.min(axis=2)[:, None, :] >= query + size)
+    if window is not None:
+        some &= depth.min(axis=2)[:, :, None] - depth.max(axis=2)[:, None, :] < window
+        whole &= depth.max(axis=2)[:, :, None] - depth.min(axis=2)[:, None, :] < window
+    subtree_end = torch.from_numpy(layout.subtree_end).to(device)
+    depths = torch.from_numpy(layout.depth).to(device)
+
+    def causal_in_tree(row, _head, q, k):
+        return (q >= k) & (q < subtree_end[row, k])
+
+    def windowed_causal_in_tree(row, head, q, k):
+        return causal_in_tree(row, head, q, k) & (depths[row, q] - depths[row, k] < window)
+
+    num_mixed, mixed = _block_list(some & ~whole)
+    num_full, full = _block_list(whole)
+    return BlockMask.from_kv_blocks(
+        num_mixed.to(device),
+        mixed.to(device),
+        num_full.to(device),
+        full.to(device),
+        BLOCK_SIZE=size,
+        mask_mod=causal_in_tree if window is None else windowed_causal_in_tree,
+        seq_lengths=(layout.row_length, layout.row_length),
+    )
+
+
+def _block_list(blocks: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(R, Q, K)` bool to the number `(R, 1, Q)` and the indices `(R, 1, Q, K)` of the marked key blocks, int32."""
+    indices = np.argsort(~blocks, axis=2, kind="stable").astype(np.int32)
+    return torch.from_numpy(blocks.sum(axis=2).astype(np.int32))[:, None], torch.from_numpy(indices)[:, None]
