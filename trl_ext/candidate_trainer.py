@@ -30,7 +30,7 @@ from .data import PREPARED_FEATURES, PreparationReport, RowOptions, prepare_data
 from .execution.forward import score_completions
 from .logps import CompletionLogps, completion_logps
 from .metrics import MetricAccumulator
-from .prefix_sharing import enable_prefix_sharing
+from .prefix_sharing import enable_prefix_sharing, refuse_unless_shareable
 
 REQUIRED_BATCH_KEYS = {
     "prompt_weights",
@@ -109,7 +109,7 @@ class CandidateTrainer(DPOTrainer):
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         if args is None:
             args = self.config_class(f"{model_id.rstrip('/').split('/')[-1]}-{self._name}")
-        self._check_arguments(args, model, ref_model, train_dataset, compute_metrics)
+        self._check_arguments(args, model, ref_model, train_dataset, compute_metrics, peft_config)
 
         if processing_class is None:
             init_kwargs = args.model_init_kwargs or {}
@@ -181,7 +181,7 @@ class CandidateTrainer(DPOTrainer):
     def _prepare_reference_model(self) -> None:
         """What a method has to do to its reference model, where it has one."""
 
-    def _check_arguments(self, args, model, ref_model, train_dataset, compute_metrics) -> None:
+    def _check_arguments(self, args, model, ref_model, train_dataset, compute_metrics, peft_config) -> None:
         """Refuse what cannot be honoured, before anything expensive happens."""
         trainer = type(self).__name__
         if not isinstance(args, self.config_class):
@@ -219,6 +219,9 @@ class CandidateTrainer(DPOTrainer):
                     f"{trainer} does not run with {kind}_size > 1: its loss needs each sequence whole on one device. "
                     f"Leave `{kind}_size` at 1 and use DDP, ZeRO or FSDP."
                 )
+        if args.prefix_sharing is True:
+            init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+            refuse_unless_shareable(model, init_kwargs, peft_config)
 
     def _check_adapters(self, args, model, ref_model) -> None:
         """Refuse PEFT objects for which TRL would make no reference, the wrong one, or one it cannot make."""

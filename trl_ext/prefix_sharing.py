@@ -1,12 +1,19 @@
 """Prefix sharing for a trainer: the public switch over `execution/`."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
+from typing import Any
 
+import torch
+import transformers
+from peft import PeftConfig
+from transformers import AutoConfig, PreTrainedModel
 from trl import DPOTrainer
 
 from ._trl import after_fused_lm_head
-from .execution.sharing import PrefixSharing
+from .execution.sharing import PrefixSharing, cannot_be_honoured
+from .execution.support import adapter_reason, inspect_model
 
 
 def enable_prefix_sharing(
@@ -73,10 +80,9 @@ def enable_prefix_sharing(
 
 
 @contextlib.contextmanager
-def share_prefixes(prefix_sharing: str | bool = "auto", *, self_check: bool = False) -> Iterator[PrefixSharing]:
+def share_prefixes(prefix_sharing: str | bool = "auto", *, self_check: bool = False) -> Iterator[None]:
     """
-    Share prefixes in every `DPOTrainer` that is constructed inside the block, from its first forward on.
-
+    [`enable_prefix_sharing`] for every [`~trl.DPOTrainer`] constructed inside the block, from its first forward on.
     Needed only where the constructor itself runs the model, which it does with `precompute_ref_log_probs=True`.
 
     Args:
@@ -85,11 +91,53 @@ def share_prefixes(prefix_sharing: str | bool = "auto", *, self_check: bool = Fa
 
     Example:
     ```python
-    with trl_ext.share_prefixes():
+    with share_prefixes():
         trainer = DPOTrainer(model, args=DPOConfig(precompute_ref_log_probs=True), train_dataset=dataset)
     trainer.train()
     ```
     """
-    sharing = PrefixSharing(prefix_sharing, self_check)
-    with after_fused_lm_head(sharing.install):
-        yield sharing
+    construct = DPOTrainer.__init__
+
+    @functools.wraps(construct)
+    def construct_sharing(self, *args, **kwargs):
+        sharing = PrefixSharing(prefix_sharing, self_check)
+        with after_fused_lm_head(sharing.install):
+            construct(self, *args, **kwargs)
+        self.prefix_sharing = sharing
+
+    DPOTrainer.__init__ = construct_sharing
+    try:
+        yield
+    finally:
+        DPOTrainer.__init__ = construct
+
+
+def refuse_unless_shareable(
+    model: str | PreTrainedModel, model_init_kwargs: dict[str, Any], peft_config: PeftConfig | None
+) -> None:
+    """
+    Refuse `prefix_sharing=True` for a model that cannot, before its weights are loaded.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]): name, folder or model.
+        model_init_kwargs (`dict[str, Any]`): what it will be loaded with.
+        peft_config ([`~peft.PeftConfig`], *optional*): adapter it will get.
+
+    Raises:
+        ValueError: it cannot share prefixes; the message says why and what to set.
+    """
+    reason = adapter_reason(peft_config) if peft_config is not None else None
+    if reason is None and isinstance(model, str):
+        names = ("revision", "trust_remote_code", "cache_dir", "token", "subfolder", "attn_implementation")
+        config = AutoConfig.from_pretrained(
+            model, **{name: value for name, value in model_init_kwargs.items() if name in names}
+        )
+        model_class = getattr(transformers, (config.architectures or ["?"])[0], None)
+        if model_class is None:  # code from the Hub, looked at once it is loaded
+            return
+        with torch.device("meta"):  # the modules without weights; not `from_config`, which under ZeRO-3 makes weights
+            model = model_class(config)
+    if reason is None:
+        reason = inspect_model(model).reason
+    if reason is not None:
+        raise ValueError(cannot_be_honoured(reason))

@@ -15,8 +15,9 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import LlamaForCausalLM, TrainerCallback
+from trl import DPOConfig, DPOTrainer
 
-from trl_ext import SLiCConfig, SLiCTrainer
+from trl_ext import SLiCConfig, SLiCTrainer, enable_prefix_sharing
 
 
 class Logs(TrainerCallback):
@@ -30,20 +31,21 @@ class Logs(TrainerCallback):
 def main(job_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
     folder = Path(job_file).parent
-    models_made = 0
-    init = LlamaForCausalLM.__init__
+    models_loaded = 0
+    load = LlamaForCausalLM.from_pretrained.__func__
 
-    def counted_init(self, *args, **kwargs):
-        nonlocal models_made
-        models_made += 1
-        init(self, *args, **kwargs)
+    def counted_load(cls, *args, **kwargs):
+        nonlocal models_loaded
+        models_loaded += 1
+        return load(cls, *args, **kwargs)
 
-    LlamaForCausalLM.__init__ = counted_init
+    LlamaForCausalLM.from_pretrained = classmethod(counted_load)
     logs = Logs()
     rows = Dataset.from_list(job["rows"])
-    trainer = SLiCTrainer(
+    trainer_class, config_class = {"slic": (SLiCTrainer, SLiCConfig), "dpo": (DPOTrainer, DPOConfig)}[job["method"]]
+    trainer = trainer_class(
         model=job["model"],
-        args=SLiCConfig(**job["settings"]),
+        args=config_class(**job["settings"]),
         train_dataset=rows,
         eval_dataset=rows,
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -51,14 +53,23 @@ def main(job_file: str) -> None:
         else None,
         callbacks=[logs],
     )
+    if job["enable_prefix_sharing"]:
+        enable_prefix_sharing(trainer, True, self_check=True)
     trainer.train()
     evaluation = trainer.evaluate()
     trainer.save_model(str(folder / "model"))
-    process = {"models": models_made, "world": trainer.accelerator.num_processes, "reference": str(trainer.ref_model)}
+    sharing = getattr(trainer, "prefix_sharing", None)
+    process = {
+        "models": models_loaded,
+        "world": trainer.accelerator.num_processes,
+        "reference": str(trainer.ref_model),
+        "batches_shared": sharing.statistics.batches_shared if sharing else 0,
+    }
     (folder / f"process-{trainer.accelerator.process_index}.json").write_text(json.dumps(process))
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         (folder / "logs.json").write_text(json.dumps({"train": logs.logs, "eval": evaluation}))
+    trainer.accelerator.wait_for_everyone()  # or one tears the group down while the other still uses it
     trainer.end()
 
 

@@ -169,9 +169,7 @@ class PrefixSharing:
     def _cannot(self, reason: str) -> None:
         """This model or batch cannot be rearranged: an error if it has to be, else said once."""
         if self.mode is True:
-            raise ValueError(
-                f"prefix_sharing=True cannot be honoured: {reason}. Set prefix_sharing='auto' or False to run padded."
-            )
+            raise ValueError(cannot_be_honoured(reason))
         if reason not in self._said:
             self._said.add(reason)
             warnings.warn(f"Prompts are not shared between their completions: {reason}.", stacklevel=4)
@@ -282,6 +280,11 @@ class PrefixSharing:
         if layout is not None:
             plan.source = torch.from_numpy(layout.source).to(device)
         return plan
+
+
+def cannot_be_honoured(reason: str) -> str:
+    """Message for `prefix_sharing=True` where it is impossible."""
+    return f"prefix_sharing=True cannot be honoured: {reason}. Set prefix_sharing='auto' or False to run padded."
 
 
 @dataclass

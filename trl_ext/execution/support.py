@@ -4,7 +4,7 @@ import inspect
 from dataclasses import dataclass
 
 from accelerate.utils import is_peft_model
-from peft import PeftType
+from peft import PeftConfig, PeftType
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -56,11 +56,9 @@ def inspect_model(model: PreTrainedModel) -> Support:
         model ([`~transformers.PreTrainedModel`]): causal language model, unwrapped, with or without PEFT adapters.
     """
     for adapter in getattr(model, "peft_config", {}).values():
-        # LoRA and its kin change weights; these change what stands in a row, or look at where a token stands
-        if adapter.is_prompt_learning or adapter.peft_type == PeftType.ADAPTION_PROMPT:
-            return Support(f"{adapter.peft_type.value} adapters add tokens of their own to each row")
-        if getattr(adapter, "alora_invocation_tokens", None):
-            return Support("activated LoRA (`alora_invocation_tokens`) looks for its tokens once in each row")
+        reason = adapter_reason(adapter)
+        if reason is not None:
+            return Support(reason)
     if is_peft_model(model):
         model = model.get_base_model()
     config = model.config
@@ -104,6 +102,15 @@ def inspect_model(model: PreTrainedModel) -> Support:
         max_columns=_length_dependent_positions(config),
         verified=verified,
     )
+
+
+def adapter_reason(adapter: PeftConfig) -> str | None:
+    """Why a model with this adapter cannot share prefixes. LoRA and its kin only change weights, and can."""
+    if adapter.is_prompt_learning or adapter.peft_type == PeftType.ADAPTION_PROMPT:
+        return f"{PeftType(adapter.peft_type).value} adapters add tokens of their own to each row"
+    if getattr(adapter, "alora_invocation_tokens", None):
+        return "activated LoRA (`alora_invocation_tokens`) looks for its tokens once in each row"
+    return None
 
 
 def _stateful_layers(model: PreTrainedModel) -> str:

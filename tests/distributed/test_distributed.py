@@ -1,4 +1,8 @@
-"""The same numbers on one process and on two, through the real launchers, on CPU with gloo."""
+"""
+The same numbers on one process and on two, through the real launchers, on CPU with gloo.
+
+One process runs padded and two share prefixes, so that each comparison is one of both.
+"""
 
 import json
 import os
@@ -19,6 +23,8 @@ RANKED = [
     {"prompt": "dd ", "completions": ["same", "score"], "scores": [1.0, 1.0]},
     {"prompt": "eee ", "completions": ["first", "second", "third", "4th", "5th"], "scores": [5.0, 1.0, 3.0, 4.0, 2.0]},
 ]
+ALONE = {"per_device_train_batch_size": 2, "prefix_sharing": False}
+SHARED = {"per_device_train_batch_size": 1, "prefix_sharing": True, "check_prefix_sharing": True}
 COMPARED = (
     "loss",
     "loss/calibration",
@@ -36,10 +42,12 @@ COMPARED = (
 )
 
 
-def launch(command, folder, model_dir, rows, lora=False, **settings):
+def launch(command, folder, model_dir, rows, lora=False, method="slic", enable_prefix_sharing=False, **settings):
     """Run the worker under a launcher; returns its logs, its final weights, and what each process noted."""
     folder.mkdir()
     job = {
+        "method": method,
+        "enable_prefix_sharing": enable_prefix_sharing,
         "model": model_dir,
         "rows": rows,
         "lora": lora,
@@ -99,6 +107,11 @@ def assert_same_run(one, other, rtol=1e-4, atol=1e-5):
         )
 
 
+def assert_shared(one, two):
+    assert one[2][0]["batches_shared"] == 0
+    assert all(process["batches_shared"] > 0 for process in two[2])
+
+
 @pytest.mark.parametrize("data", ["even pairs", "uneven lists"])
 def test_two_processes_equal_one(data, model_dir, tmp_path):
     """
@@ -106,21 +119,44 @@ def test_two_processes_equal_one(data, model_dir, tmp_path):
     accelerate fills up with repeats.
     """
     rows = PAIRS if data == "even pairs" else RANKED
-    one = launch([sys.executable], tmp_path / "one", model_dir, rows, per_device_train_batch_size=2)
-    two = launch(
-        torchrun(2), tmp_path / "two", model_dir, rows, per_device_train_batch_size=1, per_device_eval_batch_size=2
-    )
+    one = launch([sys.executable], tmp_path / "one", model_dir, rows, **ALONE)
+    two = launch(torchrun(2), tmp_path / "two", model_dir, rows, per_device_eval_batch_size=2, **SHARED)
     assert [process["world"] for process in two[2]] == [2, 2]
+    assert_shared(one, two)
     assert_same_run(one, two)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_equals_one_process(stage, model_dir, tmp_path):
     pytest.importorskip("deepspeed", reason="needs the extra trl_ext[deepspeed]")
-    one = launch([sys.executable], tmp_path / "one", model_dir, PAIRS, per_device_train_batch_size=2)
-    two = launch(zero(stage), tmp_path / "two", model_dir, PAIRS, per_device_train_batch_size=1)
+    one = launch([sys.executable], tmp_path / "one", model_dir, PAIRS, **ALONE)
+    two = launch(zero(stage), tmp_path / "two", model_dir, PAIRS, **SHARED)
+    assert_shared(one, two)
     assert [(p["world"], p["models"], p["reference"]) for p in two[2]] == [(2, 1, "None")] * 2
     assert_same_run(one, two, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+def test_plain_dpo_trainer_on_two_processes(strategy, model_dir, tmp_path):
+    """TRL's own trainer, padded and sharing prefixes, with a live reference, under the same launcher."""
+    if strategy != "ddp":
+        pytest.importorskip("deepspeed", reason="needs the extra trl_ext[deepspeed]")
+    command = torchrun(2) if strategy == "ddp" else zero(int(strategy[-1]))
+    runs = [
+        launch(
+            command, tmp_path / name, model_dir, PAIRS, method="dpo", enable_prefix_sharing=name == "shared",
+            per_device_train_batch_size=2,
+        )
+        for name in ("padded", "shared")
+    ]  # fmt: skip
+    assert_shared(*runs)
+    (logs, weights, _), (other_logs, other_weights, _) = runs
+    for step, other_step in zip(logs["train"], other_logs["train"], strict=True):
+        for name in (name for name in step if not name.endswith(("runtime", "per_second", "flos"))):
+            assert other_step[name] == pytest.approx(step[name], rel=1e-3, abs=1e-4), (name, step["step"])
+    assert other_logs["eval"]["eval_loss"] == pytest.approx(logs["eval"]["eval_loss"], rel=1e-4)
+    for name, weight in weights.items():
+        torch.testing.assert_close(other_weights[name], weight, rtol=1e-3, atol=1e-4)
 
 
 def test_playground_is_shared_out(tmp_path):
@@ -147,8 +183,9 @@ def test_more_settings_on_two_processes(strategy, lora, settings, model_dir, tmp
         pytest.importorskip("deepspeed", reason="needs the extra trl_ext[deepspeed]")
     command = torchrun(2) if strategy == "ddp" else zero(int(strategy[-1]))
     rows = PAIRS if strategy != "ddp" else RANKED
-    one = launch([sys.executable], tmp_path / "one", model_dir, rows, lora, per_device_train_batch_size=2, **settings)
-    two = launch(command, tmp_path / "two", model_dir, rows, lora, per_device_train_batch_size=1, **settings)
+    one = launch([sys.executable], tmp_path / "one", model_dir, rows, lora, **ALONE, **settings)
+    two = launch(command, tmp_path / "two", model_dir, rows, lora, **SHARED, **settings)
+    assert_shared(one, two)
     assert_same_run(one, two, rtol=1e-3, atol=1e-4)
     expected_models = 2 if settings.get("reg_type") == "kl" and not lora else 1
     assert [process["models"] for process in two[2]] == [expected_models] * 2
