@@ -1,14 +1,17 @@
 """The shared forward gives what the padded one gives, in the same places."""
 
 import copy
+import dataclasses
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.equivalence.compare import assert_same, batch_of, random_sequences, run, two_of
+from tests.equivalence.compare import FIELDS, assert_same, batch_of, random_sequences, run, two_of
 from tests.equivalence.small_models import NOT_SHARING, make
 from tests.reference import token_logps
 from trl_ext._trl import add_fused_lm_head
@@ -64,12 +67,12 @@ def test_prompts_are_computed_once():
     assert prefix_sharing.statistics.positions_padded == computed["padded"]
 
 
-@pytest.mark.parametrize("mode", ["auto", True])
-@pytest.mark.parametrize("prompt_length", [40, 1])
-def test_only_scored_positions_reach_the_head(mode, prompt_length, monkeypatch):
+@pytest.mark.parametrize("pays", [True, False])
+def test_only_scored_positions_reach_the_head(pays, monkeypatch):
     from trl.trainer import utils
 
-    _, shared, prefix_sharing = two_of(mode=mode)
+    monkeypatch.setattr(CostModel, "pays", lambda *_: pays)
+    _, shared, prefix_sharing = two_of(mode="auto")
     sizes = []
     apply = utils._ChunkedLogProbFunction.apply
 
@@ -80,10 +83,9 @@ def test_only_scored_positions_reach_the_head(mode, prompt_length, monkeypatch):
             return apply(hidden, *args)
 
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Counting)
-    run(shared, batch_of(random_sequences(2, 2, (prompt_length, prompt_length), (10, 10))))
+    run(shared, batch_of(random_sequences(2, 2, (40, 40), (10, 10))))
     assert sizes == [40]  # also where "auto" leaves a batch padded
-    shares = mode is True or prompt_length == 40
-    assert prefix_sharing.statistics.batches_shared == shares
+    assert prefix_sharing.statistics.batches_shared == pays
 
 
 def test_one_wrong_bit_in_the_mask_is_noticed(monkeypatch):
@@ -118,45 +120,89 @@ def test_the_self_check_passes_and_leaves_no_trace():
     assert prefix_sharing.statistics.batches_shared == 1
 
 
-def test_an_architecture_that_is_not_verified_is_checked_on_its_first_batch(monkeypatch):
-    monkeypatch.setattr(sharing, "inspect_model", _as_if_unverified(sharing.inspect_model))
+@pytest.fixture
+def unverified(monkeypatch):
+    """Llama as if nobody had tried it."""
+    inspect_model = sharing.inspect_model
+    monkeypatch.setattr(
+        sharing, "inspect_model", lambda model: dataclasses.replace(inspect_model(model), verified=False)
+    )
+
+
+def test_an_architecture_that_is_not_verified_runs_padded(unverified):
+    with pytest.warns(UserWarning, match="LlamaForCausalLM is not among the architectures tested.*=True"):
+        padded, shared, prefix_sharing = two_of(mode="auto")
+    assert_same(padded, shared, batch_of(random_sequences(2, 4, (30, 30), (3, 6))))
+    assert prefix_sharing.statistics.batches_shared == 0
+
+
+def test_an_architecture_that_is_not_verified_is_checked_if_it_has_to_share(unverified, monkeypatch):
     calls = []
     compare = sharing._compare
     monkeypatch.setattr(sharing, "_compare", lambda *args: calls.append(1) or compare(*args))
-    padded, shared, _ = two_of(mode="auto")
+    padded, shared, _ = two_of(mode=True)
     batch = batch_of(random_sequences(2, 2, (30, 30), (3, 6)))
     assert_same(padded, shared, batch)
     run(shared, batch)
     assert calls == [1]
-
-
-@pytest.mark.parametrize("mode", ["auto", True])
-def test_an_unverified_architecture_that_disagrees(monkeypatch, mode):
-    # a model whose attention ignores where a branch begins: as if its masks had not reached it
-    monkeypatch.setattr(sharing, "inspect_model", _as_if_unverified(sharing.inspect_model))
+    # a model whose attention ignores where a branch begins, as if its masks had not reached it
     visibility = masks.visibility
     monkeypatch.setattr(
         masks,
         "visibility",
         lambda layout, window, device: torch.ones_like(visibility(layout, window, device)).tril(),
     )
-    padded, shared, prefix_sharing = two_of(mode=mode)
-    batch = batch_of(random_sequences(2, 2, (30, 30), (3, 6)))
-    if mode is True:
-        with pytest.raises(RuntimeError, match="prefix_sharing=False"):
-            run(shared, batch)
-        return
-    with pytest.warns(UserWarning, match="LlamaForCausalLM is not among the architectures tested"):
-        assert_same(padded, shared, batch)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert_same(padded, shared, batch)
+    _, shared, _ = two_of(mode=True)
+    with pytest.raises(RuntimeError, match="log-probabilities differ by.*prefix_sharing=False"):
+        run(shared, batch)
 
 
-def _as_if_unverified(inspect_model):
-    import dataclasses
+def test_the_self_check_does_not_wait_for_a_batch_that_pays():
+    # under ZeRO-3 all processes have to check the same batch
+    _, shared, prefix_sharing = two_of(mode="auto", self_check=True)
+    run(shared, batch_of(random_sequences(2, 1, (40, 40), (40, 40))))
+    run(shared, batch_of(random_sequences(2, 1, (40, 40), (40, 40), seed=1)))
+    assert (prefix_sharing.statistics.batches_shared, prefix_sharing.statistics.batches_padded) == (1, 1)
 
-    return lambda model: dataclasses.replace(inspect_model(model), verified=False)
+
+def test_another_attention_implementation_later_on():
+    padded, shared, prefix_sharing = two_of()
+    batch = batch_of(random_sequences(2, 2, (12, 20), (3, 6)))
+    assert_same(padded, shared, batch)
+    shared.set_attn_implementation("eager")
+    assert_same(padded, shared, {name: tensor.clone() for name, tensor in batch.items()})
+    assert prefix_sharing.statistics.batches_shared == 2
+
+
+def test_a_deep_copy_runs_its_own_weights():
+    _, shared, _ = two_of()
+    twin = copy.deepcopy(shared)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(0.5)
+    fresh = make("llama")
+    fresh.load_state_dict(twin.state_dict())
+    add_fused_lm_head(fresh, outputs=FIELDS)
+    assert_same(fresh, twin, batch_of(random_sequences(2, 2, (12, 20), (3, 6))))
+
+
+def test_inference_mode():
+    padded, shared, _ = two_of()
+    with torch.inference_mode():
+        batch = batch_of(random_sequences(2, 2, (12, 20), (3, 6)))
+        for _ in range(2):
+            torch.testing.assert_close(run(shared, batch).log_probs, run(padded, batch).log_probs)
+
+
+def test_masks_are_freed_with_the_batch():
+    _, shared, prefix_sharing = two_of()
+    run(shared, batch_of(random_sequences(2, 2, (12, 20), (3, 6))))
+    first = weakref.ref(prefix_sharing._last[-1])
+    run(shared, batch_of(random_sequences(2, 2, (12, 20), (3, 6), seed=1)))
+    gc.collect()
+    assert first() is None
+    prefix_sharing.remove()
+    assert prefix_sharing._last is None
 
 
 def test_the_plan_is_made_once_for_all_models():
@@ -192,19 +238,26 @@ def test_bf16_is_as_close_to_fp32_as_padded_bf16_is():
     padded, shared, _ = two_of()
     padded, shared = padded.bfloat16(), shared.bfloat16()
     batch = batch_of(random_sequences(4, 4, (30, 60), (20, 40)))
-    truth = run(exact, batch).log_probs
-    errors = [(run(model, batch).log_probs.float() - truth).abs() for model in (padded, shared)]
-    scored = truth != 0
-    # measured: mean error 0.02 nats both ways; the two differ only in the order of their roundings
-    assert errors[1][scored].mean() <= 1.1 * errors[0][scored].mean()
-    assert errors[1].max() <= 1.5 * errors[0].max()
+    weights = torch.randn(batch["labels"][:, 1:].shape, generator=torch.Generator().manual_seed(0))
+    logps, gradients = [], []
+    for model in (exact, padded, shared):
+        found = run(model, batch).log_probs.float()
+        (found * weights).sum().backward()
+        logps.append(found.detach())
+        gradients.append(torch.cat([p.grad.float().flatten() for p in model.parameters()]))
+    errors = [((found - logps[0]).norm() / logps[0].norm()).item() for found in logps[1:]]
+    gradient_errors = [((found - gradients[0]).norm() / gradients[0].norm()).item() for found in gradients[1:]]
+    # measured, both ways: log-probabilities off by 1.4 % of their norm, gradients by 14 % (weights here are far larger
+    # than a trained model's, and so is what rounding does); from padded to shared these change by less than 1 %
+    assert errors[1] <= 1.1 * errors[0] and gradient_errors[1] <= 1.1 * gradient_errors[0]
+    assert errors[1] < 0.02 and gradient_errors[1] < 0.2
 
 
 def test_flex_attention_on_cpu():
     # forward only: FlexAttention has no backward on CPU
-    padded, _, _ = two_of(num_hidden_layers=1)
-    _, shared, prefix_sharing = two_of(num_hidden_layers=1, attn_implementation="flex_attention", head_dim=16)
-    padded, _, _ = two_of(num_hidden_layers=1, head_dim=16)
+    small = {"num_hidden_layers": 1, "head_dim": 16}
+    padded, _, _ = two_of(**small)
+    _, shared, prefix_sharing = two_of(attn_implementation="flex_attention", **small)
     batch = batch_of(random_sequences(2, 3, (20, 90), (10, 60)))
     with torch.no_grad():
         expected, found = run(padded, batch), run(shared, batch)
@@ -257,14 +310,18 @@ def test_a_batch_without_anything_scored_still_has_a_gradient():
     assert outputs.log_probs.abs().sum() == 0
 
 
-@pytest.mark.parametrize("model_type", sorted(set(NOT_SHARING) - {"rwkv"}))
-def test_models_that_cannot_share_are_left_alone_and_named(model_type):
-    model = make(model_type)
-    add_fused_lm_head(model)
-    before = model.forward
+@pytest.mark.parametrize("model_type", NOT_SHARING)
+def test_models_that_cannot_share_run_padded_and_are_named(model_type):
+    padded = make(model_type)
+    add_fused_lm_head(padded, outputs=FIELDS)
+    model = copy.deepcopy(padded)
+    prefix_sharing = PrefixSharing("auto")
     with pytest.warns(UserWarning, match=type(model).__name__):
-        assert not PrefixSharing("auto").install(model)
-    assert model.forward == before
+        prefix_sharing.install(model)
+    assert not prefix_sharing.shares
+    if model_type != "llama4_text":  # which TRL's own head cannot run
+        assert_same(padded, model, batch_of(random_sequences(2, 2, (20, 20), (3, 6))))
+    assert prefix_sharing.statistics.batches_shared == 0
     with pytest.raises(ValueError, match=f"prefix_sharing=True.*{type(model).__name__}.*'auto' or False"):
         PrefixSharing(True).install(model)
 
@@ -303,8 +360,9 @@ def test_rotary_embeddings_that_depend_on_the_batch_are_left_alone_beyond_their_
 
 
 def test_auto_steps_aside_where_it_does_not_pay():
-    _, shared, prefix_sharing = two_of(mode="auto")
-    run(shared, batch_of(random_sequences(2, 1, (20, 20), (20, 20))))  # nothing in common, no padding
+    padded, shared, prefix_sharing = two_of(mode="auto")
+    nothing_in_common = batch_of(random_sequences(2, 1, (40, 40), (40, 40)))
+    assert_same(padded, shared, nothing_in_common)
     assert prefix_sharing.statistics.batches_padded == 1
     run(shared, batch_of(random_sequences(2, 4, (40, 40), (5, 5))))
     assert prefix_sharing.statistics.batches_shared == 1

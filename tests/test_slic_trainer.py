@@ -419,7 +419,7 @@ def test_balancing_loss_of_a_mixture_of_experts_is_added_once(tokenizer, pairs, 
 
 @contextmanager
 def counting():
-    """Count models made and forward calls of whole causal LMs, whoever makes them."""
+    """Count models made and forward calls of whole causal LMs, whoever makes them, and the padded rows in them."""
     from transformers import LlamaForCausalLM, LlamaModel
 
     counts = Counter()
@@ -446,6 +446,7 @@ LORA = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
 
 @pytest.mark.parametrize("how", ["name", "object", "lora", "peft_model"])
 def test_one_model_one_forward_per_batch(how, model_dir, tokenizer, pairs, config_kwargs):
+    config_kwargs["prefix_sharing"] = False
     with counting() as counts:
         model = model_dir
         if how in ("object", "peft_model"):
@@ -464,6 +465,7 @@ def test_one_model_one_forward_per_batch(how, model_dir, tokenizer, pairs, confi
 
 def test_without_regulariser_its_target_is_not_computed(model_dir, tokenizer, pairs, config_kwargs):
     rows = pairs.add_column("reference", REFERENCES)
+    config_kwargs["prefix_sharing"] = False
     for reg_weight, expected in ((0.0, 16), (0.1, 16 + 5)):
         with counting() as counts:
             build(model_dir, tokenizer, rows, config_kwargs, reg_weight=reg_weight).train()
@@ -472,14 +474,14 @@ def test_without_regulariser_its_target_is_not_computed(model_dir, tokenizer, pa
 
 @pytest.mark.parametrize("how", ["full", "lora", "peft_model"])
 def test_only_the_kl_regulariser_holds_a_reference(how, model_dir, tokenizer, pairs, config_kwargs):
-    learning_rate = 1e-2 if how == "full" else 1.0
+    config_kwargs.update(learning_rate=1e-2 if how == "full" else 1.0, prefix_sharing=False)
     with counting() as counts:
         model = model_dir
         if how == "peft_model":
             model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), LORA)
         losses = Losses()
         trainer = build(
-            model, tokenizer, pairs, {**config_kwargs, "learning_rate": learning_rate}, reg_type="kl",
+            model, tokenizer, pairs, config_kwargs, reg_type="kl",
             callbacks=[losses], peft_config=LORA if how == "lora" else None,
         )  # fmt: skip
         trainer.train()

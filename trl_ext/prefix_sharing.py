@@ -44,8 +44,8 @@ def enable_prefix_sharing(
             the difference if they disagree.
 
     Returns:
-        [`PrefixSharing`], also kept as `trainer.prefix_sharing`: `statistics` tells what was saved, `remove()` undoes
-        this call. `None` with `prefix_sharing=False`.
+        [`PrefixSharing`], also kept as `trainer.prefix_sharing`: `shares` tells whether the model can, `statistics`
+        what was saved, `remove()` undoes this call. `None` with `prefix_sharing=False`.
 
     Raises:
         TypeError: not a `DPOTrainer`.
@@ -72,9 +72,16 @@ def enable_prefix_sharing(
     if prefix_sharing is False:
         return None
     sharing = PrefixSharing(prefix_sharing, self_check)
-    for model in (trainer.model, trainer.ref_model):
-        if model is not None:
-            sharing.install(trainer.accelerator.unwrap_model(model))
+    try:
+        if trainer.args.torch_compile:
+            sharing.cannot("the model is compiled as a whole (torch_compile), and layouts differ from batch to batch")
+            return sharing
+        for model in (trainer.model, trainer.ref_model):
+            if model is not None:
+                sharing.install(trainer.accelerator.unwrap_model(model))
+    except ValueError:
+        sharing.remove()
+        raise
     trainer.prefix_sharing = sharing
     return sharing
 
@@ -83,7 +90,8 @@ def enable_prefix_sharing(
 def share_prefixes(prefix_sharing: str | bool = "auto", *, self_check: bool = False) -> Iterator[None]:
     """
     [`enable_prefix_sharing`] for every [`~trl.DPOTrainer`] constructed inside the block, from its first forward on.
-    Needed only where the constructor itself runs the model, which it does with `precompute_ref_log_probs=True`.
+    Needed only where the constructor itself runs the model, which it does with `precompute_ref_log_probs=True`. The
+    trainers of this package follow their config instead.
 
     Args:
         prefix_sharing, self_check:
@@ -100,6 +108,10 @@ def share_prefixes(prefix_sharing: str | bool = "auto", *, self_check: bool = Fa
 
     @functools.wraps(construct)
     def construct_sharing(self, *args, **kwargs):
+        from .candidate_trainer import CandidateTrainer  # which itself needs this module
+
+        if isinstance(self, CandidateTrainer):
+            return construct(self, *args, **kwargs)
         sharing = PrefixSharing(prefix_sharing, self_check)
         with after_fused_lm_head(sharing.install):
             construct(self, *args, **kwargs)

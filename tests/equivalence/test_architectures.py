@@ -1,10 +1,16 @@
 """Every architecture that is said to share prefixes gives the padded path's numbers, and really shares."""
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-from tests.equivalence.compare import assert_same, batch_of, random_sequences, two_of
-from tests.equivalence.small_models import SHARING, WINDOW
-from trl_ext.execution.support import VERIFIED
+from tests.equivalence.compare import FIELDS, assert_same, batch_of, random_sequences, two_of
+from tests.equivalence.small_models import SHARING, WINDOW, make
+from trl_ext._trl import add_fused_lm_head
+from trl_ext.execution.cost import CostModel
+from trl_ext.execution.sharing import PrefixSharing
+from trl_ext.execution.support import VERIFIED, inspect_model
 
 
 def test_the_list_of_verified_architectures_is_this_one():
@@ -37,9 +43,42 @@ def test_activation_checkpointing(model_type, use_reentrant):
     assert len(recomputed) == 2  # once on the way forward, once again on the way back
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral"])
-def test_backends(model_type, backend):
-    padded, shared, _ = two_of(model_type, attn_implementation=backend)
-    assert shared.config._attn_implementation == backend
+@pytest.mark.parametrize("model_type", SHARING)
+def test_eager_attention(model_type):
+    padded, shared, prefix_sharing = two_of(model_type, attn_implementation="eager")
+    assert shared.config._attn_implementation == "eager"
     assert_same(padded, shared, batch_of(random_sequences(2, 3, (8, 20), (1, 12))))
+    assert prefix_sharing.statistics.batches_shared == 1
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2"])
+def test_lora(model_type):
+    models = []
+    for _ in range(2):
+        model = make(model_type)
+        add_fused_lm_head(model, outputs=FIELDS)
+        torch.manual_seed(0)
+        models.append(get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False)))
+    prefix_sharing = PrefixSharing(True)
+    prefix_sharing.install(models[1])
+    assert_same(*models, batch_of(random_sequences(2, 3, (8, 20), (1, 12))))
+    assert prefix_sharing.statistics.batches_shared == 1
+
+
+@pytest.mark.slow
+def test_every_architecture_of_transformers_is_inspected_without_an_error():
+    """With the default config of each; nothing is computed."""
+    seen = 0
+    for model_type, config_class in CONFIG_MAPPING.items():
+        if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            continue
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config_class())
+        except Exception:  # a config without usable defaults, or an extra that is not installed
+            continue
+        seen += 1
+        support = inspect_model(model)
+        assert support.reason is None or type(model).__name__ in support.reason or "attention impl" in support.reason
+        assert 0 <= CostModel.of(model).attention_per_pair < 1, model_type
+    assert seen > 100

@@ -11,13 +11,21 @@ from transformers import PreTrainedModel
 BACKENDS = ("sdpa", "eager", "flex_attention")
 
 # `config.model_type`s whose shared and padded log-probabilities and gradients are compared by
-# `tests/equivalence/test_architectures.py`. Others that look alike are compared on their first batch.
+# `tests/equivalence/test_architectures.py`.
 VERIFIED = frozenset(
     (
         "apertus arcee codegen cohere cohere2 deepseek_v3 ernie4_5 exaone4 falcon gemma gemma2 gemma3_text glm glm4 "
         "glm4_moe gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite granitemoe helium hunyuan_v1_dense llama minimax_m2 "
         "ministral mistral mixtral nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 qwen2 qwen2_moe qwen3 "
         "qwen3_moe seed_oss smollm3 stablelm starcoder2"
+    ).split()
+)
+
+# adapters that treat every token alike, whatever else is in its row
+WEIGHT_ADAPTERS = frozenset(
+    (
+        "ADALORA BOFT C3A DELORA FOURIERFT GRALORA HRA IA3 LN_TUNING LOHA LOKR LORA MISS OFT OSF RANDLORA ROAD SHIRA "
+        "TRAINABLE_TOKENS VBLORA VERA WAVEFT"
     ).split()
 )
 
@@ -39,6 +47,10 @@ class Support:
             Longest batch that may be shared, for rotary embeddings that change with the length of the batch.
         verified (`bool`):
             Whether the architecture is one of [`VERIFIED`].
+        positions_are_tokens (`bool`):
+            Whether a row of hidden states has one position for each token given, also where prefixes are not shared.
+        outputs_router_logits (`bool`):
+            Whether the config asks for a balancing loss over all tokens.
     """
 
     reason: str | None = None
@@ -46,6 +58,12 @@ class Support:
     windows: dict[str, int | None] | None = None
     max_columns: int | None = None
     verified: bool = False
+    positions_are_tokens: bool = True
+    outputs_router_logits: bool = False
+
+    def is_too_long(self, num_columns: int) -> bool:
+        """Whether a batch has too many columns to be shared."""
+        return self.max_columns is not None and num_columns > self.max_columns
 
 
 def inspect_model(model: PreTrainedModel) -> Support:
@@ -58,22 +76,28 @@ def inspect_model(model: PreTrainedModel) -> Support:
     for adapter in getattr(model, "peft_config", {}).values():
         reason = adapter_reason(adapter)
         if reason is not None:
-            return Support(reason)
+            return Support(reason, positions_are_tokens=False)
     if is_peft_model(model):
         model = model.get_base_model()
     config = model.config
     name = f"{type(model).__name__} (model_type {config.model_type!r})"
     if getattr(config, "is_encoder_decoder", False):
-        return Support(f"{name} is an encoder-decoder")
+        return Support(f"{name} is an encoder-decoder", positions_are_tokens=False)
     if config.get_text_config() is not config:
-        return Support(f"{name} also takes images or sound, which change positions and masks")
+        return Support(
+            f"{name} also takes images or sound, which change positions and masks", positions_are_tokens=False
+        )
     stateful = _stateful_layers(model)
     if stateful:
         return Support(f"{name} has layers that read a row from left to right whatever the mask says ({stateful})")
     backbone = model.base_model
     forward = inspect.unwrap(type(backbone).forward)
     if backbone is model:
-        return Support(f"{name} has no backbone that can be called without its LM head")
+        return Support(f"{name} has no backbone that can be called without its LM head", positions_are_tokens=False)
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        return Support(f"{name} is split over several devices (`device_map`)", positions_are_tokens=False)
+    if getattr(config, "use_bidirectional_attention", False):
+        return Support(f"{name} lets tokens see what follows them (`use_bidirectional_attention`)")
     if "position_ids" not in inspect.signature(forward).parameters:
         return Support(f"{name} does not take `position_ids`")
     if getattr(config, "alibi", False):
@@ -101,15 +125,18 @@ def inspect_model(model: PreTrainedModel) -> Support:
         windows=windows,
         max_columns=_length_dependent_positions(config),
         verified=verified,
+        outputs_router_logits=bool(getattr(config, "output_router_logits", False)),
     )
 
 
 def adapter_reason(adapter: PeftConfig) -> str | None:
-    """Why a model with this adapter cannot share prefixes. LoRA and its kin only change weights, and can."""
-    if adapter.is_prompt_learning or adapter.peft_type == PeftType.ADAPTION_PROMPT:
+    """Why a model with this adapter cannot share prefixes; `None` for LoRA and its kin, which only change weights."""
+    if adapter.is_prompt_learning:
         return f"{PeftType(adapter.peft_type).value} adapters add tokens of their own to each row"
     if getattr(adapter, "alora_invocation_tokens", None):
         return "activated LoRA (`alora_invocation_tokens`) looks for its tokens once in each row"
+    if PeftType(adapter.peft_type).value not in WEIGHT_ADAPTERS:
+        return f"{PeftType(adapter.peft_type).value} adapters do more than change weights, or are not known here"
     return None
 
 
@@ -140,7 +167,7 @@ def _windows(config, source: str) -> dict[str, int | None] | str:
     if unknown:
         return f"has layers of a kind whose mask is not known here ({', '.join(unknown)})"
     windows = {kind: window if kind == "sliding_attention" else None for kind in kinds}
-    if len(set(windows.values())) > 1 and "dict" not in source:
+    if len(set(windows.values())) > 1 and "attention_mask, dict)" not in source:
         return f"has layers of several kinds ({', '.join(kinds)}) and takes only one mask"
     return windows
 
