@@ -37,7 +37,7 @@ SHAPES = [
     Shape("TL;DR", (300, 400), (25, 50), 2, 2),
     Shape("long prompt", (340, 360), (35, 45), 2, 2),
     Shape("multi-turn HH", (100, 400), (30, 120), 2, 2),
-    Shape("design", (150, 300), (20, 70), 2, 2),
+    Shape("medium", (150, 300), (20, 70), 2, 2),
     Shape("even", (256, 256), (256, 256), 2, 2),
     Shape("UltraFeedback", (40, 200), (150, 400), 2, 2),
     Shape("short prompt", (28, 36), (250, 350), 2, 2),
