@@ -12,8 +12,9 @@ Ways:
 - `scored head`: the padded batch, but only scored positions reach the LM head. What lies between this and `always` is
   the sharing itself; what lies between `padded` and this is the head, which TRL restricts on GPUs only.
 - `CPO`: TRL's experimental `CPOTrainer` with the hinge loss, the nearest thing to SLiC in TRL.
-- `LM, scored` and `LM, all`: a plain causal language model step over the same number of distinct tokens, with the loss
-  on as many tokens as here, or on all of them. The first is the limit that sharing can reach.
+- `LM, all`, `LM, scored`, `LM, TRL head`: a plain causal language model step over rows of equal length with the same
+  number of distinct tokens: with the loss on all of them, on as many as here, or on as many as here through TRL's fused
+  head. The last is the limit that sharing can reach without another head.
 """
 
 import argparse
@@ -30,7 +31,9 @@ from common import MODELS, RESULTS, Shape, append, circumstances, make_model
 
 from tests.equivalence.baseline import padded_dpo_trainer, padded_slic_trainer
 from trl_ext import enable_prefix_sharing
+from trl_ext._trl import add_fused_lm_head
 from trl_ext.execution.cost import CostModel
+from trl_ext.execution.sharing import PrefixSharing
 from trl_ext.playground import byte_level_tokenizer
 
 SHAPES = [
@@ -50,7 +53,9 @@ SHAPES = [
     Shape("ranked 16, short prompt", (16, 32), (100, 200), 16, 1),
 ]
 STAGES = ("forward", "forward+backward", "step")
-ONLY_STEPS = ("scored head", "always", "CPO", "LM, scored", "LM, all")  # to keep the time of a run bounded
+# to keep the time of a run bounded, the parts of a step are timed for these only
+STAGED_SHAPES = ("TL;DR", "UltraFeedback", "ranked 6")
+STAGED_WAYS = ("padded", "auto")
 
 
 pays = CostModel.pays
@@ -84,17 +89,25 @@ class Run:
 
 
 class LanguageModelRun:
-    """A causal LM step over rows of `length` tokens with the loss on the last `scored` of each."""
+    """A causal LM step over rows of `length` tokens with the loss on the last `scored` of each (`None`: on all)."""
 
-    def __init__(self, model, rows: int, length: int, scored: int | None):
-        self.model, self.scored = model.train(), scored
+    def __init__(self, model, rows: int, length: int, scored: int | None, through_trl_head: bool):
+        self.model, self.scored, self.through_trl_head = model.train(), scored, through_trl_head
+        if through_trl_head:
+            add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+            PrefixSharing("auto").install(model)  # only for its scored head: nothing here is shared
         self.ids = torch.randint(0, 32000, (rows, length), device=model.device)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
         self.autocast = torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda")
 
     def __call__(self, stage: str, index: int) -> None:
         with torch.set_grad_enabled(stage != "forward"), self.autocast:
-            if self.scored is None:
+            if self.through_trl_head:
+                labels = self.ids.clone()
+                labels[:, : -self.scored] = -100
+                mask = torch.ones_like(self.ids)
+                loss = self.model(input_ids=self.ids, attention_mask=mask, labels=labels, fused_lm_head=True).loss
+            elif self.scored is None:
                 loss = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
             else:
                 hidden = self.model.model(input_ids=self.ids, use_cache=False).last_hidden_state
@@ -177,9 +190,9 @@ def ways_of(shape: Shape, options, directory: str):
     answers = sum(len(text) + 1 for row in rows for text in row.get("completions") or (row["chosen"], row["rejected"]))
     scored = round(answers / len(rows))
     length = round(sum(len(row["prompt"]) for row in rows) / len(rows)) + scored
-    for way, number in (("LM, scored", scored), ("LM, all", None)):
-        lm = model().to(slic.model.device)
-        yield "SLiC-HF", way, LanguageModelRun(lm, shape.prompts, length, number), lambda: None
+    for way, number in (("LM, TRL head", scored), ("LM, scored", scored), ("LM, all", None)):
+        run = LanguageModelRun(model().to(slic.model.device), shape.prompts, length, number, way == "LM, TRL head")
+        yield "SLiC-HF", way, run, lambda: setattr(CostModel, "pays", lambda *_: False)
 
 
 def measure(shape: Shape, options) -> list[dict]:
@@ -189,7 +202,7 @@ def measure(shape: Shape, options) -> list[dict]:
             (*way, stage)
             for way in ways
             for stage in options.stages
-            if stage == "step" or (way[1] not in ONLY_STEPS and (way[0] == "DPO") == (shape.k == 2))
+            if stage == "step" or (shape.name in STAGED_SHAPES and way[1] in STAGED_WAYS)
         ]
         times = {(method, way, stage): [] for method, way, _, _, stage in timed}
         positions = {}

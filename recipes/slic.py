@@ -73,6 +73,8 @@ def main(script_args, training_args, model_args, dataset_args):
         if not report.worth_a_warning:  # the others were said already
             trainer.accelerator.print(report)
     results = trainer.train(resume_from_checkpoint=resume_from).metrics
+    if trainer.prefix_sharing is not None:
+        trainer.accelerator.print(trainer.prefix_sharing.statistics)
     if eval_dataset is not None:
         results.update(trainer.evaluate())
     trainer.save_model(training_args.output_dir)

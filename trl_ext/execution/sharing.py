@@ -54,6 +54,14 @@ class SharingStatistics:
     positions_padded: int = 0
     positions_computed: int = 0
 
+    def __str__(self) -> str:
+        batches = self.batches_shared + self.batches_padded
+        part = self.positions_computed / max(self.positions_padded, 1)
+        return (
+            f"Prompts were shared in {self.batches_shared} of {batches} batches; {part:.0%} of the padded batches' "
+            "positions were computed."
+        )
+
     def add(self, positions: int, layout: Layout | None) -> None:
         """Count a batch."""
         if layout is None:
