@@ -49,12 +49,11 @@ def speed(folder: Path) -> None:
                 color=COLOURS[way],
             )
             axis.bar_label(bars, fmt="%.1f", fontsize=7)
-        labels = [f"{s}\nP {found[s, 'padded']['prompt']}\nR {found[s, 'padded']['answer']}" for s in shapes]
-        axis.set_xticks(
-            range(len(shapes)),
-            [f"{text}\nK {found[s, 'padded']['k']}" for text, s in zip(labels, shapes, strict=True)],
-            fontsize=7,
-        )
+        labels = []
+        for shape in shapes:
+            row = found[shape, "padded"]
+            labels.append(f"{shape}\nP {row['prompt']}\nR {row['answer']}\nK {row['k']}")
+        axis.set_xticks(range(len(shapes)), labels, fontsize=7)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_ylabel("times as fast as padded")
         axis.set_title(f"{method}: whole training steps, {model} parameters, {device}, {attention}")
@@ -64,14 +63,15 @@ def speed(folder: Path) -> None:
 
 def memory(folder: Path) -> None:
     rows = read("prefix_sharing_memory.csv")
+    circumstances = ("model", "device", "prompt", "answer", "prompts", "checkpointing")
+    rows = [row for row in rows if all(row[name] == rows[-1][name] for name in circumstances)]
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     figure, axes = plt.subplots(1, len(stages), figsize=(4.2 * len(stages), 3.8), squeeze=False, layout="constrained")
     for axis, stage in zip(axes[0], stages, strict=True):
-        for way, colour in (("padded", "#b0b0b0"), ("always", COLOURS["always"])):
-            found = {int(r["k"]): float(r["above_model_mib"]) for r in rows if r["stage"] == stage and r["way"] == way}
-            axis.plot(
-                list(found), list(found.values()), "o-", color=colour, label="shared" if way == "always" else way
-            )
+        for way, label, colour in (("padded", "padded", "#b0b0b0"), ("always", "shared", COLOURS["always"])):
+            of_way = [row for row in rows if row["stage"] == stage and row["way"] == way]
+            peaks = {int(row["k"]): float(row["above_model_mib"]) for row in of_way}
+            axis.plot(list(peaks), list(peaks.values()), "o-", color=colour, label=label)
         axis.set_xlabel("answers per prompt (K)")
         axis.set_ylabel("peak memory above what was held before, MiB")
         axis.set_ylim(bottom=0)

@@ -5,7 +5,7 @@ Peak memory of forward, forward + backward and a whole training step over K answ
 
 Each measurement runs in a process of its own. On a CPU it is the process's peak resident memory, on CUDA
 `max_memory_allocated`; `above_model_mib` leaves out what was held before the measured stage began (the weights, and
-before a whole step the gradients and AdamW's moments as well). Rows are appended to
+before a whole step AdamW's moments). Rows are appended to
 `benchmarks/results/prefix_sharing_memory.csv`; `benchmarks/plot.py` draws them.
 """
 

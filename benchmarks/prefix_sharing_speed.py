@@ -3,8 +3,9 @@ Time of forward, forward + backward and whole training steps, padded and with sh
 
     python benchmarks/prefix_sharing_speed.py
 
-Every way to run a batch is timed in turn on the same batches, and medians are kept, so that a busy machine slows all
-of them. Rows are appended to `benchmarks/results/prefix_sharing_speed.csv`; `benchmarks/plot.py` draws them.
+Every way to run a batch is timed in turn on the same batches, so that a busy machine slows all of them. `seconds` is
+the mean over the batches, `times_padded` the median over the batches of how many times as fast as `padded` it was.
+Rows are appended to `benchmarks/results/prefix_sharing_speed.csv`; `benchmarks/plot.py` draws them.
 
 Ways:
 - `padded`: TRL's forward, K rows per prompt (`trl.DPOTrainer`; for SLiC, our trainer over that forward).
@@ -13,8 +14,8 @@ Ways:
   the sharing itself; what lies between `padded` and this is the head, which TRL restricts on GPUs only.
 - `CPO`: TRL's experimental `CPOTrainer` with the hinge loss, the nearest thing to SLiC in TRL.
 - `LM, all`, `LM, scored`, `LM, TRL head`: a plain causal language model step over rows of equal length with the same
-  number of distinct tokens: with the loss on all of them, on as many as here, or on as many as here through TRL's fused
-  head. The last is the limit that sharing can reach without another head.
+  number of distinct tokens: with the loss on all of them, on as many as here, or on as many as here through TRL's
+  fused head. The last is the limit that sharing can reach without another head.
 """
 
 import argparse
@@ -71,7 +72,8 @@ class Run:
 
     def __init__(self, trainer, batches):
         self.trainer, self.batches = trainer, batches
-        trainer.model.train()
+        self.model = trainer.accelerator.prepare_model(trainer.model)
+        self.model.train()
         trainer.current_gradient_accumulation_steps = 1
         self.optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=1e-6)
 
@@ -79,9 +81,9 @@ class Run:
         batch = dict(self.batches[index % len(self.batches)])
         if stage == "forward":
             with torch.no_grad():
-                self.trainer.compute_loss(self.trainer.model, self.trainer._prepare_inputs(batch))
+                self.trainer.compute_loss(self.model, self.trainer._prepare_inputs(batch))
             return
-        self.trainer.training_step(self.trainer.model, batch)
+        self.trainer.training_step(self.model, batch)
         if stage == "step":
             torch.nn.utils.clip_grad_norm_(self.trainer.model.parameters(), 1.0)
             self.optimizer.step()
@@ -217,14 +219,11 @@ def measure(shape: Shape, options) -> list[dict]:
                     times[method, way, stage].append(time.perf_counter() - start)
                 sharing = getattr(getattr(call, "trainer", None), "prefix_sharing", None)
                 if sharing is not None:
-                    positions[method, way] = (
-                        sharing.statistics.positions_padded,
-                        sharing.statistics.positions_computed,
-                    )
+                    counted, seen = sharing.statistics, positions.setdefault((method, way), {})
+                    seen[repeat % options.batches] = (counted.positions_padded, counted.positions_computed)
     rows = []
     for (method, way, stage), seconds in times.items():
-        median = statistics.median(seconds)
-        padded = statistics.median(times[method, "padded", stage])
+        pairs = zip(times[method, "padded", stage], seconds, strict=True)  # the same batch, one after the other
         rows.append(
             {
                 "method": method,
@@ -237,12 +236,12 @@ def measure(shape: Shape, options) -> list[dict]:
                 "attention": options.attn_implementation or "sdpa",
                 "stage": stage,
                 "way": way,
-                "seconds": round(median, 4),
+                "seconds": round(statistics.mean(seconds), 4),
                 "fastest": round(min(seconds), 4),
                 "slowest": round(max(seconds), 4),
-                "times_padded": round(padded / median, 3),
-                "positions": positions.get((method, way), ("", ""))[1],
-                "positions_padded": positions.get((method, way), ("", ""))[0],
+                "times_padded": round(statistics.median(padded / other for padded, other in pairs), 3),
+                "positions": sum(computed for _, computed in positions.get((method, way), {}).values()) or "",
+                "positions_padded": sum(padded for padded, _ in positions.get((method, way), {}).values()) or "",
                 "repeats": len(seconds),
                 **circumstances(),
             }

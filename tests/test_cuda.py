@@ -1,4 +1,4 @@
-"""What only a CUDA GPU can show: FlexAttention's backward, its recompilations, and bf16 through SDPA's masked kernels."""
+"""What only a CUDA GPU can show: FlexAttention's backward and recompilations, bf16 through SDPA's masked kernels."""
 
 import pytest
 import torch
@@ -53,4 +53,4 @@ def test_flex_attention_is_compiled_for_few_shapes():
         assert rows_length % FLEX_BLOCK_SIZE == 0
     assert prefix_sharing.statistics.batches_shared == 12
     # one graph for the first shape, and one with dynamic sizes once a second shape is seen
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
