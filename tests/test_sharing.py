@@ -2,9 +2,11 @@
 
 import copy
 import dataclasses
+import functools
 import gc
 import warnings
 import weakref
+from types import MethodType
 
 import pytest
 import torch
@@ -138,8 +140,8 @@ def test_an_architecture_that_is_not_verified_runs_padded(unverified):
 
 def test_an_architecture_that_is_not_verified_is_checked_if_it_has_to_share(unverified, monkeypatch):
     calls = []
-    compare = sharing._compare
-    monkeypatch.setattr(sharing, "_compare", lambda *args: calls.append(1) or compare(*args))
+    compare = sharing.compare
+    monkeypatch.setattr(sharing, "compare", lambda *args, **kwargs: calls.append(1) or compare(*args, **kwargs))
     padded, shared, _ = two_of(mode=True)
     batch = batch_of(random_sequences(2, 2, (30, 30), (3, 6)))
     assert_same(padded, shared, batch)
@@ -184,6 +186,18 @@ def test_a_deep_copy_runs_its_own_weights():
     fresh.load_state_dict(twin.state_dict())
     add_fused_lm_head(fresh, outputs=FIELDS)
     assert_same(fresh, twin, batch_of(random_sequences(2, 2, (12, 20), (3, 6))))
+
+
+def test_no_model_is_kept_alive():
+    model = make("llama")
+    add_fused_lm_head(model)
+    prefix_sharing = PrefixSharing(True)
+    prefix_sharing.install(model)
+    run(model, batch_of(random_sequences(2, 2, (12, 20), (3, 6))))
+    model = weakref.ref(model)
+    gc.collect()
+    assert model() is None
+    prefix_sharing.remove()
 
 
 def test_inference_mode():
@@ -294,9 +308,11 @@ def test_remove_restores_the_forward_it_found():
 
 def test_remove_works_under_a_later_wrapper():
     padded, shared, prefix_sharing = two_of()
-    ours = shared.forward
-    shared.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+    ours = shared.forward.__func__
+    later = functools.wraps(ours)(lambda *args, **kwargs: ours(*args, **kwargs))
+    shared.forward = MethodType(later, shared)
     prefix_sharing.remove()
+    assert shared.forward.__func__ is later
     batch = batch_of(random_sequences(2, 2, (12, 20), (3, 6)))
     assert_same(padded, shared, batch)
     assert prefix_sharing.statistics.batches_shared == 0

@@ -45,7 +45,8 @@ class CandidateConfig(DPOConfig):
             batches where that is expected to be faster. `True`: always; a model that cannot is an error. `False`:
             never, TRL's padded forward is used as it is.
         check_prefix_sharing (`bool`, *optional*, defaults to `False`):
-            Whether to run the first rearranged batch both ways and stop if log-probabilities or gradients disagree.
+            Whether to run two sequences of the first batch both ways and stop if log-probabilities or gradients
+            disagree. Not under FSDP.
 
     One default differs from `DPOConfig`: `bf16`, if not set, is `False` on a machine without accelerator. `DPOConfig`
     would stop there and ask for `use_cpu`.
@@ -72,7 +73,7 @@ class CandidateConfig(DPOConfig):
     )
     check_prefix_sharing: bool = field(
         default=False,
-        metadata={"help": "Run the first rearranged batch both ways and stop if the results disagree."},
+        metadata={"help": "Run two sequences of the first batch both ways and stop if the results disagree."},
     )
 
     @property

@@ -220,8 +220,7 @@ class CandidateTrainer(DPOTrainer):
                     f"Leave `{kind}_size` at 1 and use DDP, ZeRO or FSDP."
                 )
         if args.prefix_sharing is True:
-            init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-            refuse_unless_shareable(model, init_kwargs, peft_config)
+            refuse_unless_shareable(model, args, peft_config)
 
     def _check_adapters(self, args, model, ref_model) -> None:
         """Refuse PEFT objects for which TRL would make no reference, the wrong one, or one it cannot make."""

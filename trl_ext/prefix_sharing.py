@@ -3,13 +3,12 @@
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import transformers
 from peft import PeftConfig
 from transformers import AutoConfig, PreTrainedModel
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 
 from ._trl import after_fused_lm_head
 from .execution.sharing import PrefixSharing, cannot_be_honoured
@@ -40,8 +39,8 @@ def enable_prefix_sharing(
             cannot share, with one warning that says why. `True` rearranges every batch, and what cannot be is an
             error. `False` undoes an earlier call.
         self_check (`bool`, *optional*, defaults to `False`):
-            Run the first rearranged batch both ways, compare per-token log-probabilities and gradients, and stop with
-            the difference if they disagree.
+            Run two sequences of the first batch both ways, compare their per-token log-probabilities and the gradients
+            that reach their embedded tokens, and stop with the difference if they disagree. Not under FSDP.
 
     Returns:
         [`PrefixSharing`], also kept as `trainer.prefix_sharing`: `shares` tells whether the model can, `statistics`
@@ -53,7 +52,7 @@ def enable_prefix_sharing(
 
     Example:
     ```python
-    from trl import DPOTrainer
+    from trl import DPOConfig, DPOTrainer
     from trl_ext import enable_prefix_sharing
 
     trainer = DPOTrainer(model="Qwen/Qwen2.5-0.5B-Instruct", train_dataset=dataset)
@@ -73,11 +72,11 @@ def enable_prefix_sharing(
         return None
     sharing = PrefixSharing(prefix_sharing, self_check)
     try:
-        if trainer.args.torch_compile:
-            sharing.cannot("the model is compiled as a whole (torch_compile), and layouts differ from batch to batch")
-            return sharing
+        reason = settings_reason(trainer.args)
+        if reason is not None:
+            sharing.cannot(reason)
         for model in (trainer.model, trainer.ref_model):
-            if model is not None:
+            if model is not None and reason is None:
                 sharing.install(trainer.accelerator.unwrap_model(model))
     except ValueError:
         sharing.remove()
@@ -110,12 +109,20 @@ def share_prefixes(prefix_sharing: str | bool = "auto", *, self_check: bool = Fa
     def construct_sharing(self, *args, **kwargs):
         from .candidate_trainer import CandidateTrainer  # which itself needs this module
 
-        if isinstance(self, CandidateTrainer):
+        if isinstance(self, CandidateTrainer) or prefix_sharing is False:
             return construct(self, *args, **kwargs)
         sharing = PrefixSharing(prefix_sharing, self_check)
-        with after_fused_lm_head(sharing.install):
-            construct(self, *args, **kwargs)
+        try:
+            with after_fused_lm_head(sharing.install):
+                construct(self, *args, **kwargs)
+        except BaseException:
+            sharing.remove()  # a model that was passed in is left as it was
+            raise
         self.prefix_sharing = sharing
+        reason = settings_reason(self.args)
+        if reason is not None:
+            sharing.remove()
+            sharing.cannot(reason)
 
     DPOTrainer.__init__ = construct_sharing
     try:
@@ -124,21 +131,31 @@ def share_prefixes(prefix_sharing: str | bool = "auto", *, self_check: bool = Fa
         DPOTrainer.__init__ = construct
 
 
-def refuse_unless_shareable(
-    model: str | PreTrainedModel, model_init_kwargs: dict[str, Any], peft_config: PeftConfig | None
-) -> None:
+def settings_reason(args: DPOConfig) -> str | None:
+    """Why batches cannot be rearranged under these settings; `None` if they can."""
+    if args.torch_compile:
+        return "the model is compiled as a whole (torch_compile), and layouts differ from batch to batch"
+    if args.neftune_noise_alpha is not None:
+        return "the noise of `neftune_noise_alpha` depends on the length of a row"
+    return None
+
+
+def refuse_unless_shareable(model: str | PreTrainedModel, args: DPOConfig, peft_config: PeftConfig | None) -> None:
     """
     Refuse `prefix_sharing=True` for a model that cannot, before its weights are loaded.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]): name, folder or model.
-        model_init_kwargs (`dict[str, Any]`): what it will be loaded with.
+        args ([`~trl.DPOConfig`]): the trainer's settings, with what the model will be loaded with.
         peft_config ([`~peft.PeftConfig`], *optional*): adapter it will get.
 
     Raises:
         ValueError: it cannot share prefixes; the message says why and what to set.
     """
-    reason = adapter_reason(peft_config) if peft_config is not None else None
+    model_init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    reason = settings_reason(args)
+    if reason is None and peft_config is not None:
+        reason = adapter_reason(peft_config)
     if reason is None and isinstance(model, str):
         names = ("revision", "trust_remote_code", "cache_dir", "token", "subfolder", "attn_implementation")
         config = AutoConfig.from_pretrained(

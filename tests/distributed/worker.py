@@ -63,7 +63,7 @@ def main(job_file: str) -> None:
         "models": models_loaded,
         "world": trainer.accelerator.num_processes,
         "reference": str(trainer.ref_model),
-        "batches_shared": sharing.statistics.batches_shared if sharing else 0,
+        "positions": [sharing.statistics.positions_computed, sharing.statistics.positions_padded] if sharing else None,
     }
     (folder / f"process-{trainer.accelerator.process_index}.json").write_text(json.dumps(process))
     trainer.accelerator.wait_for_everyone()

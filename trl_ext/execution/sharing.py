@@ -12,18 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import is_peft_model
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .cost import CostModel
-from .forward import IGNORE_INDEX
+from .forward import IGNORE_INDEX, MODEL_KEYS
 from .layout import Layout, plan_layout
 from .masks import FLEX_BLOCK_SIZE, attention_mask
+from .self_check import closest_pair, compare
 from .support import Support, inspect_model
 
 # what a batch may contain to be rearranged; images, caches or token types would have to be rearranged too
-KNOWN_INPUTS = {"input_ids", "attention_mask", "position_ids"}
+KNOWN_INPUTS = set(MODEL_KEYS)
 SETTINGS = {
     "use_cache",
     "output_router_logits",
@@ -58,8 +57,8 @@ class SharingStatistics:
         batches = self.batches_shared + self.batches_padded
         part = self.positions_computed / max(self.positions_padded, 1)
         return (
-            f"Prompts were shared in {self.batches_shared} of {batches} batches; {part:.0%} of the padded batches' "
-            "positions were computed."
+            f"Prefix sharing rearranged {self.batches_shared} of {batches} batches and computed {part:.0%} of the "
+            "positions of the padded ones."
         )
 
     def add(self, positions: int, layout: Layout | None) -> None:
@@ -119,8 +118,9 @@ class PrefixSharing:
             `"auto"`: rearrange a batch when the cost model expects it to be faster; models that cannot share are left
             alone, with one warning that says why. `True`: always; what cannot is an error.
         self_check (`bool`, *optional*, defaults to `False`):
-            Run the first batch both ways, with gradients, and stop if they disagree. With `mode=True`, architectures
-            that are not in `support.VERIFIED` are checked in any case; with `"auto"` they are left alone.
+            Run two sequences of the first batch both ways, with gradients, and stop if they disagree. With
+            `mode=True`, architectures that are not in `support.VERIFIED` are checked in any case; with `"auto"` they
+            are left alone.
 
     Attributes:
         statistics ([`SharingStatistics`]): what was saved so far.
@@ -134,7 +134,7 @@ class PrefixSharing:
         self.self_check = self_check
         self.statistics = SharingStatistics()
         self.shares = False
-        self._installed: list[tuple[weakref.ref, Any, Any]] = []
+        self._installed: list[weakref.ref] = []
         self._active = True
         self._said: set[str] = set()
         self._last: tuple | None = None
@@ -165,6 +165,10 @@ class PrefixSharing:
         if is_peft_model(model):
             model = model.get_base_model()
         inner = model.forward
+        # unbound where it is the model's own: a deep copy has to run its own weights
+        call_on = (
+            inner.__func__ if getattr(inner, "__self__", None) is model else (lambda _module, *a, **k: inner(*a, **k))
+        )
         shares = support.reason is None
         must_check = shares and (self.self_check or not support.verified)
         state = _ModelState(support, CostModel.of(model), must_check)
@@ -172,8 +176,7 @@ class PrefixSharing:
 
         @functools.wraps(type(model).forward)
         def forward(module, *args, fused_lm_head=False, labels=None, **kwargs):
-            # not `inner` itself: in a deep copy of the model it would run the original
-            call = functools.partial(inner.__func__, module) if getattr(inner, "__self__", None) is model else inner
+            call = functools.partial(call_on, module)
             if not (fused_lm_head and labels is not None and self._active):
                 passed_on = {"labels": labels} if labels is not None else {}
                 passed_on |= {"fused_lm_head": True} if fused_lm_head else {}
@@ -183,16 +186,19 @@ class PrefixSharing:
                 kwargs.update(zip(names, args, strict=False))
             return self._forward(module, call, state, labels, kwargs)
 
+        forward.replaced = (self, forward, inner)  # kept here, so that this object keeps no model alive
         model.forward = MethodType(forward, model)
-        self._installed.append((weakref.ref(model), forward, inner))
+        self._installed.append(weakref.ref(model))
 
     def remove(self) -> None:
         """Undo every [`~PrefixSharing.install`]."""
         self._active = False
-        for reference, ours, inner in self._installed:
-            model = reference()
-            # if someone wrapped it since, ours stays underneath and passes everything on
-            if model is not None and getattr(model.forward, "__func__", None) is ours:
+        for model in filter(None, (reference() for reference in self._installed)):
+            current = getattr(model.forward, "__func__", None)
+            owner, ours, inner = getattr(current, "replaced", (None, None, None))
+            # if someone wrapped it since (and `functools.wraps` copied the attribute), ours stays underneath and passes
+            # everything on
+            if owner is self and ours is current:
                 model.forward = inner
         self._installed.clear()
         self._last = None
@@ -208,7 +214,7 @@ class PrefixSharing:
 
     def _forward(self, module, inner, state: "_ModelState", labels: torch.Tensor, kwargs: dict[str, Any]):
         if module.config._attn_implementation != state.support.backend and state.support.reason is None:
-            state.support = inspect_model(module)
+            state.support, state.cost = inspect_model(module), CostModel.of(module)
             if state.support.reason is not None:
                 self.cannot(state.support.reason)
         given = {name for name, value in kwargs.items() if value is not None}
@@ -227,7 +233,7 @@ class PrefixSharing:
             plan = self._plan(kwargs, labels, state)
         if state.must_check:
             state.must_check = False
-            difference = _compare(module, inner, state, plan, labels, kwargs)
+            difference = self._self_check(module, inner, state, plan, labels, kwargs)
             if difference is not None:
                 raise RuntimeError(
                     f"The first batch gives other numbers with shared prompts than padded: {difference}. Set "
@@ -237,12 +243,37 @@ class PrefixSharing:
             return inner(**kwargs, labels=labels, fused_lm_head=True)
         return _run(module, inner, state.support, plan, labels, kwargs)
 
+    def _self_check(self, module, inner, state: "_ModelState", plan: _Plan | None, labels, kwargs) -> str | None:
+        """
+        Compare two sequences of a batch both ways; what differs, or `None`. Two keep the memory this takes small. A
+        batch without a plan is run padded twice, because under ZeRO-3 every process has to take part.
+        """
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("hidden_mask", "reference_hidden")}
+        if plan is not None and plan.layout is not None:
+            rows = closest_pair(plan.layout.slots)
+            kwargs |= {name: kwargs[name][rows] for name in KNOWN_INPUTS if kwargs.get(name) is not None}
+            labels = labels[rows]
+            tensors = [kwargs["input_ids"], labels, kwargs.get("attention_mask"), kwargs.get("position_ids")]
+            plan = PrefixSharing(True)._make_plan(tensors, _PlanSettings.of(state, kwargs, labels), state)
+
+        def padded():
+            return inner(**kwargs, labels=labels, fused_lm_head=True)
+
+        if plan is None or plan.layout is None:
+            return compare(module, padded, padded, slots=None)
+        return compare(
+            module,
+            padded,
+            lambda: _run(module, inner, state.support, plan, labels, kwargs),
+            slots=torch.from_numpy(plan.layout.slots).to(labels.device).flatten(),
+        )
+
     def _plan(self, kwargs: dict[str, Any], labels: torch.Tensor, state: "_ModelState") -> _Plan | None:
         """The batch's plan, made anew only if the tensors are not those of the call before."""
         tensors = [kwargs["input_ids"], labels, kwargs.get("attention_mask"), kwargs.get("position_ids")]
         settings = _PlanSettings.of(state, kwargs, labels)
         if any(tensor is not None and tensor.is_inference() for tensor in tensors):  # these count no versions
-            return self._make_plan(tensors, settings, state.cost)
+            return self._make_plan(tensors, settings, state)
         versions = [None if tensor is None else tensor._version for tensor in tensors]
         if self._last is not None:
             references, last_versions, last_settings, plan = self._last
@@ -250,12 +281,13 @@ class PrefixSharing:
             if same and last_versions == versions and last_settings == settings:
                 return plan
         self._last = None  # frees the masks of the batch before
-        plan = self._make_plan(tensors, settings, state.cost)
+        plan = self._make_plan(tensors, settings, state)
         references = [None if tensor is None else weakref.ref(tensor) for tensor in tensors]
         self._last = (references, versions, settings, plan)
         return plan
 
-    def _make_plan(self, tensors: list, settings: "_PlanSettings", cost: CostModel) -> _Plan | None:
+    def _make_plan(self, tensors: list, settings: "_PlanSettings", state: "_ModelState") -> _Plan | None:
+        cost = state.cost
         input_ids, labels, mask, position_ids = tensors
         if (position_ids is not None and position_ids.dim() != 2) or (mask is not None and mask.dim() != 2):
             self.cannot("the batch brings positions or an attention mask of more than two dimensions")
@@ -283,7 +315,7 @@ class PrefixSharing:
             except ValueError as error:
                 self.cannot(str(error))
                 return None
-            is_forced = self.mode is True or settings.must_check
+            is_forced = self.mode is True or state.must_check
             if not is_forced and not cost.pays(layout, *input_ids.shape, not on_host[1].all()):
                 layout = None
         self.statistics.add(input_ids.numel(), layout)
@@ -316,7 +348,6 @@ class _PlanSettings:
     rearrange: bool
     keep_unscored: bool
     multiple_of: int
-    must_check: bool = field(compare=False)
 
     @classmethod
     def of(cls, state: _ModelState, kwargs: dict[str, Any], labels: torch.Tensor) -> "_PlanSettings":
@@ -330,7 +361,6 @@ class _PlanSettings:
             # the balancing loss of a mixture of experts is taken over all tokens
             keep_unscored=bool(kwargs.get("output_router_logits", support.outputs_router_logits)),
             multiple_of=multiple_of,
-            must_check=state.must_check,
         )
 
 
@@ -377,90 +407,3 @@ def _run(module, inner, support: Support, plan: _Plan, labels: torch.Tensor, kwa
             outputs[name] = values.new_zeros(scored.shape).masked_scatter(scored, values)
     outputs["label_mask"] = scored
     return outputs
-
-
-def _compare(module, inner, state: _ModelState, plan: _Plan | None, labels: torch.Tensor, kwargs: dict[str, Any]):
-    """
-    Run two sequences of a batch padded and in a layout of their own; `None` if they agree, else what differs.
-
-    Compared are the log-probabilities and the gradient of a signed sum of them with respect to the embedded tokens,
-    which passes through every layer. Runs in eval mode, where neither dropout nor activation checkpointing is active;
-    two sequences keep the memory that takes small. A batch without a plan is run padded both times, because under
-    ZeRO-3 every process has to take part.
-    """
-    if any(isinstance(p, DTensor) for p in module.parameters()) or isinstance(module, FullyShardedDataParallel):
-        raise NotImplementedError(
-            "The self-check of prefix sharing cannot run under FSDP. Leave it out, or run it once on a single process."
-        )
-    kwargs = {name: value for name, value in kwargs.items() if name not in ("hidden_mask", "reference_hidden")}
-    if plan is not None:
-        rows = _largest_family(plan.layout)
-        kwargs = {
-            name: value[rows] if name in KNOWN_INPUTS and value is not None else value
-            for name, value in kwargs.items()
-        }
-        labels = labels[rows]
-        tensors = [kwargs["input_ids"], labels, kwargs.get("attention_mask"), kwargs.get("position_ids")]
-        settings = _PlanSettings.of(dataclasses.replace(state, must_check=True), kwargs, labels)
-        plan = PrefixSharing(True)._make_plan(tensors, settings, state.cost)
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    signs = torch.ones(labels.shape[0], labels.shape[1] - 1, device=labels.device)
-    signs[:, ::2] = -0.5  # so that an error in one direction does not cancel
-    results = []
-    try:
-        for shared in (False, True):
-            embedded = []
-
-            def start_graph(_module, _args, output, embedded=embedded):
-                embedded.append(output.detach().requires_grad_())
-                return embedded[0]
-
-            hook = module.get_input_embeddings().register_forward_hook(start_graph)
-            try:
-                with torch.enable_grad():
-                    if shared and plan is not None:
-                        outputs = _run(module, inner, state.support, plan, labels, kwargs)
-                    else:
-                        outputs = inner(**kwargs, labels=labels, fused_lm_head=True)
-                    (gradient,) = torch.autograd.grad((outputs.log_probs.float() * signs).sum(), embedded)
-            finally:
-                hook.remove()
-            results.append((outputs.log_probs.detach().float(), gradient.float().flatten(0, 1)))
-    finally:
-        for m, training in modes:
-            m.training = training
-    if plan is None or plan.layout is None:
-        return None
-    (padded_logps, padded_gradient), (shared_logps, shared_gradient) = results
-    slots = torch.from_numpy(plan.layout.slots).to(labels.device).flatten()
-    used = slots >= 0
-    expected = torch.zeros_like(shared_gradient).index_add(0, slots[used], padded_gradient[used])
-    tolerance = _self_check_tolerance(module, labels.device)
-    for name, a, b in (("log-probabilities", padded_logps, shared_logps), ("gradients", expected, shared_gradient)):
-        error = ((a - b).norm() / a.norm().clamp(min=1e-30)).item()
-        if not error <= tolerance:
-            largest = (a - b).abs().max().item()
-            return (
-                f"{name} differ by {error:.2g} of their norm, {tolerance:g} allowed; largest difference {largest:.3g}"
-            )
-    return None
-
-
-def _largest_family(layout: Layout | None) -> list[int]:
-    """Two sequences (or the only one) that begin in the same slot."""
-    if layout is None:
-        return [0]
-    families: dict[int, list[int]] = {}
-    for n, slots in enumerate(layout.slots):
-        if (slots >= 0).any():
-            families.setdefault(int(slots[slots >= 0][0]), []).append(n)
-    return max(families.values(), key=len)[:2]
-
-
-def _self_check_tolerance(module, device: torch.device) -> float:
-    """Relative to the norm. Rounding differs with the shape of a matrix product, more so at low precision."""
-    low = any(p.dtype != torch.float32 for p in module.parameters()) or torch.is_autocast_enabled(device.type)
-    if low:
-        return 5e-2
-    return 1e-2 if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else 1e-4
