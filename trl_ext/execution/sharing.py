@@ -196,8 +196,8 @@ class PrefixSharing:
         for model in filter(None, (reference() for reference in self._installed)):
             current = getattr(model.forward, "__func__", None)
             owner, ours, inner = getattr(current, "replaced", (None, None, None))
-            # if someone wrapped it since (and `functools.wraps` copied the attribute), ours stays underneath and passes
-            # everything on
+            # if someone wrapped it since (and `functools.wraps` copied the attribute), ours stays underneath and
+            # passes everything on
             if owner is self and ours is current:
                 model.forward = inner
         self._installed.clear()
