@@ -70,7 +70,7 @@ def memory(folder: Path) -> None:
     for axis, stage in zip(axes[0], stages, strict=True):
         for way, label, colour in (("padded", "padded", "#b0b0b0"), ("always", "shared", COLOURS["always"])):
             of_way = [row for row in rows if row["stage"] == stage and row["way"] == way]
-            peaks = {int(row["k"]): float(row["above_model_mib"]) for row in of_way}
+            peaks = dict(sorted((int(row["k"]), float(row["above_model_mib"])) for row in of_way))
             axis.plot(list(peaks), list(peaks.values()), "o-", color=colour, label=label)
         axis.set_xlabel("answers per prompt (K)")
         axis.set_ylabel("peak memory above what was held before, MiB")

@@ -7,9 +7,10 @@ from transformers import PreTrainedModel
 from .layout import Layout
 
 # An attention FLOP takes as long as this many FLOPs of the linear layers. Measured on a CPU (float32, SDPA with a
-# mask): 1.55 for a model of 30 M parameters, 1.82 for one of 166 M (benchmarks/fit_cost_model.py). On GPUs nobody has.
+# mask; benchmarks/fit_cost_model.py): 1.25 and 1.55 in two runs for a model of 30 M parameters, 1.82 for one of 166 M.
+# Not measured on GPUs.
 ATTENTION_SLOWDOWN = 1.7
-# Of a masked attention's time, what a causal one without mask takes; measured with the above: 0.53 and 0.59.
+# Of a masked attention's time, what a causal one without mask takes; measured with the above: 0.53 to 0.59.
 CAUSAL_PART = 0.55
 # A batch must save this part of its cost to be rearranged, so that what the model leaves out cannot turn a gain into a
 # loss.
