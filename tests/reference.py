@@ -112,3 +112,51 @@ def slic_loss(model, rows, *, calibration, delta, reg_weight, reduction="sum", r
                 regularization = regularization / len(target)
         losses.append(CALIBRATION_LOSSES[calibration](candidates, row["scores"], delta) + reg_weight * regularization)
     return sum(losses) / len(losses)
+
+
+def rrhf_loss(
+    model, rows, *, rank_weight=1.0, sft_weight=1.0, length_penalty=1.0, sft_reduction="sum", arithmetic="paper"
+):
+    """Mean RRHF loss over prepared rows (`prompt_ids`, `completion_ids`, `scores`)."""
+    losses = []
+    for row in rows:
+        prompt_ids, scores = row["prompt_ids"], row["scores"]
+        answers = row["completion_ids"][: len(scores)]
+        sums = [sequence_logp(model, prompt_ids, ids) for ids in answers]
+        lengths = [len(ids) - (0 if prompt_ids else 1) for ids in answers]
+        width = max(len(prompt_ids) + len(ids) for ids in answers)
+        if arithmetic == "official":
+            compared = [s / width**length_penalty for s in sums]
+        else:
+            compared = [s / n**length_penalty for s, n in zip(sums, lengths, strict=True)]
+        best = scores.index(max(scores))
+        sft = -sums[best]
+        if arithmetic == "official":
+            sft = sft / width
+        elif sft_reduction == "mean":
+            sft = sft / lengths[best]
+        losses.append(rank_weight * rrhf_rank_loss(compared, scores) + sft_weight * sft)
+    return sum(losses) / len(losses)
+
+
+def rrhf_rank_loss(compared, scores):
+    """Sum over pairs with s_i < s_j of relu(p_i - p_j)."""
+    total = torch.zeros(())
+    for i in range(len(scores)):
+        for j in range(len(scores)):
+            if scores[i] < scores[j]:
+                total = total + torch.relu(compared[i] - compared[j])
+    return total
+
+
+def click_loss(model, rows, *, margin, pair_weight):
+    """Mean CLICK loss over prepared rows: NLL per token of the target + pair_weight * mean hinge over pairs."""
+    losses = []
+    for row in rows:
+        candidates = [
+            sequence_logp(model, row["prompt_ids"], ids) for ids in row["completion_ids"][: len(row["scores"])]
+        ]
+        target = row["completion_ids"][row["reference_index"]]
+        lm = -sequence_logp(model, row["prompt_ids"], target) / len(target)
+        losses.append(lm + pair_weight * rank_loss(candidates, row["scores"], margin))
+    return sum(losses) / len(losses)

@@ -6,15 +6,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import kendalltau
 
 from tests import reference
 from trl_ext import losses
+from trl_ext.metrics import kendall_tau
 
 CALIBRATIONS = {
     "rank": losses.slic_rank_loss,
     "margin": losses.slic_margin_loss,
     "list_rank": losses.slic_list_rank_loss,
     "expected_reward": losses.slic_expected_reward_loss,
+}
+LOSSES = {**CALIBRATIONS, "rrhf": losses.rrhf_rank_loss}
+REFERENCES = {
+    **reference.CALIBRATION_LOSSES,
+    "rrhf": lambda logps, scores, delta: reference.rrhf_rank_loss(logps, scores),
 }
 
 
@@ -32,7 +39,7 @@ def batch(rows):
 
 
 def kwargs(name, delta):
-    return {} if name == "expected_reward" else {"delta": delta}
+    return {} if name in ("expected_reward", "rrhf") else {"delta": delta}
 
 
 @pytest.mark.parametrize(
@@ -92,17 +99,17 @@ rows_strategy = st.lists(
 )
 
 
-@pytest.mark.parametrize("name", CALIBRATIONS)
+@pytest.mark.parametrize("name", LOSSES)
 @settings(max_examples=150, deadline=None)
 @given(rows=rows_strategy, delta=st.sampled_from([0.125, 1.0, 7.0]))
 def test_equals_slow_reference_with_gradients(name, rows, delta):
     logps, scores, mask = batch(rows)
-    fast = CALIBRATIONS[name](logps, scores, mask, **kwargs(name, delta))
+    fast = LOSSES[name](logps, scores, mask, **kwargs(name, delta))
     fast.sum().backward()
     assert fast.shape == (len(rows),)
     for index, (row_logps, row_scores) in enumerate(rows):
         leaf = torch.tensor(row_logps, requires_grad=True)
-        slow = reference.CALIBRATION_LOSSES[name](list(leaf.unbind()), row_scores, delta)
+        slow = REFERENCES[name](list(leaf.unbind()), row_scores, delta)
         torch.testing.assert_close(fast[index], slow, rtol=1e-5, atol=1e-5)
         if slow.requires_grad:
             slow.backward()
@@ -111,7 +118,7 @@ def test_equals_slow_reference_with_gradients(name, rows, delta):
         assert not logps.grad[index, len(row_logps) :].any(), "padding received gradient"
 
 
-@pytest.mark.parametrize("name", CALIBRATIONS)
+@pytest.mark.parametrize("name", LOSSES)
 @settings(max_examples=50, deadline=None)
 @given(rows=rows_strategy, seed=st.integers(0, 1000))
 def test_order_of_candidates_does_not_matter(name, rows, seed):
@@ -120,7 +127,7 @@ def test_order_of_candidates_does_not_matter(name, rows, seed):
     for row_logps, row_scores in rows:
         order = torch.randperm(len(row_scores), generator=generator).tolist()
         shuffled.append(([row_logps[i] for i in order], [row_scores[i] for i in order]))
-    before, after = (CALIBRATIONS[name](*batch(r), **kwargs(name, 1.0)) for r in (rows, shuffled))
+    before, after = (LOSSES[name](*batch(r), **kwargs(name, 1.0)) for r in (rows, shuffled))
     torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-4)
 
 
@@ -139,10 +146,81 @@ def test_equal_scores_make_no_pair():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CALIBRATIONS)
+@pytest.mark.parametrize("name", LOSSES)
 def test_extreme_likelihoods_stay_finite(name, dtype):
     logps, scores, mask = batch([([-30000.0, -1.0], [1.0, 0.0]), ([-1.0, -30000.0], [1.0, 0.0])])
     logps = logps.detach().to(dtype).requires_grad_()
-    loss = CALIBRATIONS[name](logps, scores.to(dtype), mask, **kwargs(name, 1.0))
+    loss = LOSSES[name](logps, scores.to(dtype), mask, **kwargs(name, 1.0))
     loss.sum().backward()
     assert loss.isfinite().all() and logps.grad.isfinite().all()
+
+
+# RRHF
+
+RRHF_SCORES, RRHF_SUMS, RRHF_LENGTHS = [1.0, 0.2, 0.8], [-8.0, -10.0, -18.0], [10, 20, 20]
+
+
+@pytest.mark.parametrize(
+    ("divisors", "rank", "sft"),
+    [
+        (RRHF_LENGTHS, 0.30 + 0.40, 8.0),  # p = -.8, -.5, -.9: the second answer is above both better ones
+        ([40, 40, 40], 0.20, 8.0 / 40),  # the authors' code: p = -.2, -.25, -.45
+        ([1, 1, 1], 8.0, 8.0),  # sums: only the second above the third
+    ],
+)
+def test_rrhf_by_hand(divisors, rank, sft):
+    candidates = [s / n for s, n in zip(RRHF_SUMS, divisors, strict=True)]
+    logps, scores, mask = batch([(candidates, RRHF_SCORES)])
+    found = losses.rrhf_rank_loss(logps, scores, mask)
+    assert found.item() == pytest.approx(rank)
+    whole = losses.rrhf_loss(found, torch.tensor([sft]), rank_weight=1.0, sft_weight=1.0)
+    assert whole.item() == pytest.approx(rank + sft)
+    weighted = losses.rrhf_loss(found, torch.tensor([sft]), rank_weight=10.0, sft_weight=0.5)
+    assert weighted.item() == pytest.approx(10 * rank + 0.5 * sft)
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows=rows_strategy, scale=st.sampled_from([0.5, 3.0, 100.0]), shift=st.sampled_from([-8.0, 0.0, 16.0]))
+def test_only_the_order_of_scores_enters_rrhf(rows, scale, shift):
+    moved = [(row_logps, [scale * score + shift for score in row_scores]) for row_logps, row_scores in rows]
+    before, after = (losses.rrhf_rank_loss(*batch(r)) for r in (rows, moved))
+    assert torch.equal(before, after)
+
+
+def test_rrhf_pairs_in_order_and_equal_scores_have_no_gradient():
+    rows = [
+        ([-1.0, -2.0, -3.0], [0.9, 0.5, 0.1]),  # in order
+        ([-1.0, -2.0, -3.0], [0.5, 0.5, 0.5]),  # nothing to order
+        ([-2.0, -2.0], [1.0, 0.0]),  # not in order, but not the wrong way round either: no margin
+        ([-4.0], [1.0]),
+        ([-3.0, -1.0, -2.0], [0.9, 0.1, 0.1]),  # two pairs the wrong way round, and one tie that is none
+    ]
+    logps, scores, mask = batch(rows)
+    loss = losses.rrhf_rank_loss(logps, scores, mask)
+    loss.sum().backward()
+    assert loss.tolist() == [0.0, 0.0, 0.0, 0.0, 2.0 + 1.0]
+    assert not logps.grad[:4].any()
+    assert logps.grad[4].tolist() == [-2.0, 1.0, 1.0]  # of constant size, whatever the gap
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.lists(
+        st.integers(1, 6).flatmap(
+            lambda k: st.tuples(
+                st.lists(st.sampled_from([-4.0, -3.0, -2.5, -1.0]), min_size=k, max_size=k),
+                st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=k, max_size=k),
+            )
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_kendall_tau_equals_scipy(rows):
+    tau, has_one = kendall_tau(*batch(rows))
+    for index, (row_logps, row_scores) in enumerate(rows):
+        if len(set(row_logps)) == 1 or len(set(row_scores)) == 1:
+            assert not has_one[index] and tau[index] == 0
+        else:
+            assert has_one[index]
+            assert tau[index].item() == pytest.approx(kendalltau(row_logps, row_scores).statistic, abs=1e-6)

@@ -12,7 +12,8 @@ Conventions, the same for every function here:
 - Masked candidates never enter a sum, whatever value they hold, and receive zero gradient.
 
 Papers: SLiC-HF (https://huggingface.co/papers/2305.10425); its predecessor SLiC
-(https://huggingface.co/papers/2210.00045), from which the other calibration losses come.
+(https://huggingface.co/papers/2210.00045), from which the other calibration losses come; RRHF
+(https://huggingface.co/papers/2304.05302); CLICK (https://huggingface.co/papers/2306.03350).
 """
 
 import torch
@@ -189,3 +190,62 @@ def slic_loss(
         `torch.Tensor` of shape `(B,)`.
     """
     return calibration_losses + reg_weight * regularization_losses
+
+
+def rrhf_rank_loss(logps: torch.Tensor, scores: torch.Tensor, candidate_mask: torch.Tensor) -> torch.Tensor:
+    """
+    RRHF's ranking loss: `sum over s_i < s_j of relu(p_i - p_j)` (RRHF eq. 2). A sum over pairs, not a mean, and no
+    margin: a pair in the right order, however narrowly, contributes neither loss nor gradient.
+
+    Args:
+        logps (`torch.Tensor` of shape `(B, K)`):
+            p of each candidate: the log-likelihood divided by a power of its length (eq. 1), or whatever else is to be
+            brought into the order of the scores.
+        scores, candidate_mask:
+            See the module docstring.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`; zero for a prompt without a strictly ordered pair.
+    """
+    no_margins = rank_margins(scores, candidate_mask, delta=0.0)
+    return pairwise_hinges(logps, scores, candidate_mask, no_margins).sum(dim=(1, 2))
+
+
+def rrhf_loss(
+    rank_losses: torch.Tensor, sft_losses: torch.Tensor, *, rank_weight: float, sft_weight: float
+) -> torch.Tensor:
+    """
+    `rank_weight * rank + sft_weight * sft`, per prompt (RRHF eq. 4, with both weights 1).
+
+    Args:
+        rank_losses (`torch.Tensor` of shape `(B,)`):
+            Output of [`rrhf_rank_loss`].
+        sft_losses (`torch.Tensor` of shape `(B,)`):
+            Negative log-likelihood of the best candidate (eq. 3).
+        rank_weight, sft_weight (`float`):
+            The paper found weights of 10 and 100 on the rank term worse than 1.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`.
+    """
+    return rank_weight * rank_losses + sft_weight * sft_losses
+
+
+def click_loss(pair_losses: torch.Tensor, lm_losses: torch.Tensor, *, pair_weight: float) -> torch.Tensor:
+    """
+    `L_LM + pair_weight * pair`, per prompt (CLICK).
+
+    The pair term is [`slic_rank_loss`] with a large margin, 15 to 20 nats, over positives and negatives.
+
+    Args:
+        pair_losses (`torch.Tensor` of shape `(B,)`):
+            Mean hinge over the prompt's pairs.
+        lm_losses (`torch.Tensor` of shape `(B,)`):
+            Negative log-likelihood per token of the task's own target.
+        pair_weight (`float`):
+            0.1 to 0.5 in the authors' code, which calls the margin alpha and the weight gamma.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`.
+    """
+    return lm_losses + pair_weight * pair_losses

@@ -1,7 +1,31 @@
-"""Running means that come out the same for any split of the data over micro-batches and processes."""
+"""Running means that come out the same for any split of the data over micro-batches and processes, and what to log."""
 
 import torch
 from accelerate import Accelerator
+
+from .losses import ordered_pairs
+
+
+def kendall_tau(
+    logps: torch.Tensor, scores: torch.Tensor, candidate_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Kendall's tau-b between log-likelihoods and scores: 1 where the model ranks the candidates as the scores do, -1
+    where it ranks them the other way round. Pairs that are equal on one side only count in the denominator.
+
+    Args:
+        logps, scores (`torch.Tensor` of shape `(B, K)`): what to compare.
+        candidate_mask (`torch.Tensor` of shape `(B, K)`, bool): True where there is a candidate.
+
+    Returns:
+        `tuple`: tau of each prompt `(B,)`, and whether it has one `(B,)`, bool: it has none, and 0 here, where all
+        scores or all log-likelihoods are equal.
+    """
+    better, likelier = (ordered_pairs(values, candidate_mask).to(logps.dtype) for values in (scores, logps))
+    agreement = (better * (likelier - likelier.transpose(1, 2))).sum(dim=(1, 2))
+    # each pair that is not equal counts once
+    norm = (better.sum(dim=(1, 2)) * likelier.sum(dim=(1, 2))).sqrt()
+    return agreement / norm.clamp(min=1), norm > 0
 
 
 class MetricAccumulator:
