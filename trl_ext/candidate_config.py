@@ -47,6 +47,14 @@ class CandidateConfig(DPOConfig):
         check_prefix_sharing (`bool`, *optional*, defaults to `False`):
             Whether to run two sequences of the first batch both ways and stop if log-probabilities or gradients
             disagree. Not under FSDP.
+        max_completions_per_forward (`int`, *optional*):
+            Most completions that go through the model at once; at least 1. A batch with more is run in parts, with the
+            same results, so that the memory for activations depends on this number instead of on the number of
+            completions per prompt. The price is a second forward through the backbone, since each part is run again
+            for its backward pass (with `activation_checkpointing`, a third). `None`: the whole batch at once. Not for
+            mixtures of experts with a balancing loss, and only with adapters that treat all tokens alike (LoRA and its
+            kin). Under ZeRO-3 leave `activation_checkpointing` on: without it a part holds the trained weights of all
+            layers at once.
 
     One default differs from `DPOConfig`: `bf16`, if not set, is `False` on a machine without accelerator. `DPOConfig`
     would stop there and ask for `use_cpu`.
@@ -76,6 +84,14 @@ class CandidateConfig(DPOConfig):
         metadata={"help": "Run two sequences of the first batch both ways and stop if the results disagree."},
     )
 
+    max_completions_per_forward: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most completions that go through the model at once, so that memory does not grow with their "
+            "number. Costs a second forward where a batch has more. Default: all at once."
+        },
+    )
+
     @property
     def uses_reference_model(self) -> bool:
         """Whether training needs the log-probabilities of a second, frozen model."""
@@ -93,10 +109,29 @@ class CandidateConfig(DPOConfig):
                 "check_prefix_sharing=True compares shared with padded batches, and prefix_sharing=False shares none. "
                 "Leave one of them out."
             )
+        if self.max_completions_per_forward is not None:
+            if self.max_completions_per_forward < 1:
+                raise ValueError(
+                    f"max_completions_per_forward={self.max_completions_per_forward} would run nothing. Set it to 1 "
+                    "or more, or leave it out to run whole batches."
+                )
+            if self.torch_compile:
+                raise ValueError(
+                    "max_completions_per_forward runs a different number of parts from batch to batch, which "
+                    "torch_compile=True, one program for the whole model, does not do. Leave one of them out."
+                )
         self._refuse_unused_fields()
         if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
             self.bf16 = False
         super().__post_init__()
+        if self.max_completions_per_forward is not None and (self.activation_checkpointing_kwargs or {}).get(
+            "use_reentrant"
+        ):
+            raise ValueError(
+                "max_completions_per_forward with 'use_reentrant': True in activation_checkpointing_kwargs would run "
+                "a backward pass for each part, and DDP and DeepSpeed take the gradients of the first for all. Set "
+                "'use_reentrant' to False, or leave it out."
+            )
 
     def _refuse_unused_fields(self) -> None:
         changed = []

@@ -12,6 +12,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftMixedModel, PeftType
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoProcessor,
     BitsAndBytesConfig,
     DataCollator,
@@ -20,6 +21,7 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalPrediction
 from trl import DPOTrainer
 
@@ -27,7 +29,9 @@ from ._trl import get_config_model_id, without_reference_model
 from .candidate_config import CandidateConfig
 from .collators import CandidateCollator
 from .data import PREPARED_FEATURES, PreparationReport, RowOptions, prepare_dataset
+from .execution.chunking import add_chunking, chunk_sizes
 from .execution.forward import score_completions
+from .execution.support import adapter_reason
 from .logps import CompletionLogps, completion_logps
 from .metrics import MetricAccumulator
 from .prefix_sharing import enable_prefix_sharing, refuse_unless_shareable
@@ -175,6 +179,9 @@ class CandidateTrainer(DPOTrainer):
         self.prefix_sharing = None
         if args.prefix_sharing is not False:
             enable_prefix_sharing(self, args.prefix_sharing, self_check=args.check_prefix_sharing)
+        if args.max_completions_per_forward is not None:
+            policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
+            add_chunking(policy, multiple_of=args.pad_to_multiple_of or 1)
         self._metric_sums = {"train": MetricAccumulator(), "eval": MetricAccumulator()}
         self._eval_prefix = "eval"
 
@@ -221,6 +228,35 @@ class CandidateTrainer(DPOTrainer):
                 )
         if args.prefix_sharing is True:
             refuse_unless_shareable(model, args, peft_config)
+        if args.max_completions_per_forward is not None:
+            self._check_chunking(args, model, peft_config)
+
+    def _check_chunking(self, args, model, peft_config) -> None:
+        """Refuse `max_completions_per_forward` where the parts of a batch do not add up to the whole."""
+        given = f"max_completions_per_forward={args.max_completions_per_forward}"
+        for adapter in [peft_config, *getattr(model, "peft_config", {}).values()]:
+            reason = None if adapter is None else adapter_reason(adapter)
+            if reason is not None:
+                raise NotImplementedError(
+                    f"{given} cuts a batch by rows, which does not suit this adapter: {reason}. Leave it out, or use "
+                    "LoRA."
+                )
+        config = getattr(model, "config", None)
+        if isinstance(model, str):
+            names = ("revision", "trust_remote_code", "cache_dir", "token", "subfolder")
+            init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+            config = AutoConfig.from_pretrained(
+                model, **{name: value for name, value in init_kwargs.items() if name in names}
+            )
+        config = config.get_text_config()
+        coefficient = args.router_aux_loss_coef
+        if coefficient is None:
+            coefficient = getattr(config, "router_aux_loss_coef", 0.0)
+        if hasattr(config, "output_router_logits") and coefficient != 0:
+            raise NotImplementedError(
+                f"{given} runs a batch in parts, and the balancing loss of a mixture of experts is not the sum of "
+                "those of its parts. Leave it out, or set router_aux_loss_coef=0."
+            )
 
     def _check_adapters(self, args, model, ref_model) -> None:
         """Refuse PEFT objects for which TRL would make no reference, the wrong one, or one it cannot make."""
@@ -339,7 +375,19 @@ class CandidateTrainer(DPOTrainer):
 
     def forward_batch(self, model: nn.Module, inputs: dict[str, torch.Tensor], **model_kwargs: Any):
         """The model call for one batch; a method that needs more from the model overrides it."""
+        if self.args.max_completions_per_forward is not None:
+            model_kwargs["chunk_sizes"] = self._chunk_sizes(inputs)
         return score_completions(model, inputs, **model_kwargs)
+
+    def _chunk_sizes(self, inputs: dict[str, torch.Tensor]) -> list[int] | None:
+        """How many rows to run at a time; `None` if they all may."""
+        sizes = chunk_sizes(inputs["prompt_index"].tolist(), self.args.max_completions_per_forward)
+        num_chunks = len(sizes)
+        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            # weights that are spread over processes are collected by all of them together, each time they are used
+            counts = self.accelerator.gather(torch.tensor([num_chunks], device=self.accelerator.device))
+            num_chunks = int(counts.max())
+        return None if num_chunks == 1 else sizes + [0] * (num_chunks - len(sizes))
 
     def compute_loss(
         self,
@@ -417,8 +465,10 @@ class CandidateTrainer(DPOTrainer):
         scored = inputs["completion_mask"][:, 1:] * row_weights
         sums.add("entropy", outputs.entropy * scored, scored)
         best_row, worst_row = best_and_worst(inputs)
-        for name, rows in (("chosen", best_row), ("rejected", worst_row)):
-            sums.add(f"logits/{name}", outputs.mean_logits[rows] * scored[rows], scored[rows])
+        is_pair = (best_row != worst_row).unsqueeze(1)  # the only candidate of a prompt is not a rejected one
+        sums.add("logits/chosen", outputs.mean_logits[best_row] * scored[best_row], scored[best_row])
+        rejected = scored[worst_row] * is_pair
+        sums.add("logits/rejected", outputs.mean_logits[worst_row] * rejected, rejected)
         sums.add("mean_token_accuracy", outputs.is_top1[best_row] * scored[best_row], scored[best_row])
         if self.model.training:
             sums.add_total("num_tokens", inputs["attention_mask"] * row_weights)

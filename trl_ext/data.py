@@ -108,6 +108,9 @@ class RowOptions:
             and `score_rejected`; otherwise `chosen` simply counts as better.
         reference (`bool`, defaults to `False`):
             Whether a `reference` column is used. If not, it is ignored and never computed.
+        best_only (`bool`, defaults to `False`):
+            Whether only the best candidate of each row (of equals the first) is kept, so that no other is computed.
+            The others are still checked.
         max_length (`int`, *optional*):
             Most tokens of prompt + completion; completions are cut at the end.
         eos_token (`str`, *optional*):
@@ -118,6 +121,7 @@ class RowOptions:
     min_completions: int = 2
     score_values: bool = False
     reference: bool = False
+    best_only: bool = False
     max_length: int | None = None
     eos_token: str | None = None
 
@@ -147,7 +151,7 @@ class PreparationReport:
         for problem, count in sorted(self.dropped.items()):
             lines.append(f"dropped, {problem}: {count} rows")
         if self.num_without_order:
-            lines.append(f"all scores equal, so nothing to rank: {self.num_without_order} prompts")
+            lines.append(f"no two different scores, so nothing to rank: {self.num_without_order} prompts")
         if self.num_reference_missing:
             lines.append(f"no `reference`, so the best candidate stands in: {self.num_reference_missing} prompts")
         if self.num_boundary_moved:
@@ -326,6 +330,8 @@ def parse_row(row: Mapping[str, Any], options: RowOptions) -> tuple[Any, list, l
 def _split_text(prompt: Any, candidates: list[str], reference: str | None, columns: list[str]):
     """Prompt, candidates and reference of a plain-text row, whose prompt may be implicit."""
     if prompt is None:
+        if len(candidates) == 1:
+            raise RowError("ambiguous", columns[0], "is the only one, so that nothing tells where its prompt ends")
         prompt, candidates = extract_shared_prompt(candidates)
         if reference is not None:
             if not _begins_with(reference, prompt):
@@ -431,6 +437,10 @@ def prepare_row(row: Mapping[str, Any], processing_class, options: RowOptions) -
         RowError: the row cannot be used.
     """
     prompt, candidates, scores, reference = parse_row(row, options)
+    names = ["chosen", "rejected"] if "completions" not in row else [f"completions[{i}]" for i in range(len(scores))]
+    if options.best_only:
+        best = max(range(len(scores)), key=scores.__getitem__)
+        candidates, scores, names = [candidates[best]], [scores[best]], [names[best]]
     targets = candidates if reference is None else [*candidates, reference]
     try:
         tools = row.get("tools")
@@ -453,13 +463,8 @@ def prepare_row(row: Mapping[str, Any], processing_class, options: RowOptions) -
         completion_ids = [ids[:room] for ids in completion_ids]
     for index, ids in enumerate(completion_ids):
         if not ids:
-            names = (
-                ["chosen", "rejected"]
-                if "completions" not in row
-                else [f"completions[{i}]" for i in range(len(scores))]
-            )
             raise RowError("empty", [*names, "reference"][index], "has no tokens left after tokenisation")
-    if "completions" not in row and completion_ids[0] == completion_ids[1]:
+    if names[-1] == "rejected" and completion_ids[0] == completion_ids[1]:
         cut = " once cut at max_length" if num_truncated else ""
         raise RowError("identical", "rejected", f"has the same tokens as 'chosen'{cut}")
 
@@ -639,7 +644,7 @@ def prepare_dataset(
         num_completions=sum(len(ids) for ids in prepared["completion_ids"]),
         num_truncated=sum(prepared["_num_truncated"]),
         max_length=options.max_length,
-        num_without_order=sum(len(set(scores)) == 1 for scores in prepared["scores"]),
+        num_without_order=0 if options.best_only else sum(len(set(scores)) == 1 for scores in prepared["scores"]),
         num_boundary_moved=sum(prepared["_boundary_moved"]),
         num_reference_missing=sum(prepared["_reference_missing"]),
         dropped={problem: len(rows) for problem, rows in problems.items()},

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 import torch
 import transformers
+from accelerate.utils import is_peft_model
 from peft import PeftConfig
 from transformers import AutoConfig, PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 from ._trl import after_fused_lm_head
+from .execution.chunking import chunking_outermost
 from .execution.sharing import PrefixSharing, cannot_be_honoured
 from .execution.support import adapter_reason, inspect_model
 
@@ -77,7 +79,9 @@ def enable_prefix_sharing(
             sharing.cannot(reason)
         for model in (trainer.model, trainer.ref_model):
             if model is not None and reason is None:
-                sharing.install(trainer.accelerator.unwrap_model(model))
+                model = trainer.accelerator.unwrap_model(model)
+                with chunking_outermost(model.get_base_model() if is_peft_model(model) else model):
+                    sharing.install(model)
     except ValueError:
         sharing.remove()
         raise

@@ -131,4 +131,9 @@ class SLiCConfig(CandidateConfig):
                 "reg_type='kl' with reg_weight=0 would load a reference model whose term is multiplied by 0. Set "
                 "reg_weight > 0, or leave reg_type at 'cross_entropy'."
             )
+        if self.reg_type == "kl" and self.max_completions_per_forward is not None:
+            raise ValueError(
+                f"max_completions_per_forward={self.max_completions_per_forward} runs a batch in parts, and the 'kl' "
+                "regulariser compares two models over the whole batch. Leave it out, or set reg_type='cross_entropy'."
+            )
         super().__post_init__()

@@ -49,6 +49,16 @@ def score_completions(model: nn.Module, inputs: dict[str, torch.Tensor], **model
     return outputs
 
 
+def unbound(forward: Callable, model: nn.Module) -> Callable:
+    """
+    A model's `forward` as a function of the model and the arguments. Where it is the model's own, a deep copy of the
+    model, with its wrapped `forward`, then runs its own weights.
+    """
+    if getattr(forward, "__self__", None) is model:
+        return forward.__func__
+    return lambda _module, *args, **kwargs: forward(*args, **kwargs)
+
+
 @dataclass
 class KLOutput(FusedCausalLMOutput):
     """

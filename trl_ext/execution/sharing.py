@@ -15,7 +15,7 @@ from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 
 from .cost import CostModel
-from .forward import IGNORE_INDEX, MODEL_KEYS
+from .forward import IGNORE_INDEX, MODEL_KEYS, unbound
 from .layout import Layout, plan_layout
 from .masks import FLEX_BLOCK_SIZE, attention_mask
 from .self_check import closest_pair, compare
@@ -165,10 +165,7 @@ class PrefixSharing:
         if is_peft_model(model):
             model = model.get_base_model()
         inner = model.forward
-        # unbound where it is the model's own: a deep copy has to run its own weights
-        call_on = (
-            inner.__func__ if getattr(inner, "__self__", None) is model else (lambda _module, *a, **k: inner(*a, **k))
-        )
+        call_on = unbound(inner, model)
         shares = support.reason is None
         must_check = shares and (self.self_check or not support.verified)
         state = _ModelState(support, CostModel.of(model), must_check)

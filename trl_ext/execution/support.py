@@ -123,7 +123,7 @@ def inspect_model(model: PreTrainedModel) -> Support:
     return Support(
         backend=backend,
         windows=windows,
-        max_columns=_length_dependent_positions(config),
+        max_columns=length_dependent_positions(config),
         verified=verified,
         outputs_router_logits=bool(getattr(config, "output_router_logits", False)),
     )
@@ -172,7 +172,7 @@ def _windows(config, source: str) -> dict[str, int | None] | str:
     return windows
 
 
-def _length_dependent_positions(config) -> int | None:
+def length_dependent_positions(config) -> int | None:
     """Longest sequence for which the rotary embedding does not depend on the batch; `None` if it never does."""
     parameters = getattr(config, "rope_parameters", None) or {}
     by_kind = [parameters] if "rope_type" in parameters else [p for p in parameters.values() if isinstance(p, dict)]
