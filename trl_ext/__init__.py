@@ -13,16 +13,24 @@ __version__ = "0.1.0"
 check_trl_version()
 
 _PUBLIC_NAMES = {
+    "CLICKConfig": "click_config",
+    "CLICKTrainer": "click_trainer",
     "CandidateCollator": "collators",
     "CandidateTrainer": "candidate_trainer",
+    "RRHFConfig": "rrhf_config",
+    "RRHFTrainer": "rrhf_trainer",
     "SLiCConfig": "slic_config",
     "SLiCTrainer": "slic_trainer",
     "enable_prefix_sharing": "prefix_sharing",
     "share_prefixes": "prefix_sharing",
 }
 __all__ = [
+    "CLICKConfig",
+    "CLICKTrainer",
     "CandidateCollator",
     "CandidateTrainer",
+    "RRHFConfig",
+    "RRHFTrainer",
     "SLiCConfig",
     "SLiCTrainer",
     "enable_prefix_sharing",
@@ -31,8 +39,12 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .candidate_trainer import CandidateTrainer
+    from .click_config import CLICKConfig
+    from .click_trainer import CLICKTrainer
     from .collators import CandidateCollator
     from .prefix_sharing import enable_prefix_sharing, share_prefixes
+    from .rrhf_config import RRHFConfig
+    from .rrhf_trainer import RRHFTrainer
     from .slic_config import SLiCConfig
     from .slic_trainer import SLiCTrainer
 

@@ -40,6 +40,27 @@ COMPARED = (
     "logits/chosen",
     "num_tokens",
 )
+# rows of 1, 2, 4, 2 equal and 5 candidates
+RAGGED = [{"prompt": "a? ", "completions": ["x"], "scores": [0.1]}, *RANKED[1:]]
+COMPARED_RRHF = (
+    "loss",
+    "loss/rank",
+    "loss/sft",
+    "rank/violations",
+    "rank/kendall_tau",
+    "rewards/margins",
+    "rewards/accuracies",
+    "scores/best",
+    "scores/mean",
+    "logps/chosen",
+    "logps/rejected",
+    "logps_per_token/rejected",
+    "lengths/rejected",
+    "entropy",
+    "mean_token_accuracy",
+    "logits/rejected",
+    "num_tokens",
+)
 
 
 def launch(command, folder, model_dir, rows, lora=False, method="slic", enable_prefix_sharing=False, **settings):
@@ -89,14 +110,16 @@ def zero(stage):
     return [*accelerate, "--config_file", str(config), "--num_processes", "2"]
 
 
-def assert_same_run(one, other, rtol=1e-4, atol=1e-5):
+def assert_same_run(one, other, rtol=1e-4, atol=1e-5, compared=COMPARED):
     (logs, weights, _), (other_logs, other_weights, _) = one, other
     steps, other_steps = ([log for log in run["train"] if "loss" in log] for run in (logs, other_logs))
     assert len(steps) == len(other_steps) >= 6
     for step, other_step in zip(steps, other_steps, strict=True):
-        for name in COMPARED:
-            assert other_step[name] == pytest.approx(step[name], rel=rtol, abs=atol), (name, step["step"])
-    for name in COMPARED[:-1]:
+        for name in compared:
+            if name in step or name in other_step:  # a step without a pair has nothing to say about pairs
+                assert other_step[name] == pytest.approx(step[name], rel=rtol, abs=atol), (name, step["step"])
+    assert set(compared) <= {name for step in steps for name in step}
+    for name in compared[:-1]:
         assert other_logs["eval"][f"eval_{name}"] == pytest.approx(logs["eval"][f"eval_{name}"], rel=rtol, abs=atol), (
             name
         )
@@ -126,6 +149,14 @@ def test_two_processes_equal_one(data, model_dir, tmp_path):
     assert [process["world"] for process in two[2]] == [2, 2]
     assert_shared(one, two)
     assert_same_run(one, two)
+
+
+def test_rrhf_on_two_processes_equals_one(model_dir, tmp_path):
+    one = launch([sys.executable], tmp_path / "one", model_dir, RAGGED, method="rrhf", **ALONE)
+    two = launch(torchrun(2), tmp_path / "two", model_dir, RAGGED, method="rrhf", **SHARED)
+    assert [(p["world"], p["models"], p["reference"]) for p in two[2]] == [(2, 1, "None")] * 2
+    assert_shared(one, two)
+    assert_same_run(one, two, compared=COMPARED_RRHF)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -161,19 +192,6 @@ def test_plain_dpo_trainer_on_two_processes(strategy, model_dir, tmp_path):
         torch.testing.assert_close(other_weights[name], weight, rtol=1e-3, atol=1e-4)
 
 
-def test_playground_is_shared_out(tmp_path):
-    """Both processes train one SFT model, sample a part of the candidates each, and see the same whole."""
-    worker = WORKER.with_name("playground_worker.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = [*torchrun(2), str(worker), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    first, second = (json.loads((tmp_path / f"process-{rank}.json").read_text()) for rank in (0, 1))
-    assert first == second and first["world"] == 2
-    assert len(first["candidates"]) == 21 and len(first["answers"]) == 9
-    assert all(len(row["completions"]) == 2 for row in first["candidates"])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{"reg_type": "kl"}, {"gradient_accumulation_steps": 2}, {"calibration": "list_rank"}]
@@ -191,3 +209,39 @@ def test_more_settings_on_two_processes(strategy, lora, settings, model_dir, tmp
     assert_same_run(one, two, rtol=1e-3, atol=1e-4)
     expected_models = 2 if settings.get("reg_type") == "kl" and not lora else 1
     assert [process["models"] for process in two[2]] == [expected_models] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"max_completions_per_forward": 2},
+        {"max_completions_per_forward": 2, "prefix_sharing": False, "check_prefix_sharing": False},
+        {"max_completions_per_forward": 1, "activation_checkpointing": True},
+        {"max_completions_per_forward": 2, "gradient_accumulation_steps": 2},
+        {"arithmetic": "official"},
+        {"rank_weight": 0.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+def test_more_settings_of_rrhf_on_two_processes(strategy, lora, settings, model_dir, tmp_path):
+    """
+    Where batches run in parts, the processes have different numbers of them: the rows are ragged, and each process has
+    one of them at a time.
+    """
+    if strategy != "ddp":
+        pytest.importorskip("deepspeed", reason="needs the extra trl_ext[deepspeed]")
+    command = torchrun(2) if strategy == "ddp" else zero(int(strategy[-1]))
+    loss = {k: v for k, v in settings.items() if k in ("arithmetic", "rank_weight", "gradient_accumulation_steps")}
+    one = launch([sys.executable], tmp_path / "one", model_dir, RAGGED, lora, method="rrhf", **{**ALONE, **loss})
+    two = launch(command, tmp_path / "two", model_dir, RAGGED, lora, method="rrhf", **{**SHARED, **settings})
+    assert [(p["world"], p["models"], p["reference"]) for p in two[2]] == [(2, 1, "None")] * 2
+    compared = COMPARED_RRHF
+    if settings.get("rank_weight") == 0:
+        compared = [
+            n for n in compared if not n.startswith(("loss/rank", "rank", "rewards", "scores/mean")) and "rej" not in n
+        ]
+    assert_same_run(one, two, rtol=1e-3, atol=1e-4, compared=compared)

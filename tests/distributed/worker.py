@@ -17,7 +17,13 @@ from peft import LoraConfig
 from transformers import LlamaForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from trl_ext import SLiCConfig, SLiCTrainer, enable_prefix_sharing
+from trl_ext import RRHFConfig, RRHFTrainer, SLiCConfig, SLiCTrainer, enable_prefix_sharing
+
+METHODS = {
+    "dpo": (DPOTrainer, DPOConfig),
+    "rrhf": (RRHFTrainer, RRHFConfig),
+    "slic": (SLiCTrainer, SLiCConfig),
+}
 
 
 class Logs(TrainerCallback):
@@ -42,7 +48,7 @@ def main(job_file: str) -> None:
     LlamaForCausalLM.from_pretrained = classmethod(counted_load)
     logs = Logs()
     rows = Dataset.from_list(job["rows"])
-    trainer_class, config_class = {"slic": (SLiCTrainer, SLiCConfig), "dpo": (DPOTrainer, DPOConfig)}[job["method"]]
+    trainer_class, config_class = METHODS[job["method"]]
     trainer = trainer_class(
         model=job["model"],
         args=config_class(**job["settings"]),
