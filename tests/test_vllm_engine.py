@@ -1,0 +1,400 @@
+"""Sampling with vLLM. Most of it needs vLLM, in an environment of its own, and minutes."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from trl_ext.playground import save_byte_level_model
+from trl_ext.vllm_engine import VllmEngine, worker_environment
+
+VLLM_PYTHON = os.environ.get("TRL_EXT_VLLM_PYTHON")
+
+GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 24}
+# compiling takes longer than these tests
+FAST_START = {"enforce_eager": True}
+
+
+def needs_vllm(test):
+    skip = pytest.mark.skipif(
+        VLLM_PYTHON is None, reason="set TRL_EXT_VLLM_PYTHON to the interpreter of an environment with vLLM"
+    )
+    return pytest.mark.slow(skip(test))
+
+
+class TestWithoutVllm:
+    """What is found out before vLLM is there, or instead."""
+
+    def test_missing_interpreter(self):
+        with pytest.raises(FileNotFoundError, match="/nowhere/bin/python.*is not there.*`sampling_engine`"):
+            VllmEngine("model", python="/nowhere/bin/python", **GREEDY)
+
+    def test_a_folder_is_answered_with_the_interpreter_in_it(self, tmp_path):
+        python = tmp_path / "bin" / "python"
+        python.parent.mkdir()
+        python.touch()
+        with pytest.raises(FileNotFoundError, match=f"is a folder.*{python}"):
+            VllmEngine("model", python=str(tmp_path), **GREEDY)
+        with pytest.raises(FileNotFoundError, match="cannot be executed"):
+            VllmEngine("model", python=str(python), **GREEDY)
+
+    @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is in this environment")
+    def test_interpreter_without_vllm(self, monkeypatch):
+        monkeypatch.setenv("PYTHONWARNINGS", "nonsense")  # something for the worker to write
+        with pytest.raises(RuntimeError, match="there is no vLLM in its environment") as caught:
+            VllmEngine("model", python=sys.executable, **GREEDY)
+        message = str(caught.value)
+        assert f"{sys.executable} -m pip install vllm" in message
+        assert "`vllm_python`" in message and "`sampling_engine`" in message
+        assert "The last lines it wrote:\n    Invalid -W option ignored: invalid action: 'nonsense'\n" in message
+
+    def test_what_is_no_python(self):
+        with pytest.raises(RuntimeError, match="ended with exit status 1"):
+            VllmEngine("model", python="false", **GREEDY)
+        with pytest.raises(RuntimeError, match="vllm_worker.py' is no answer. Is it a Python interpreter?"):
+            VllmEngine("model", python="echo", **GREEDY)
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"temperature": 0.005}, "temperature=0.005.*0.01 or more"),
+            ({"engine_args": {"model": "x", "seed": 1, "logprobs_mode": "x"}}, "has model, logprobs_mode, which"),
+            ({"engine_args": {"seed": {1}}}, "cannot be passed to another process"),
+        ],
+    )
+    def test_refused_settings(self, changed, message):
+        with pytest.raises(ValueError, match=message):
+            VllmEngine("model", **{"python": sys.executable, **GREEDY, **changed})
+
+    def test_missing_model(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="looks like a local folder, and there is none"):
+            VllmEngine(str(tmp_path / "model"), python=sys.executable, **GREEDY)
+
+    def test_an_adapter_is_refused(self, tmp_path):
+        (tmp_path / "adapter_config.json").write_text("{}")
+        with pytest.raises(ValueError, match="is an adapter.*merge_and_unload"):
+            VllmEngine(str(tmp_path), python=sys.executable, **GREEDY)
+
+
+class TestWorkerEnvironment:
+    LAUNCHED = {
+        "PATH": "/usr/bin", "HF_HOME": "/models", "PYTHONPATH": "/ours", "RANK": "5", "LOCAL_RANK": "1",
+        "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "29500",
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "TORCHELASTIC_RUN_ID": "none",
+    }  # fmt: skip
+
+    def test_the_launcher_is_not_heard_of(self):
+        environment = worker_environment(self.LAUNCHED, "/envs/vllm/bin/python")
+        ours = {name: value for name, value in environment.items() if not name.startswith("VLLM_")}
+        assert ours == {"PATH": "/envs/vllm/bin:/usr/bin", "HF_HOME": "/models", "CUDA_VISIBLE_DEVICES": "1"}
+
+    def test_what_is_set_wins_over_our_defaults(self):
+        environment = worker_environment({"VLLM_LOGGING_LEVEL": "DEBUG"}, "python")
+        assert environment["VLLM_LOGGING_LEVEL"] == "DEBUG"
+        assert environment["VLLM_CPU_KVCACHE_SPACE"] == "2"
+
+    @pytest.mark.parametrize(
+        ("visible", "gpus", "expected"),
+        [
+            (None, 1, "1"),
+            (None, 2, "2,3"),
+            ("4,6", 1, "6"),
+            ("0,2,4,6", 2, "4,6"),
+            ("", 1, ""),
+            ("3", 1, "3"),  # by its launcher each process was given its own
+        ],
+    )
+    def test_each_process_gets_its_own_gpus(self, visible, gpus, expected):
+        environment = dict(self.LAUNCHED) if visible is None else {**self.LAUNCHED, "CUDA_VISIBLE_DEVICES": visible}
+        assert worker_environment(environment, "python", gpus)["CUDA_VISIBLE_DEVICES"] == expected
+
+    def test_a_single_process_keeps_what_it_sees(self):
+        environment = {"CUDA_VISIBLE_DEVICES": "2,3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        assert worker_environment(environment, "python")["CUDA_VISIBLE_DEVICES"] == "2,3"
+        assert "CUDA_VISIBLE_DEVICES" not in worker_environment({}, "python")
+
+    def test_too_few_gpus(self):
+        environment = {**self.LAUNCHED, "LOCAL_WORLD_SIZE": "3", "CUDA_VISIBLE_DEVICES": "0,1"}
+        with pytest.raises(ValueError, match="'0,1' names 2 of the 3 GPUs.*Start fewer processes"):
+            worker_environment(environment, "python")
+
+
+PROMPTS = [list(f"{text} ".encode()) for text in ("What is 2 + 2?", "Bye!", "A somewhat longer prompt, " * 6, "One")]
+
+
+@torch.no_grad()
+def all_logps(model, token_ids: list[int]) -> torch.Tensor:
+    """Log-probabilities of every token at every place, `(length, vocabulary)`."""
+    return model(torch.tensor([token_ids])).logits[0].float().log_softmax(dim=-1)
+
+
+def greedy(model, prompt: list[int], end_ids: list[int], max_new_tokens: int) -> tuple[list[int], list[float]]:
+    """The most likely token again and again, one forward for each."""
+    token_ids, logps = [], []
+    while len(token_ids) < max_new_tokens and not (token_ids and token_ids[-1] in end_ids):
+        logp, token = all_logps(model, prompt + token_ids)[-1].max(dim=-1)
+        token_ids.append(token.item())
+        logps.append(logp.item())
+    return token_ids, logps
+
+
+@pytest.fixture(scope="module")
+def large_weights(tmp_path_factory):
+    """
+    A model whose distributions are far from uniform, in a folder. Its generation config has two end tokens, the second
+    of which comes up in greedy text, and sampling parameters that would change every answer.
+    """
+    directory = tmp_path_factory.mktemp("vllm") / "model"
+    save_byte_level_model(directory, hidden_size=128, num_layers=2, max_position_embeddings=512)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
+    end_ids = [model.generation_config.eos_token_id, greedy(model, PROMPTS[0], [], 10)[0][-1]]
+    model.save_pretrained(directory)
+    GenerationConfig(
+        eos_token_id=end_ids, do_sample=True, temperature=3.0, top_k=2, repetition_penalty=4.0, max_new_tokens=3
+    ).save_pretrained(directory)
+    return directory, model, end_ids
+
+
+def processes_of_group(group: int) -> dict[int, str]:
+    """The living processes of a process group, and their command lines."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _parent, its_group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+        except OSError:  # it has just ended
+            pass
+    return found
+
+
+def all_end(group: int, within: float = 15.0) -> bool:
+    deadline = time.monotonic() + within
+    while processes_of_group(group) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return not processes_of_group(group)
+
+
+@needs_vllm
+class TestGreedy:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine(cls, large_weights):
+        with VllmEngine(
+            str(large_weights[0]), python=VLLM_PYTHON, dtype="float32", engine_args=FAST_START, **GREEDY
+        ) as engine:
+            group = engine._worker.process.pid
+            assert processes_of_group(group)  # or the next line would always hold
+            yield engine
+        assert not processes_of_group(group)
+
+    def test_equals_transformers(self, engine, large_weights):
+        _directory, model, end_ids = large_weights
+        answers = engine.generate(PROMPTS, [[1]] * len(PROMPTS))
+        expected = [greedy(model, prompt, end_ids, GREEDY["max_new_tokens"]) for prompt in PROMPTS]
+        assert [answer.token_ids for [answer] in answers] == [token_ids for token_ids, _logps in expected]
+        for [answer], (_token_ids, logps) in zip(answers, expected, strict=True):
+            assert answer.logps == pytest.approx(logps, abs=1e-4)  # measured: 1e-5
+        assert len(set(answers[1][0].token_ids)) > 5  # text that says something
+
+    def test_a_further_end_token_ends(self, engine, large_weights):
+        _directory, _model, end_ids = large_weights
+        [[answer], [other]] = engine.generate(PROMPTS[:2], [[1], [1]])
+        assert answer.finished and answer.token_ids[-1] == end_ids[1] and len(answer.token_ids) == 10
+        assert not other.finished and len(other.token_ids) == GREEDY["max_new_tokens"]
+
+    def test_refused_requests(self, engine):
+        with pytest.raises(ValueError, match="2 prompts came with seeds for 1"):
+            engine.generate([[1], [2]], [[1]])
+        with pytest.raises(ValueError, match="Prompt 1 has no tokens"):
+            engine.generate([[1], []], [[1], [1]])
+        with pytest.raises(ValueError, match="500 tokens.*max_new_tokens=24.*exceeds the 512"):
+            engine.generate([[1] * 500], [[1]])
+        with pytest.raises(ValueError, match="the seed -1"):
+            engine.generate([[1]], [[-1]])
+        assert engine.generate([], []) == []
+        assert engine.generate([[1], [2]], [[], [3]])[0] == []  # and it still works
+
+
+@needs_vllm
+class TestSampling:
+    """Answers with a temperature, a nucleus, the most likely tokens and stop strings."""
+
+    SETTINGS = {"temperature": 0.5, "top_p": 0.9, "top_k": 20, "max_new_tokens": 32}
+    STOP_STRINGS = ("e", "t", "0", "+")
+    SEEDS = [[2**63 - 1 - 100 * prompt - k for k in range(6)] for prompt in range(len(PROMPTS))]
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine(cls, large_weights):
+        with VllmEngine(
+            str(large_weights[0]),
+            python=VLLM_PYTHON,
+            dtype="float32",
+            stop_strings=cls.STOP_STRINGS,
+            engine_args=FAST_START,
+            **cls.SETTINGS,
+        ) as engine:
+            yield engine
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def answers(cls, engine):
+        return engine.generate(PROMPTS, cls.SEEDS)
+
+    def test_a_seed_makes_the_same_text_in_any_company(self, engine, answers):
+        assert engine.generate(PROMPTS, self.SEEDS) == answers
+        backwards = engine.generate(PROMPTS[::-1], [seeds[::-1] for seeds in self.SEEDS[::-1]])
+        alone = engine.generate([PROMPTS[2]], [[self.SEEDS[2][3]]])
+        assert [[one.token_ids for one in row[::-1]] for row in backwards[::-1]] == [
+            [one.token_ids for one in row] for row in answers
+        ]
+        assert alone[0][0].token_ids == answers[2][3].token_ids
+
+    def test_more_than_one_step_takes_in(self, engine):
+        generator = torch.Generator().manual_seed(1)
+        prompts = torch.randint(3, 259, (80, 150), generator=generator).tolist()  # a step on a CPU has 4096 tokens
+        answers = engine.generate(prompts, [[index] for index in range(80)])
+        for index in (0, 27, 28, 79):
+            [[alone]] = engine.generate([prompts[index]], [[index]])
+            assert alone.token_ids == answers[index][0].token_ids
+
+    def test_other_seeds_make_other_texts(self, engine, answers):
+        for row in answers:  # short ones, stopped by a string, may be equal
+            long = [tuple(one.token_ids) for one in row if len(one.token_ids) > 5]
+            assert len(set(long)) == len(long) > 1
+        [others] = engine.generate(PROMPTS[:1], [[1, 2, 3]])
+        assert not {tuple(one.token_ids) for one in others} & {tuple(one.token_ids) for one in answers[0]}
+
+    def test_logps_are_of_the_model_and_tokens_of_the_settings(self, answers, large_weights):
+        _directory, model, _end_ids = large_weights
+        checked = 0
+        for prompt, row in zip(PROMPTS, answers, strict=True):
+            for one in row:
+                logps = all_logps(model, prompt + one.token_ids)[len(prompt) - 1 : -1]
+                tokens = torch.tensor(one.token_ids).unsqueeze(1)
+                expected = logps.gather(1, tokens).squeeze(1).tolist()
+                assert one.logps == pytest.approx(expected, abs=1e-4)  # measured: 3e-5
+                kept = (logps / 0.5).topk(20, dim=-1)
+                assert (kept.indices == tokens).any(dim=-1).all()
+                probabilities = kept.values.softmax(dim=-1)
+                before = ((probabilities.cumsum(dim=-1) - probabilities) * (kept.indices == tokens)).sum(dim=-1)
+                assert (before < 0.9 + 1e-3).all()
+                checked += len(one.token_ids)
+        assert checked > 200
+
+    def test_stop_strings_and_end_tokens(self, answers, large_weights):
+        directory, _model, end_ids = large_weights
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+
+        def stops(token_ids):
+            return any(string in tokenizer.decode(token_ids, skip_special_tokens=True) for string in self.STOP_STRINGS)
+
+        ends = []
+        for one in (one for row in answers for one in row):
+            assert not stops(one.token_ids[:-1]) and len(one.logps) == len(one.token_ids)
+            assert not set(one.token_ids[:-1]) & set(end_ids)
+            ended, stopped = one.token_ids[-1] in end_ids, stops(one.token_ids)
+            assert one.finished == ended
+            assert ended or stopped or len(one.token_ids) == self.SETTINGS["max_new_tokens"]
+            ends.append("ended" if ended else "stopped" if stopped else "length")
+        assert set(ends) == {"ended", "stopped", "length"}
+
+
+@needs_vllm
+class TestFailures:
+    def start(self, directory, **kwargs):
+        return VllmEngine(
+            str(directory), python=VLLM_PYTHON, dtype="float32", engine_args=FAST_START, **{**GREEDY, **kwargs}
+        )
+
+    def test_model_it_does_not_run(self, tmp_path, tokenizer):
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=36, intermediate_size=64, num_hidden_layers=1,
+            num_attention_heads=3, num_key_value_heads=3,  # heads 12 wide
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        with pytest.raises(RuntimeError, match=f"vLLM did not start with the model '{tmp_path}'") as caught:
+            self.start(tmp_path)
+        message = str(caught.value)
+        assert "head" in message and "`sampling_engine` to 'transformers'" in message
+
+    def test_start_takes_too_long(self, large_weights):
+        start = time.monotonic()
+        with pytest.raises(RuntimeError, match="not ready after 1.5 seconds.*\n.*") as caught:
+            self.start(large_weights[0], startup_timeout=1.5)
+        assert "`startup_timeout`" in str(caught.value)
+        assert time.monotonic() - start < 10
+
+    @pytest.mark.parametrize("core", ["in the worker", "in a process of its own"])
+    def test_worker_killed_in_the_middle(self, large_weights, monkeypatch, core):
+        if core == "in a process of its own":
+            monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        engine = self.start(large_weights[0], max_new_tokens=400)
+        group = engine._worker.process.pid
+        assert (len(processes_of_group(group)) > 1) == (core == "in a process of its own")
+        killer = threading.Timer(3.0, os.kill, (group, signal.SIGKILL))
+        killer.start()
+        with pytest.raises(RuntimeError, match="failed on 800 requests.*SIGKILL") as caught:
+            engine.generate([[index + 3] for index in range(100)], [list(range(8))] * 100)
+        assert "VLLM_CPU_KVCACHE_SPACE" in str(caught.value) and "`sampling_engine`" in str(caught.value)
+        assert not processes_of_group(group)
+        with pytest.raises(RuntimeError, match="is closed"):
+            engine.generate([[3]], [[1]])
+        engine.close()
+
+    def test_a_process_of_vllm_killed(self, large_weights, monkeypatch):
+        """As the system does where memory is short. vLLM itself would wait for it forever."""
+        monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        with self.start(large_weights[0], max_new_tokens=400) as engine:
+            group = engine._worker.process.pid
+            [core] = [pid for pid, command in processes_of_group(group).items() if "EngineCore" in command]
+            threading.Timer(2.0, os.kill, (core, signal.SIGKILL)).start()
+            with pytest.raises(RuntimeError, match="a process that vLLM had started has ended"):
+                engine.generate([[index + 3] for index in range(100)], [list(range(8))] * 100)
+            assert not processes_of_group(group)
+
+    def test_nothing_outlives_us(self, large_weights, tmp_path):
+        """Killed in the middle of it, with a fork of ours that keeps the pipe to the worker open."""
+        settings = {**GREEDY, "max_new_tokens": 400, "dtype": "float32", "engine_args": FAST_START}
+        script = tmp_path / "sample.py"
+        script.write_text(
+            "import json, os, sys, time\n"
+            "from trl_ext.vllm_engine import VllmEngine\n"
+            "model, python, settings = sys.argv[1:]\n"
+            "engine = VllmEngine(model, python=python, **json.loads(settings))\n"
+            "fork = os.fork()\n"
+            "if fork == 0:\n"
+            "    time.sleep(60)\n"
+            "    os._exit(0)\n"
+            "print(engine._worker.process.pid, fork, flush=True)\n"
+            "engine.generate([[index + 3] for index in range(200)], [list(range(8))] * 200)\n"
+        )
+        us = subprocess.Popen(
+            [sys.executable, script, large_weights[0], VLLM_PYTHON, json.dumps(settings)], stdout=subprocess.PIPE
+        )
+        group, fork = map(int, us.stdout.readline().split())
+        try:
+            time.sleep(2)
+            assert processes_of_group(group) and us.poll() is None
+            us.kill()
+            us.wait()
+            assert all_end(group), processes_of_group(group)
+        finally:
+            os.kill(fork, signal.SIGKILL)
+            us.stdout.close()
