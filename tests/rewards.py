@@ -1,0 +1,19 @@
+"""Reward functions that the tests of scoring and of rounds name on the command line."""
+
+
+def vowels(completions, **kwargs):
+    """Share of vowels, which even an untrained model can be taught to write more of."""
+    return [sum(character in "aeiou" for character in text) / max(len(text), 1) for text in completions]
+
+
+def letters(completions, **kwargs):
+    return [float(sum(character.isalpha() for character in text)) for text in completions]
+
+
+def broken(completions, **kwargs):
+    raise RuntimeError("the scoring service is down")
+
+
+def more_vowels(prompts, completions):
+    """A pairwise judge."""
+    return [int(vowels([first])[0] < vowels([second])[0]) for first, second in completions]
