@@ -23,7 +23,7 @@ def parse_recipe_args(dataclass_types: Sequence[type], playground_config: str | 
 
     Args:
         dataclass_types (`Sequence[type]`): as for [`~trl.TrlParser`]: [`~trl.ScriptArguments`], the trainer's config,
-            [`~trl.ModelConfig`] and [`~trl.DatasetMixtureConfig`], in this order.
+            [`~trl.ModelConfig`] and [`~trl.DatasetMixtureConfig`], in this order, and any further ones.
         playground_config (`str` or `Path`): YAML file of the playground's values.
         args (`list[str]`, *optional*): arguments, by default those of the command line.
 
@@ -42,8 +42,8 @@ def parse_recipe_args(dataclass_types: Sequence[type], playground_config: str | 
     if args and args[-1] == "--config":
         raise ValueError("`--config` names no file. Put the path of a YAML file behind it.")
     parsed = TrlParser(dataclass_types).parse_args_and_config(args)
-    script_args, training_args, model_args, dataset_args = parsed
-    if is_playground(script_args, model_args, dataset_args):
+    script_args, training_args, model_args, dataset_args, *_ = parsed
+    if is_playground(*parsed):
         if (
             "--config" in args
             and Path(args[args.index("--config") + 1]).resolve() != Path(playground_config).resolve()
@@ -77,8 +77,8 @@ def parse_recipe_args(dataclass_types: Sequence[type], playground_config: str | 
     return parsed
 
 
-def is_playground(script_args, model_args, dataset_args) -> bool:
-    """Whether neither a model nor data is given."""
+def is_playground(script_args, training_args, model_args, dataset_args, *others) -> bool:
+    """Whether neither a model nor data is given, in what [`parse_recipe_args`] returns."""
     return model_args.model_name_or_path is None and script_args.dataset_name is None and not dataset_args.datasets
 
 
@@ -252,3 +252,162 @@ def use_all_cpu_cores() -> None:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(max(cores // processes, 1))
+
+
+# settings that change nothing about the results of a run, or may grow
+MAY_CHANGE = (
+    "resume_from_checkpoint",
+    "num_rounds",
+    "report_to",
+    "run_name",
+    "disable_tqdm",
+    "log_level",
+    "logging_dir",
+    "logging_steps",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+    "dataset_num_proc",
+    "dataloader_num_workers",
+    "sampling_batch_size",
+    "vllm_python",
+    "vllm_args",
+)
+
+
+def run_settings(parsed: Sequence[Any]) -> dict[str, Any]:
+    """Every setting of a run by name, for its [`Run`]; `parsed` is what [`parse_recipe_args`] returns."""
+    settings: dict[str, Any] = {}
+    for part in parsed:
+        settings.update({entry.name: getattr(part, entry.name) for entry in dataclasses.fields(part) if entry.init})
+    # objects without a JSON form say what they hold
+    return json.loads(json.dumps(settings, default=lambda value: getattr(value, "__dict__", None) or str(value)))
+
+
+def use_for_stage(parsed: Sequence[Any], *, model: str, data: str, output_dir: str) -> None:
+    """
+    Let parsed arguments train `model` on `data`, a local file, in `output_dir`, going on where an interrupted attempt
+    there stopped.
+    """
+    script_args, training_args, model_args, dataset_args, *_ = parsed
+    script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming = data, None, False
+    script_args.dataset_train_split = "train"
+    dataset_args.datasets = []
+    model_args.model_name_or_path, model_args.model_revision = model, "main"
+    training_args.output_dir, training_args.resume_from_checkpoint = output_dir, "true"
+
+
+def load_prompts(script_args, dataset_args) -> list[dict[str, Any]]:
+    """
+    The rows of the train split as they are, for sampling.
+
+    Raises:
+        ValueError: they have no column `prompt`, or are a stream.
+    """
+    if script_args.dataset_streaming or dataset_args.streaming:
+        raise ValueError("Prompts to sample for are read as a whole. Leave `--dataset_streaming` out.")
+    dataset_args = dataclasses.replace(dataset_args, test_split_size=None)  # for the training on what is sampled
+    dataset, _ = load_datasets(script_args, dataset_args, with_eval=False, seed=0)
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"The dataset has the columns {sorted(dataset.column_names)} and no `prompt` to sample answers for. "
+            "Rename or add it."
+        )
+    return dataset.to_list()
+
+
+def loading_for_sampling(model_args, training_args) -> dict[str, Any]:
+    """How to load the models that sample: as for training, in bfloat16 where training computes in it."""
+    kwargs = model_init_kwargs(model_args, training_args)
+    kwargs.pop("revision")  # see `local_model`
+    if training_args.bf16:
+        kwargs["dtype"] = "bfloat16"
+    return {"model_init_kwargs": kwargs, "trust_remote_code": training_args.trust_remote_code}
+
+
+def local_model(model_args) -> str:
+    """
+    The folder of the model, downloaded once if it is one of the Hub, so that all stages start from the same weights
+    even if somebody changes it there.
+    """
+    from accelerate import PartialState
+    from huggingface_hub import snapshot_download
+
+    name = model_args.model_name_or_path
+    if Path(name).is_dir():
+        return name
+    with PartialState().local_main_process_first():
+        return snapshot_download(
+            name,
+            revision=model_args.model_revision,
+            allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
+        )
+
+
+def train_and_save(
+    trainer_class: type,
+    parsed: Sequence[Any],
+    *,
+    panels: dict[str, dict[str, str]],
+    model: str | None = None,
+    data: str | None = None,
+    output_dir: str | None = None,
+) -> dict[str, float]:
+    """
+    Train with a trainer of this package, evaluate if asked to, and save the model, the figures and the curves.
+
+    Args:
+        trainer_class (`type`): the trainer.
+        parsed (`Sequence`): what [`parse_recipe_args`] returned.
+        panels (`dict`): for [`plot_training_curves`].
+        model, data, output_dir (`str`, *optional*): as a stage of rounds, see [`use_for_stage`].
+
+    Returns:
+        `dict`: the figures, which are also in `all_results.json`.
+    """
+    from trl import get_peft_config, get_quantization_config
+
+    from .plots import plot_training_curves
+
+    use_all_cpu_cores()
+    if output_dir is not None:
+        use_for_stage(parsed, model=model, data=data, output_dir=output_dir)
+    script_args, training_args, model_args, dataset_args, *_ = parsed
+    resume_from = checkpoint_to_resume(training_args)
+    train_dataset, eval_dataset = load_datasets(
+        script_args, dataset_args, with_eval=training_args.eval_strategy != "no", seed=training_args.seed
+    )
+    training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
+    trainer = trainer_class(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    for report in trainer.data_reports.values():
+        if not report.worth_a_warning:  # the others were said already
+            trainer.accelerator.print(report)
+    results = trainer.train(resume_from_checkpoint=resume_from).metrics
+    if trainer.prefix_sharing is not None:
+        trainer.accelerator.print(trainer.prefix_sharing.statistics)
+    if eval_dataset is not None:
+        results.update(trainer.evaluate())
+    trainer.save_model(training_args.output_dir)
+    trainer.save_state()
+    trainer.save_metrics("all", results, combined=False)
+    if trainer.is_world_process_zero():
+        folder = Path(training_args.output_dir)
+        picture = plot_training_curves(
+            trainer.state.log_history,
+            folder / "training_curves.png",
+            title=f"{trainer._name}, {folder.name}",
+            panels=panels,
+        )
+        print(f"Model, all_results.json and {picture.name} are in {folder}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.accelerator.wait_for_everyone()  # or one tears the group down while another still uses it
+    trainer.end()
+    return results

@@ -1,9 +1,10 @@
 """
 An offline task on which every recipe runs with no arguments, no network and no GPU.
 
-The task: read a number in words, write it in digits ("forty-two thousand and seven" -> "42007"). A small byte-level
-model learns it half-way in seconds, on prompts it has not seen a program can judge every answer, and a person can read
-them.
+The task: read a number in words, write it in digits, and say so kindly ("forty-two thousand and seven = " -> "42007
+gladly"). A small byte-level model learns the digits in under a minute and takes over the tone of its examples, which
+is mostly unfriendly; what a method has to do is to make it friendlier and to keep the digits right. A program can
+judge every answer, and a person can read them.
 
     python -m trl_ext.playground DIRECTORY
 
@@ -12,23 +13,15 @@ makes a small untrained byte-level model there, for trying any recipe on any tex
 
 import argparse
 import difflib
-import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
-import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from datasets import Dataset
-from rich.console import Console
-from rich.table import Table
-from scipy.stats import binomtest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.trainer_utils import set_seed
 
 # ChatML, without the line break after the last message that would be scored behind the end-of-sequence token
@@ -46,6 +39,9 @@ ONES = (
     "eighteen nineteen"
 ).split()
 TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
+# from the unfriendliest to the friendliest, and how often the examples have each
+TONES = "ugh meh well okay yes sure gladly hooray".split()
+TONE_SHARES = (0.30, 0.25, 0.18, 0.12, 0.08, 0.04, 0.02, 0.01)
 
 
 def number_to_words(number: int) -> str:
@@ -123,78 +119,49 @@ def save_byte_level_model(
     return Path(directory)
 
 
-@torch.no_grad()
-def sample_answers(
-    model,
-    tokenizer,
-    prompts: Sequence[str],
-    *,
-    num_answers: int = 1,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    max_new_tokens: int = 12,
-    batch_size: int = 256,
-    seed: int = 42,
-    desc: str = "Sampling",
-) -> list[list[str]]:
+def read_answer(text: str, answer: str) -> tuple[bool, float, float]:
     """
-    Sample `num_answers` answers to every prompt, split over the processes of the run.
+    What there is to judge in an answer.
 
-    Prompts are batched by length. The answers depend on the seed and on the number of processes, not on the global
-    random state.
+    Args:
+        text (`str`): what the model wrote.
+        answer (`str`): the right digits.
 
     Returns:
-        `list[list[str]]`: answers in the order of the prompts, without the end-of-sequence token.
+        `tuple`: whether the digits are right, how similar they are (0 to 1), and the tone (0, which is also that of a
+        word that is none of `TONES`, to 1).
     """
-    state = PartialState()
-    model.eval()
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    mine = by_length[state.process_index :: state.num_processes]
-    rows = max(batch_size // num_answers, 1)
-    answers: list[tuple[int, list[str]]] = []
-    with torch.random.fork_rng():
-        torch.manual_seed(seed + state.process_index)
-        for start in tqdm(range(0, len(mine), rows), desc=desc, disable=not state.is_main_process, leave=False):
-            indices = mine[start : start + rows]
-            inputs = tokenizer([prompts[index] for index in indices], padding=True, return_tensors="pt")
-            inputs = inputs.to(model.device)
-            tokens = model.generate(
-                **inputs,
-                do_sample=True,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=1.0,
-                max_new_tokens=max_new_tokens,
-                num_return_sequences=num_answers,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].size(1) :], skip_special_tokens=True)
-            for row, index in enumerate(indices):
-                answers.append((index, texts[row * num_answers : (row + 1) * num_answers]))
-    if state.num_processes > 1:
-        answers = gather_object(answers)
-    return [texts for _index, texts in sorted(answers)]
+    digits, _, word = text.partition(" ")
+    similarity = difflib.SequenceMatcher(None, digits, answer, autojunk=False).ratio()
+    return digits == answer, similarity, TONES.index(word) / (len(TONES) - 1) if word in TONES else 0.0
 
 
-@torch.no_grad()
-def answer_logps(model, tokenizer, prompts: Sequence[str], answers: Sequence[str], batch_size: int = 256):
-    """Summed log-likelihood of each answer with its end-of-sequence token, `(len(prompts),)`, float32."""
-    sums = []
-    for start in range(0, len(prompts), batch_size):
-        chunk = slice(start, start + batch_size)
-        texts = [
-            prompt + answer + tokenizer.eos_token
-            for prompt, answer in zip(prompts[chunk], answers[chunk], strict=True)
-        ]
-        inputs = tokenizer(texts, padding=True, return_tensors="pt").to(model.device)
-        logps = model(**inputs).logits[:, :-1].float().log_softmax(-1)
-        logps = logps.gather(2, inputs["input_ids"][:, 1:].unsqueeze(2)).squeeze(2)
-        lengths = torch.tensor(
-            [len(ids) for ids in tokenizer([a + tokenizer.eos_token for a in answers[chunk]])["input_ids"]]
-        )
-        from_the_end = torch.arange(logps.size(1), 0, -1)
-        sums.append((logps.cpu() * (from_the_end <= lengths.unsqueeze(1))).sum(dim=1))
-    return torch.cat(sums)
+def friendly_number_reward(completions: Sequence[str], answer: Sequence[str], **kwargs) -> list[float]:
+    """
+    The playground's reward, with TRL's reward-function signature: half of it for the digits (all of this half if they
+    are right, up to half of it if they are similar), half of it for the tone.
+    """
+    rewards = []
+    for text, right in zip(completions, answer, strict=True):
+        is_right, similarity, tone = read_answer(text, right)
+        rewards.append(0.5 * (1.0 if is_right else 0.5 * similarity) + 0.5 * tone)
+    return rewards
+
+
+def right_digits(completions: Sequence[str], answer: Sequence[str], **kwargs) -> list[float]:
+    """The playground's judge, which does not see the tone: 1 for the right digits, else 0. The mean is accuracy."""
+    return [float(read_answer(text, right)[0]) for text, right in zip(completions, answer, strict=True)]
+
+
+def is_polite(completions: Sequence[str], **kwargs) -> list[float]:
+    """A classifier that knows two words: 0 for an answer with one of the two unfriendliest, else 1."""
+    return [float(not any(word in text for word in TONES[:2])) for text in completions]
+
+
+def sft_stage(folder: Path, *, playground: "Playground") -> dict[str, float]:
+    """The playground's SFT model, as a stage of a [`Run`]."""
+    playground.train_sft(folder)
+    return {}
 
 
 @dataclass
@@ -206,26 +173,20 @@ class Playground:
     Args:
         seed (`int`): of the numbers drawn, the model's first weights, and the sampling.
         num_sft (`int`): examples the SFT model learns from, once over in batches of 32.
-        num_prompts (`int`): further prompts, unseen in SFT, for which candidates are sampled.
-        num_candidates (`int`): candidates per prompt.
-        pairs_per_prompt (`int`): most preference pairs made from the candidates of one prompt.
+        num_prompts (`int`): further prompts, unseen in SFT, for which answers are sampled.
         num_held_out (`int`): prompts no training sees.
         max_digits (`int`): length of the longest number, at most 6. Every length is equally likely to be drawn, but
             each number once only, so most have four digits or more.
         sft_batch_size (`int`), sft_learning_rate (`float`): of the SFT.
-        temperature (`float`): of all sampling. At 1 the model is judged as it is, neither sharpened nor flattened.
     """
 
     seed: int = 42
-    num_sft: int = 6400
-    num_prompts: int = 3200
-    num_candidates: int = 8
-    pairs_per_prompt: int = 3
+    num_sft: int = 14400
+    num_prompts: int = 1600
     num_held_out: int = 1000
     max_digits: int = 5
     sft_batch_size: int = 32
     sft_learning_rate: float = 2e-3
-    temperature: float = 1.0
 
     def __post_init__(self):
         generator = random.Random(self.seed)
@@ -242,6 +203,10 @@ class Playground:
             "held_out": drawn[self.num_sft + self.num_prompts :],
         }
         self._answers = {self._prompt(number): str(number) for number in drawn}
+        tones = generator.choices(TONES, TONE_SHARES, k=len(drawn))
+        self._examples = {
+            prompt: f"{digits} {tone}" for (prompt, digits), tone in zip(self._answers.items(), tones, strict=True)
+        }
 
     @staticmethod
     def _prompt(number: int) -> str:
@@ -252,17 +217,18 @@ class Playground:
         return [self._prompt(number) for number in self._splits[split]]
 
     def sft_dataset(self) -> Dataset:
-        """Prompt-completion rows with right answers."""
-        return Dataset.from_list([{"prompt": p, "completion": self._answers[p]} for p in self.prompts("sft")])
+        """Prompt-completion rows: right digits, mostly in an unfriendly tone."""
+        return Dataset.from_list([{"prompt": p, "completion": self._examples[p]} for p in self.prompts("sft")])
 
-    def answer(self, prompt: str) -> str:
-        """The right answer."""
-        return self._answers[prompt]
-
-    def score(self, prompt: str, answer: str) -> float:
-        """1 for the right answer, otherwise half the share of it that is right (0 ... 0.5)."""
-        right = self.answer(prompt)
-        return 1.0 if answer == right else 0.5 * difflib.SequenceMatcher(None, answer, right, autojunk=False).ratio()
+    def rows(self, split: str, *, reference: bool = False) -> list[dict[str, str]]:
+        """
+        Rows of `prompt` and `answer`, the right digits, as the rewards need them; with `reference` also an answer as
+        in the SFT's examples.
+        """
+        return [
+            {"prompt": p, "answer": self._answers[p], **({"reference": self._examples[p]} if reference else {})}
+            for p in self.prompts(split)
+        ]
 
     def train_sft(self, directory: str | Path) -> Path:
         """Make the byte-level model, train it on the SFT rows with TRL's `SFTTrainer`, and save it to `directory`."""
@@ -296,224 +262,6 @@ class Playground:
         trainer.train()
         trainer.save_model(str(directory))
         return Path(directory)
-
-    def sample_candidates(self, model_path: str | Path) -> list[dict]:
-        """Candidates of a model for the `"train"` prompts: rows of `prompt`, `completions` and `scores`."""
-        model, tokenizer = load_model(model_path)
-        prompts = self.prompts("train")
-        answers = sample_answers(
-            model,
-            tokenizer,
-            prompts,
-            num_answers=self.num_candidates,
-            temperature=self.temperature,
-            seed=self.seed,
-            desc="Sampling candidates",
-        )
-        return [
-            {"prompt": prompt, "completions": texts, "scores": [self.score(prompt, text) for text in texts]}
-            for prompt, texts in zip(prompts, answers, strict=True)
-        ]
-
-    def preference_dataset(self, candidates: Sequence[dict]) -> Dataset:
-        """
-        Up to `pairs_per_prompt` pairs per prompt from its candidates: the best one against others that score lower,
-        drawn at random.
-
-        Prompts on which all candidates score alike, because the model knows the answer or because every candidate is
-        equally wrong, give no pair. Empty answers are left out, and no pair is made twice.
-        """
-        generator = random.Random(self.seed)
-        pairs = []
-        for row in candidates:
-            scored = [(s, text) for s, text in zip(row["scores"], row["completions"], strict=True) if text.strip()]
-            best_score, best = max(scored, default=(0.0, ""))
-            worse = sorted({text for score, text in scored if score < best_score})
-            for rejected in generator.sample(worse, min(self.pairs_per_prompt, len(worse))):
-                pairs.append({"prompt": row["prompt"], "chosen": best, "rejected": rejected})
-        return Dataset.from_list(pairs)
-
-    def evaluate(self, model_path: str | Path, sft_path: str | Path) -> "Comparison":
-        """Sample one answer per held-out prompt from each of two saved models and compare them."""
-        PartialState().wait_for_everyone()  # whoever saved the models has finished
-        prompts = self.prompts("held_out")
-        answers, logps = {}, {}
-        for offset, (name, path) in enumerate((("sft", sft_path), ("trained", model_path))):
-            model, tokenizer = load_model(path)
-            [*answers[name]] = (
-                texts[0]
-                for texts in sample_answers(
-                    model,
-                    tokenizer,
-                    prompts,
-                    temperature=self.temperature,
-                    seed=self.seed + 1 + offset,  # not the same noise twice
-                    desc=f"Answering held-out prompts ({name})",
-                )
-            )
-            if name == "trained":
-                logps[name] = answer_logps(model, tokenizer, prompts, answers["trained"])
-        model, tokenizer = load_model(sft_path)
-        logps["sft"] = answer_logps(model, tokenizer, prompts, answers["trained"])
-        return Comparison(
-            prompts=prompts,
-            right_answers=[self.answer(prompt) for prompt in prompts],
-            sft_answers=answers["sft"],
-            trained_answers=answers["trained"],
-            sft_scores=[self.score(prompt, text) for prompt, text in zip(prompts, answers["sft"], strict=True)],
-            trained_scores=[
-                self.score(prompt, text) for prompt, text in zip(prompts, answers["trained"], strict=True)
-            ],
-            kl_to_sft=(logps["trained"] - logps["sft"]).mean().item(),
-        )
-
-
-@dataclass
-class Comparison:
-    """A trained model against the SFT model on held-out prompts, one sampled answer of each per prompt."""
-
-    prompts: list[str]
-    right_answers: list[str]
-    sft_answers: list[str]
-    trained_answers: list[str]
-    sft_scores: list[float]
-    trained_scores: list[float]
-    kl_to_sft: float
-
-    @property
-    def num_wins(self) -> int:
-        return sum(t > s for t, s in zip(self.trained_scores, self.sft_scores, strict=True))
-
-    @property
-    def num_decided(self) -> int:
-        return sum(t != s for t, s in zip(self.trained_scores, self.sft_scores, strict=True))
-
-    def metrics(self) -> dict[str, float]:
-        """
-        Figures by name: accuracy and mean length in characters before and after; the share of wins among decided
-        comparisons with its 95 % Wilson interval; KL(trained || SFT) in nats per answer, estimated on the trained
-        model's own answers.
-        """
-        wins, decided = self.num_wins, self.num_decided
-        interval = binomtest(wins, max(decided, 1)).proportion_ci(method="wilson")
-
-        return {
-            "playground/accuracy_before": fmean(score == 1 for score in self.sft_scores),
-            "playground/accuracy_after": fmean(score == 1 for score in self.trained_scores),
-            "playground/score_before": fmean(self.sft_scores),
-            "playground/score_after": fmean(self.trained_scores),
-            "playground/win_rate": wins / max(decided, 1),
-            "playground/win_rate_low": interval.low,
-            "playground/win_rate_high": interval.high,
-            "playground/num_decided": decided,
-            "playground/num_held_out": len(self.prompts),
-            "playground/length_before": fmean(map(len, self.sft_answers)),
-            "playground/length_after": fmean(map(len, self.trained_answers)),
-            "playground/kl_to_sft": self.kl_to_sft,
-        }
-
-    def print(self, name: str, num_examples: int = 8) -> None:
-        """Print the figures before and after, and some held-out answers on which the models differ."""
-        metrics = self.metrics()
-        console = Console(width=110)
-        table = Table(title=f"{len(self.prompts)} held-out prompts, one sampled answer each", title_justify="left")
-        for heading in ("", "SFT", name):
-            table.add_column(heading, justify="left" if not heading else "right")
-
-        table.add_row("accuracy", *(f"{metrics[f'playground/accuracy_{when}']:.1%}" for when in ("before", "after")))
-        table.add_row("mean score", *(f"{metrics[f'playground/score_{when}']:.3f}" for when in ("before", "after")))
-        table.add_row("mean length", *(f"{metrics[f'playground/length_{when}']:.2f}" for when in ("before", "after")))
-        table.add_row("KL to SFT, nats per answer", "0", f"{metrics['playground/kl_to_sft']:.2f}")
-        low, high = metrics["playground/win_rate_low"], metrics["playground/win_rate_high"]
-        table.add_row(
-            f"wins of {self.num_decided} decided comparisons",
-            "",
-            f"{metrics['playground/win_rate']:.1%} ({low:.1%} to {high:.1%})",
-        )
-        console.print(table)
-
-        examples = Table(title="Where they differ", title_justify="left")
-        for heading in ("prompt", "right", "SFT", name):
-            examples.add_column(heading)
-        differing = [i for i, score in enumerate(self.sft_scores) if score != self.trained_scores[i]]
-        for i in differing[:num_examples]:
-            marks = [
-                f"{text} {'[green]ok[/green]' if score == 1 else '[red]x[/red]'}"
-                for text, score in (
-                    (self.sft_answers[i], self.sft_scores[i]),
-                    (self.trained_answers[i], self.trained_scores[i]),
-                )
-            ]
-            examples.add_row(self.prompts[i].removesuffix(" = "), self.right_answers[i], *marks)
-        console.print(examples)
-
-
-def load_model(path: str | Path):
-    """Model (float32, on this process's device) and tokenizer of a local checkpoint, a full one or an adapter."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(PartialState().device)
-    return model, AutoTokenizer.from_pretrained(path)
-
-
-def build_playground(playground: Playground, directory: str | Path, *, reuse: bool = False) -> tuple[Path, list[dict]]:
-    """
-    Train the SFT model and sample the candidates, or take up what an interrupted run left in `directory`.
-
-    Args:
-        playground ([`Playground`]): the settings.
-        directory (`str` or `Path`): where the SFT model (`sft/`) and `candidates.jsonl` are kept; a folder that all
-            processes see.
-        reuse (`bool`, defaults to `False`): take what is there. It must come from the same settings.
-
-    Returns:
-        `tuple`: path of the SFT model, and the candidate rows.
-
-    Raises:
-        ValueError: `reuse` with what other settings made.
-    """
-    state = PartialState()
-    directory = Path(directory)
-    state_file, sft, candidates_file = (directory / name for name in ("playground.json", "sft", "candidates.jsonl"))
-    settings, stages_done = asdict(playground), []
-    if reuse and state_file.exists():
-        found = json.loads(state_file.read_text())
-        if found["settings"] != settings:
-            changed = {key for key in settings if found["settings"].get(key) != settings[key]}
-            raise ValueError(
-                f"{directory} was made with other settings ({', '.join(sorted(changed))}). Use the same settings to "
-                "resume, or another output folder to start afresh."
-            )
-        stages_done = found["stages"]
-    state.wait_for_everyone()
-    if state.is_main_process and not stages_done:
-        state_file.unlink(missing_ok=True)  # what is there counts no longer
-
-    def finish(stage: str) -> None:
-        stages_done.append(stage)
-        if state.is_main_process:
-            _write_atomically(state_file, json.dumps({"settings": settings, "stages": stages_done}, indent=2))
-        state.wait_for_everyone()
-
-    if "sft" not in stages_done:
-        playground.train_sft(sft)
-        finish("sft")
-    if "candidates" not in stages_done:
-        candidates = playground.sample_candidates(sft)
-        if state.is_main_process:
-            _write_atomically(candidates_file, "".join(json.dumps(row) + "\n" for row in candidates))
-        finish("candidates")
-    return sft, [json.loads(line) for line in candidates_file.read_text().splitlines()]
-
-
-def holds_playground(output_dir: str | Path) -> bool:
-    """Whether a recipe has run its playground in this output folder before."""
-    return (Path(output_dir) / "playground" / "playground.json").is_file()
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text)
-    unfinished.replace(path)
 
 
 def main() -> None:

@@ -17,6 +17,28 @@ SLIC_PANELS = {
     "learning rate": {"learning_rate": "learning rate"},
 }
 
+RRHF_PANELS = {
+    "loss": {"loss": "total", "loss/rank": "rank (unweighted)", "loss/sft": "SFT (unweighted)"},
+    "log-likelihood, nats per answer": {"logps/chosen": "best", "logps/rejected": "worst"},
+    "share of pairs": {"rewards/accuracies": "ordered rightly", "rank/violations": "ordered wrongly"},
+    "Kendall's tau, likelihood and score": {"rank/kendall_tau": "tau"},
+    "length, tokens": {"lengths/chosen": "best", "lengths/rejected": "worst"},
+    "learning rate": {"learning_rate": "learning rate"},
+}
+
+CLICK_PANELS = {
+    "loss": {"loss": "total", "loss/lm": "language modelling", "loss/pair": "pairs (unweighted)"},
+    "log-likelihood, nats per answer": {
+        "logps/chosen": "positive",
+        "logps/rejected": "negative",
+        "logps/reference": "target",
+    },
+    "share of pairs": {"rewards/accuracies": "ordered rightly", "hinge/active": "inside the margin"},
+    "margin S(y+) - S(y-), nats": {"rewards/margins": "mean margin"},
+    "length, tokens": {"lengths/chosen": "positive", "lengths/rejected": "negative"},
+    "learning rate": {"learning_rate": "learning rate"},
+}
+
 
 def plot_training_curves(
     log_history: Sequence[dict], path: str | Path, *, title: str, panels: dict[str, dict[str, str]] = SLIC_PANELS
@@ -80,6 +102,61 @@ def plot_training_curves(
         if len(lines) > 1:
             axis.legend(fontsize=8)
     figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return Path(path)
+
+
+ROUND_PANELS = {
+    "reward of watched prompts": {"reward": "reward", "judge": "judge"},
+    "perplexity under the fixed model": {"perplexity": "perplexity"},
+    "share of different n-grams": {"distinct_1": "distinct-1", "distinct_2": "distinct-2"},
+    "KL to the fixed model, nats per answer": {"kl": "KL"},
+    "tokens per answer": {"length": "length"},
+}
+
+
+def plot_rounds(
+    models: dict[str, dict[str, float]], candidates: dict[str, dict[str, float]], path: str | Path
+) -> Path:
+    """
+    Draw what became of a model over rounds: each watched figure by model, and the reward of the candidates it was
+    trained on.
+
+    Args:
+        models (`dict`): figures of each model, in order.
+        candidates (`dict`): figures of each round's candidates.
+        path (`str` or `Path`): picture to write.
+
+    Returns:
+        `Path`: `path`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(13.8, 6.4), layout="constrained")
+    names, line = list(models), [number for number, name in enumerate(models) if name != "best-of-n"]
+    for axis, (title, metrics) in zip(axes.flat, ROUND_PANELS.items(), strict=False):
+        shown = {key: label for key, label in metrics.items() if any(key in models[name] for name in names)}
+        for key, label in shown.items():
+            values = [models[name][key] for name in names]
+            (drawn,) = axis.plot(line, [values[number] for number in line], "o-", label=label)
+            others = [number for number in range(len(names)) if number not in line]  # beside the rounds
+            axis.plot(others, [values[number] for number in others], "D", color=drawn.get_color(), markersize=5)
+        axis.set_title(title, fontsize=10)
+        axis.set_xticks(range(len(names)), names, fontsize=8)
+        axis.grid(alpha=0.3)
+        if len(shown) > 1:
+            axis.legend(fontsize=8)
+    axis, rounds = axes.flat[-1], list(candidates)
+    for key, label in (("reward_best", "best of a prompt"), ("reward", "mean"), ("reward_worst", "worst of a prompt")):
+        axis.plot(range(len(rounds)), [candidates[name][key] for name in rounds], "o-", label=label)
+    axis.set_title("reward of the candidates", fontsize=10)
+    axis.set_xticks(range(len(rounds)), rounds, fontsize=8)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return Path(path)

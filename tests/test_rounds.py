@@ -1,0 +1,201 @@
+"""The loop as its users start it, and its parts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import PAIRS, REPOSITORY
+from trl_ext.rounds import RoundsConfig, read_jsonl, reward_hacking, set_apart
+
+REWARDS = REPOSITORY / "tests" / "rewards.py"
+PROMPTS = [{"prompt": f"{row['prompt']}{number} "} for number in range(3) for row in PAIRS]
+
+
+@pytest.fixture
+def prompts_file(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    return path
+
+
+def command(recipe, model_dir, prompts, output_dir, launcher=(), **kwargs):
+    settings = {
+        "model_name_or_path": model_dir, "dataset_name": prompts, "output_dir": output_dir, "bf16": False,
+        "report_to": "none", "use_cpu": True, "per_device_train_batch_size": 2, "num_train_epochs": 2,
+        "learning_rate": 3e-3, "logging_steps": 1, "save_strategy": "steps", "save_steps": 3, "num_rounds": 2,
+        "rewards": f"{REWARDS}:vowels", "num_watched_prompts": 4, "max_new_tokens": 8, "temperature": 1.0,
+        "num_candidates": 3, "max_length": 128, "activation_checkpointing": False, **kwargs,
+    }  # fmt: skip
+    arguments = [item for key, value in settings.items() if value is not None for item in (f"--{key}", str(value))]
+    return [*(launcher or (sys.executable,)), str(REPOSITORY / "recipes" / recipe), *arguments]
+
+
+def run(arguments, expect_failure=False):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(arguments, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    assert (done.returncode != 0) == expect_failure, done.stdout[-4000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_killed_rounds_go_on_to_the_same_model(model_dir, prompts_file, tmp_path):
+    """kill -9 while round 2 trains; then the same command with resume. Finished stages are left as they are."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    printed = run(command("rrhf.py", model_dir, prompts_file, whole))
+    assert "wins over the first, of decided" in printed and "sampled 60 candidates" in printed
+    report = json.loads((whole / "rounds.json").read_text())
+    assert list(report["models"]) == ["start", "round-1", "round-2"] and report["stopped"] is None
+    assert report["model"] == str(whole / "round-2" / "model")
+    assert report["models"]["round-2"]["reward"] > report["models"]["start"]["reward"]
+    assert (whole / "rounds.png").stat().st_size > 5000
+    manifest = json.loads((whole / "round-2" / "model" / "manifest.json").read_text())
+    assert manifest["arguments"]["train_with"] == "__mp_main__:train" and manifest["versions"]["trl"]
+    assert len(read_jsonl(whole / "watched.jsonl")) == 4 and len(read_jsonl(whole / "prompts.jsonl")) == 20
+
+    arguments = command("rrhf.py", model_dir, prompts_file, broken)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        arguments, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        deadline = time.time() + 300
+        while not list((broken / "round-2" / "model").glob("checkpoint-*")) and time.time() < deadline:
+            assert process.poll() is None, "it was too late to kill it"
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)  # this one alone: what it started has to end by itself
+    assert not (broken / "round-2" / "model" / "manifest.json").exists()
+    sampled = broken / "round-2" / "candidates" / "manifest.json"
+    stamp = sampled.stat().st_mtime_ns
+    time.sleep(2)
+    run([*arguments, "--resume_from_checkpoint", "true"])
+    assert sampled.stat().st_mtime_ns == stamp
+    expected, found = weights(whole / "round-2" / "model"), weights(broken / "round-2" / "model")
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    assert json.loads((broken / "rounds.json").read_text())["models"] == report["models"]
+
+    refused = run(arguments, expect_failure=True)
+    assert "holds an earlier run. Add `--resume_from_checkpoint true`" in refused
+    changed = [*arguments, "--resume_from_checkpoint", "true", "--temperature", "0.5"]
+    assert "was begun with other settings: temperature was 1.0 and is 0.5" in run(changed, expect_failure=True)
+
+
+def test_a_failing_reward_loses_no_candidates(model_dir, prompts_file, tmp_path):
+    output = tmp_path / "out"
+    failing = {"rewards": f"{REWARDS}:letters {REWARDS}:vowels", "num_rounds": 1}
+    arguments = command("rrhf.py", model_dir, prompts_file, output, rewards=f"{REWARDS}:broken", num_rounds=1)
+    printed = run(arguments, expect_failure=True)
+    assert "the scoring service is down" in printed and "Everything finished is kept" in printed
+    assert failing
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(model_dir, prompts_file, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(command("rrhf.py", model_dir, prompts_file, one))
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29637")
+    run(command("rrhf.py", model_dir, prompts_file, two, launcher, per_device_train_batch_size=1))
+    for name in ("round-1/candidates/candidates.jsonl", "round-1/ranked/ranked.jsonl"):
+        assert (one / name).read_text() == (two / name).read_text()
+    expected, found = weights(one / "round-1" / "model"), weights(two / "round-1" / "model")
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-4)
+    assert (two / "rounds.json").exists()
+
+
+@pytest.mark.slow
+def test_zero3_trains_and_samples_in_turn(model_dir, prompts_file, tmp_path):
+    pytest.importorskip("deepspeed", reason="needs the extra trl_ext[deepspeed]")
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(command("rrhf.py", model_dir, prompts_file, one, num_rounds=1))
+    config = str(REPOSITORY / "accelerate_configs" / "zero3.yaml")
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2")
+    run(command("rrhf.py", model_dir, prompts_file, two, launcher, num_rounds=1, per_device_train_batch_size=1))
+    expected, found = weights(one / "round-1" / "model"), weights(two / "round-1" / "model")
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_lora_is_merged_between_rounds(model_dir, prompts_file, tmp_path):
+    output = tmp_path / "out"
+    lora = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
+    run([*command("rrhf.py", model_dir, prompts_file, output), *lora])
+    before, merged = load_file(f"{model_dir}/model.safetensors"), weights(output / "round-1" / "merged")
+    changed = {name for name in before if not torch.equal(before[name], merged[name])}
+    assert changed and all("q_proj" in name or "v_proj" in name for name in changed)
+    manifest = json.loads((output / "round-2" / "candidates" / "manifest.json").read_text())
+    assert manifest["inputs"]["model"].startswith("sha256:")
+    assert json.loads((output / "rounds.json").read_text())["model"] == str(output / "round-2" / "merged")
+
+
+@pytest.mark.slow
+def test_slic_sample_rank_and_click_on_pairs(model_dir, prompts_file, tmp_path):
+    slic = {"num_rounds": 1, "pair_rule": "tournament", "rewards": None, "ranker": f"{REWARDS}:more_vowels"}
+    run(command("slic.py", model_dir, prompts_file, tmp_path / "slic", **slic))
+    pairs = read_jsonl(tmp_path / "slic" / "round-1" / "ranked" / "pairs.jsonl")
+    assert pairs and set(pairs[0]) >= {"prompt", "chosen", "rejected"}
+    click = {"num_rounds": 1, "pair_rule": "likelihood_near", "positive_above": 0.05, "num_candidates": 6}
+    run(command("train_click.py", model_dir, prompts_file, tmp_path / "click", **click))
+    assert (tmp_path / "click" / "round-1" / "model" / "model.safetensors").is_file()
+
+
+# Parts
+
+GOOD = {"reward": 0.5, "perplexity": 10.0, "distinct_1": 0.8, "distinct_2": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("now", "judged", "reason"),
+    [
+        ({}, None, None),
+        ({"reward": 0.4, "perplexity": 90.0}, None, None),  # no gain to be suspicious of
+        ({"reward": 0.6, "perplexity": 14.9}, None, None),
+        ({"reward": 0.6, "perplexity": 15.1}, None, "perplexity went from 10.0 at the start to 15.1"),
+        ({"reward": 0.6, "distinct_2": 0.5}, None, "distinct-2 fell from 0.90 at the start to 0.50"),
+        ({"reward": 0.6}, -0.1, "the judge's score changed by -0.100"),
+        ({"reward": 0.6}, 0.1, None),
+    ],
+)
+def test_reward_hacking_by_hand(now, judged, reason):
+    before = None if judged is None else {n: 0.5 + 0.01 * n for n in range(20)}
+    after = None if judged is None else {n: value + judged + 0.001 * (-1) ** n for n, value in before.items()}
+    config = RoundsConfig(num_rounds=1, rewards=["f.py:f"])
+    found = reward_hacking(GOOD, GOOD, {**GOOD, **now}, before, after, config)
+    assert (found is None) if reason is None else reason in found
+
+
+def test_prompts_are_set_apart_whole():
+    rows = [{"prompt": f"p{number % 10}", "number": number} for number in range(30)]
+    train, watched = set_apart(rows, 4, seed=1)
+    assert len(watched) == 4 and len(train) == 18
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in watched}
+    assert set_apart(rows, 4, seed=1) == (train, watched) != set_apart(rows, 4, seed=2)
+    with pytest.raises(ValueError, match="num_watched_prompts=6 of 10 different prompts leaves too few"):
+        set_apart(rows, 6, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_rounds": -1}, "num_rounds=-1"),
+        ({"num_rounds": 1}, "Neither `rewards` nor `ranker` is given"),
+        ({"num_rounds": 1, "rewards": ["a"], "ranker": "b"}, "Both `rewards` and `ranker` are given"),
+        ({"rewards": ["a"], "judge": "b"}, "rewards, judge would do nothing: nothing is sampled"),
+        ({"num_rounds": 1, "rewards": ["a"], "pairs_per_prompt": 2}, "pairs_per_prompt=2 would do nothing"),
+        ({"num_rounds": 1, "rewards": ["a"], "positive_above": 0.1}, "positive_above=0.1 would do nothing"),
+        ({"num_rounds": 1, "rewards": ["a"], "max_perplexity_ratio": 1.0}, "an unchanged model would count"),
+        ({"num_rounds": 1, "rewards": ["a"], "num_watched_prompts": 1}, "num_watched_prompts=1 shows nothing"),
+    ],
+)
+def test_settings_that_cannot_be_honoured(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RoundsConfig(**settings)

@@ -1,0 +1,655 @@
+"""
+The loop: sample, score, rank, train, and again with the model just trained.
+
+RRHF calls n rounds IP-n (https://huggingface.co/papers/2304.05302, section 3.3); with SLiC-HF one round is its
+sample-rank (https://huggingface.co/papers/2305.10425, section 3.1). Each step is a stage of a [`Run`]; a recipe brings
+the training.
+
+    OUTPUT_DIR/
+      run.json                      settings the run was begun with
+      prompts.jsonl, watched.jsonl  prompts to train on, and prompts set apart to watch the models with
+      start/evaluation/             how the first model answers the watched prompts
+      round-1/candidates/           sampled answers
+      round-1/ranked/               the same with scores: ranked.jsonl, and pairs.jsonl where pairs are trained on
+      round-1/model/                the trained model
+      round-1/merged/               with LoRA: the adapter merged into its base, for the next round
+      round-1/evaluation/           how it answers the watched prompts
+      rounds.json, rounds.png       the figures side by side, and which model to take
+"""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from accelerate import PartialState
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from scipy.stats import binomtest
+
+from .cli import (
+    MAY_CHANGE,
+    is_playground,
+    load_prompts,
+    loading_for_sampling,
+    local_model,
+    run_settings,
+    wants_to_resume,
+)
+from .evaluation import answer_logps, distinct_n, paired_difference, perplexity
+from .ranking import PAIR_RULES, pair_rows, rank_rows, score_report
+from .sampling import SamplingConfig, sample_candidates, write_atomically
+from .scoring import build_scorers, score_rows
+from .stages import Run, start_afresh
+
+
+@dataclass
+class RankingConfig:
+    """
+    How candidates are ranked.
+
+    Parameters:
+        rewards (`list[str]`, *optional*): what scores: `file.py:function` or `package.module:function` with TRL's
+            reward-function signature, or a sequence-classification model (a folder or a name of the Hub). Several are
+            added up.
+        reward_weights (`list[float]`, *optional*): one for each of `rewards`; 1 by default.
+        ranker (`str`, *optional*): instead of `rewards` a pairwise judge, a function or a model in the same notation
+            (see [`load_judge`]): the answers to a prompt meet in a knock-out tournament, K - 1 comparisons.
+        mix_in (`list[str]`, *optional*): columns of the dataset whose answers join the sampled ones, such as `chosen
+            rejected` (RRHF mixes both in).
+        pair_rule (`str`, *optional*): make pairs of the ranked answers, by this rule of [`make_pairs`].
+        pairs_per_prompt (`int`, *optional*): most pairs of one prompt.
+        positive_above (`float`, *optional*, defaults to `0.5`): for `pair_rule="likelihood_near"`: answers with a
+            higher score are positive.
+
+    Raises:
+        ValueError: a setting that would do nothing.
+    """
+
+    rewards: list[str] | None = field(
+        default=None,
+        metadata={"help": "What scores: file.py:function, package.module:function, or a reward model. Added up."},
+    )
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "One weight per reward; default 1."})
+    ranker: str | None = field(
+        default=None,
+        metadata={"help": "A pairwise judge instead of rewards: answers meet in a knock-out tournament."},
+    )
+    mix_in: list[str] | None = field(
+        default=None, metadata={"help": "Columns whose answers join the sampled ones, such as: chosen rejected."}
+    )
+    pair_rule: str | None = field(
+        default=None,
+        metadata={"help": "Make pairs: " + ", ".join(PAIR_RULES) + ".", "choices": list(PAIR_RULES)},
+    )
+    pairs_per_prompt: int | None = field(default=None, metadata={"help": "Most pairs of one prompt."})
+    positive_above: float = field(
+        default=0.5, metadata={"help": "For likelihood_near: answers with a higher score are positive."}
+    )
+
+    def check(self) -> None:
+        """Refuse settings that contradict each other."""
+        if bool(self.rewards) == bool(self.ranker):
+            raise ValueError(
+                ("Both `rewards` and `ranker` are" if self.ranker else "Neither `rewards` nor `ranker` is")
+                + " given. Set either `rewards` to functions (file.py:function) and reward models, or `ranker` to a "
+                "pairwise judge."
+            )
+        if self.pair_rule is None and self.pairs_per_prompt is not None:
+            raise ValueError(f"pairs_per_prompt={self.pairs_per_prompt} would do nothing. Set `pair_rule` too.")
+        if self.pair_rule != "likelihood_near" and self.positive_above != 0.5:
+            raise ValueError(
+                f"positive_above={self.positive_above} would do nothing. It belongs to `pair_rule` 'likelihood_near'."
+            )
+
+
+@dataclass
+class RoundsConfig(RankingConfig):
+    """
+    Sampling, ranking and training in rounds: the fields of [`RankingConfig`], and
+
+    Parameters:
+        num_rounds (`int`, *optional*, defaults to `0`):
+            0: train once, on the dataset as it is. From 1 on, the dataset supplies prompts; each round samples answers
+            to them from the model as it stands, ranks them, and trains on the result.
+        judge (`str`, *optional*): a scorer that is never trained on, named like a reward, to watch the models with.
+        num_watched_prompts (`int`, *optional*, defaults to `128`): prompts set apart, never trained on.
+        perplexity_model (`str`, *optional*): the fixed model whose perplexity on the answers is watched; by
+            default the one the rounds start from.
+        max_perplexity_ratio (`float`, *optional*, defaults to `1.5`), min_distinct_ratio (`float`, *optional*,
+            defaults to `0.7`):
+            Rounds end when the reward has risen in a round while the perplexity exceeds this many times that of the
+            first model, or distinct-n falls below this share of its value, or the judge's mean falls by more than two
+            standard errors. The model before that round is then the one to take. In the RRHF paper perplexity moves by
+            3 % in three good rounds and goes up more than fourfold where reward was hacked.
+
+    With a `ranker`, a model's reward is how often its answer beats that of the first model.
+
+    Raises:
+        ValueError: a value out of its range, or a setting that would do nothing.
+    """
+
+    num_rounds: int = field(
+        default=0,
+        metadata={"help": "0: train once on the dataset as it is. N: sample, rank and train on its prompts N times."},
+    )
+    judge: str | None = field(
+        default=None, metadata={"help": "A further scorer that is only watched, never trained on."}
+    )
+    num_watched_prompts: int = field(
+        default=128, metadata={"help": "Prompts set apart to watch the models with, never trained on."}
+    )
+    perplexity_model: str | None = field(
+        default=None, metadata={"help": "Fixed model whose perplexity is watched; default: the one at the start."}
+    )
+    max_perplexity_ratio: float = field(
+        default=1.5,
+        metadata={"help": "Rounds end if the reward rises while perplexity exceeds this times the first model's."},
+    )
+    min_distinct_ratio: float = field(
+        default=0.7,
+        metadata={"help": "Rounds end if the reward rises while distinct-n falls below this share of the first's."},
+    )
+
+    def __post_init__(self):
+        if self.num_rounds < 0:
+            raise ValueError(f"num_rounds={self.num_rounds}: set it to 0 (train on the data as it is) or more.")
+        if self.num_watched_prompts < 2:
+            raise ValueError(
+                f"num_watched_prompts={self.num_watched_prompts} shows nothing. Set it to 2 or more; 100 and more "
+                "tell models apart."
+            )
+        if self.max_perplexity_ratio <= 1 or not 0 <= self.min_distinct_ratio < 1:
+            raise ValueError(
+                f"max_perplexity_ratio={self.max_perplexity_ratio}, min_distinct_ratio={self.min_distinct_ratio}: an "
+                "unchanged model would count as degenerate. Set the first above 1 and the second below 1."
+            )
+        if self.num_rounds:
+            self.check()
+            return
+        idle = [
+            entry.name
+            for entry in fields(self)
+            if entry.name != "num_rounds" and getattr(self, entry.name) != entry.default
+        ]
+        if idle:
+            raise ValueError(
+                f"{', '.join(idle)} would do nothing: nothing is sampled. Set `--num_rounds 1`, or leave them out."
+            )
+
+
+# Stages
+
+
+def sample_stage(
+    folder: Path, *, model: Path, prompts: Path | list[dict], config: SamplingConfig, mix_in: Sequence[str], load: dict
+) -> dict[str, Any]:
+    """Candidates for every prompt, a list of rows or a file of them: `candidates.jsonl`."""
+    rows = prompts if isinstance(prompts, list) else read_jsonl(prompts)
+    rows, report = sample_candidates(model, rows, config, folder, mix_in=mix_in, **load)
+    _say(report)
+    write_jsonl(folder / "candidates.jsonl", rows)
+    return asdict(report)
+
+
+def rank_stage(folder: Path, *, candidates: Path, config: RankingConfig, seed: int) -> dict[str, Any]:
+    """Scores: `ranked.jsonl`, and with a `pair_rule` `pairs.jsonl`."""
+    scorers = build_scorers(config.rewards or (), config.reward_weights, judge=config.ranker, seed=seed)
+    scored = score_rows(read_jsonl(candidates), scorers, config.reward_weights)
+    report = score_report(scored)
+    _say(report)
+    ranked, ranked_report = rank_rows(scored)
+    _say(ranked_report)
+    write_jsonl(folder / "ranked.jsonl", ranked)
+    if config.pair_rule is not None:
+        pairs, pair_report = pair_rows(
+            scored,
+            config.pair_rule,
+            seed,
+            max_pairs_per_prompt=config.pairs_per_prompt,
+            positive_above=config.positive_above,
+        )
+        _say(pair_report)
+        write_jsonl(folder / "pairs.jsonl", pairs)
+    return {
+        "reward": report.mean,
+        "reward_best": report.mean_of_best,
+        "reward_worst": report.mean_of_worst,
+        "all_equal": report.all_equal,
+        "num_prompts": len(ranked),
+    }
+
+
+def merge_stage(folder: Path, *, adapter: Path) -> dict[str, Any]:
+    """The adapter's weights added to its base, as an ordinary model."""
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    if PartialState().is_main_process:
+        model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32)
+        model.merge_and_unload().save_pretrained(folder)
+        AutoTokenizer.from_pretrained(adapter).save_pretrained(folder)
+    return {}
+
+
+def evaluation_stage(
+    folder: Path,
+    *,
+    model: Path,
+    prompts: Path,
+    config: SamplingConfig,
+    ranking: RoundsConfig,
+    perplexity_model: str,
+    first_answers: Path | None = None,
+    load: dict,
+) -> dict[str, Any]:
+    """One sampled answer to each watched prompt, and every figure that is watched: `answers.jsonl`."""
+    asked = read_jsonl(prompts)
+    asked = [{**row, "_number": number} for number, row in enumerate(asked)]
+    answered, report = sample_candidates(
+        model, asked, config, folder, keep_empty=True, desc="Answering watched prompts", **load
+    )
+    if ranking.ranker is None:
+        scored = score_rows(answered, build_scorers(ranking.rewards, ranking.reward_weights), ranking.reward_weights)
+    else:
+        scored = _beats(answered, first_answers, ranking.ranker)
+    if ranking.judge is not None:
+        judged = score_rows(answered, build_scorers([ranking.judge]))
+    fixed = answer_logps(perplexity_model, answered, **load.get("model_init_kwargs", {}))
+    own = answer_logps(model, answered, **load.get("model_init_kwargs", {}))
+    answers = []
+    for number, row in enumerate(scored):
+        one = {
+            "number": row["_number"],
+            "prompt": row["prompt"],
+            "answer": row["completions"][0],
+            "reward": row["scores"][0],
+            "fixed_logp": fixed[number][0][0],
+            "own_logp": own[number][0][0],
+            "num_tokens": fixed[number][0][1],
+        }
+        if ranking.judge is not None:
+            one["judge"] = judged[number]["scores"][0]
+        answers.append(one)
+    write_jsonl(folder / "answers.jsonl", answers)
+    texts = [_text(one["answer"]) for one in answers]
+    figures = {
+        "reward": fmean(one["reward"] for one in answers),
+        "perplexity": perplexity([(one["fixed_logp"], one["num_tokens"]) for one in answers]),
+        "distinct_1": distinct_n(texts, 1),
+        "distinct_2": distinct_n(texts, 2),
+        # KL(model || fixed model) in nats per answer, estimated on the model's own answers
+        "kl": fmean(one["own_logp"] - one["fixed_logp"] for one in answers),
+        "length": fmean(one["num_tokens"] for one in answers),
+        "truncated": report.truncated,
+        "num_answers": len(answers),
+        "num_prompts": len(asked),
+    }
+    if ranking.judge is not None:
+        figures["judge"] = fmean(one["judge"] for one in answers)
+    return figures
+
+
+def _beats(answered: Sequence[dict], first_answers: Path | None, ranker: str) -> list[dict]:
+    """Rows with the score 1 where the answer beats the first model's, 0 where it loses, 0.5 where they are equal."""
+    if first_answers is None:
+        return [{**row, "scores": [0.5]} for row in answered]
+    first = {one["number"]: one["answer"] for one in read_jsonl(first_answers)}
+    met = [
+        {
+            **{key: value for key, value in row.items() if key not in ("logps", "num_tokens", "sources")},
+            "completions": [row["completions"][0], first[row["_number"]]],
+        }
+        for row in answered
+        if row["_number"] in first and first[row["_number"]] != row["completions"][0]
+    ]
+    played = {}
+    if met:
+        for row in score_rows(met, build_scorers(judge=ranker)):
+            played[row["_number"]] = float(row["scores"][0] > row["scores"][1])
+    return [{**row, "scores": [played.get(row["_number"], 0.5)]} for row in answered]
+
+
+# The loop
+
+
+class Rounds:
+    """
+    The loop over rounds, with its run, prompts and figures.
+
+    Args:
+        run ([`Run`]): where it happens.
+        config ([`RoundsConfig`]), sampling ([`SamplingConfig`]): how.
+        prompts (`Sequence[dict]`): rows to train on, with `prompt` and whatever the scoring needs.
+        watched (`Sequence[dict]`): rows to watch the models with.
+        model (`str` or `Path`): folder of the model at the start.
+        load (`dict`): keyword arguments with which models are loaded for sampling: `model_init_kwargs` and
+            `trust_remote_code`.
+        seed (`int`): of tournaments and pairs.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        config: RoundsConfig,
+        sampling: SamplingConfig,
+        *,
+        prompts: Sequence[dict],
+        watched: Sequence[dict],
+        model: str | Path,
+        load: dict[str, Any],
+        seed: int,
+    ):
+        self.run, self.config, self.sampling, self.load, self.seed = run, config, sampling, load, seed
+        self.model = self.model_to_take = str(model)
+        self.start_name = "start"
+        self.fixed_model = config.perplexity_model or self.model
+        self.prompts, self.watched = run.path("prompts.jsonl"), run.path("watched.jsonl")
+        for path, rows in ((self.prompts, prompts), (self.watched, watched)):
+            if not path.exists():  # on a resume it is the same: the run has compared the settings
+                write_jsonl(path, rows)
+        PartialState().wait_for_everyone()
+        self.figures: dict[str, dict[str, Any]] = {}
+        self.candidate_figures: dict[str, dict[str, Any]] = {}
+
+    def evaluate(self, name: str, model: str | Path) -> dict[str, Any]:
+        """Let a model answer the watched prompts; its figures are kept as `name`."""
+        first = {}
+        if self.config.ranker is not None and name != "start":
+            first = {"first_answers": self.run.path("start", "evaluation", "answers.jsonl")}
+        self.figures[name] = self.run.stage(
+            f"{name}/evaluation",
+            evaluation_stage,
+            inputs={"model": Path(model), "prompts": self.watched, **first},
+            # the same random numbers for every model: what differs is the model
+            config=_replace(self.sampling, num_candidates=1, keep_duplicates=True),
+            ranking=self.config,
+            perplexity_model=self.fixed_model,
+            load=self.load,
+        )
+        return self.figures[name]
+
+    def make_candidates(self, name: str, model: str | Path, draw: int = 0) -> Path:
+        """Sample and score candidates of a model; returns the file to train on. Every `draw` is another sample."""
+        self.run.stage(
+            f"{name}/candidates",
+            sample_stage,
+            inputs={"model": Path(model), "prompts": self.prompts},
+            config=_replace(self.sampling, sampling_seed=self.sampling.sampling_seed + draw),
+            mix_in=self.config.mix_in or (),
+            load=self.load,
+        )
+        self.candidate_figures[name] = self.run.stage(
+            f"{name}/ranked",
+            rank_stage,
+            inputs={"candidates": self.run.path(name, "candidates", "candidates.jsonl")},
+            config=self.config,
+            seed=self.seed,
+        )
+        return self.run.path(name, "ranked", "ranked.jsonl" if self.config.pair_rule is None else "pairs.jsonl")
+
+    def train(self, name: str, function: Callable, model: str | Path, data: Path, arguments: Sequence[str]) -> Path:
+        """
+        Train a model; returns the folder of the new one.
+
+        Args:
+            name (`str`): whose folder it goes into.
+            function (`Callable`): the recipe's training, called as
+                `function(arguments, model=..., data=..., output_dir=...)`, which returns figures.
+            model (`str` or `Path`), data (`Path`): what from, and what on.
+            arguments (`Sequence[str]`): the command line; its own model, data and folder do not count.
+        """
+        self.run.stage(
+            f"{name}/model",
+            train_stage,
+            inputs={"model": Path(model), "data": data},
+            shards_models=True,
+            train_with=function,
+            arguments=list(arguments),
+        )
+        trained = self.run.path(name, "model")
+        if not (trained / "adapter_config.json").is_file():
+            return trained
+        self.run.stage(f"{name}/merged", merge_stage, inputs={"adapter": trained})
+        return self.run.path(name, "merged")
+
+    def play(self, train: Callable, arguments: Sequence[str]) -> Path:
+        """
+        Play all rounds, or as many as do good; returns the folder of the model to take.
+
+        Args:
+            train (`Callable`), arguments (`Sequence[str]`): as in [`~Rounds.train`].
+        """
+        model, before, first = self.model, "start", self.evaluate("start", self.model)
+        for number in range(1, self.config.num_rounds + 1):
+            name = f"round-{number}"
+            data = self.make_candidates(name, model, draw=number - 1)
+            model = self.train(name, train, model, data, arguments)
+            now = self.evaluate(name, model)
+            judged = self._judged(before), self._judged(name)
+            reason = reward_hacking(first, self.figures[before], now, *judged, self.config)
+            if reason is None:
+                self.model_to_take, before = str(model), name
+            self.write_report(reason)
+            if reason is not None:
+                PartialState().print(f"The rounds end here, and the model before {name} is the one to take: {reason}")
+                break
+        return Path(self.model_to_take)
+
+    def answers(self, name: str) -> list[dict[str, Any]]:
+        """What a model answered to the watched prompts."""
+        return read_jsonl(self.run.path(name, "evaluation", "answers.jsonl"))
+
+    def _judged(self, name: str) -> dict[int, float] | None:
+        answers = self.answers(name)
+        return {one["number"]: one["judge"] for one in answers} if "judge" in answers[0] else None
+
+    def write_report(self, stopped: str | None = None) -> None:
+        """`rounds.json` and `rounds.png`."""
+        if not PartialState().is_main_process:
+            return
+        from .plots import plot_rounds
+
+        report = {
+            "model": self.model_to_take,
+            "stopped": stopped,
+            "models": self.figures,
+            "candidates": self.candidate_figures,
+        }
+        write_atomically(self.run.path("rounds.json"), json.dumps(report, indent=2))
+        plot_rounds(self.figures, self.candidate_figures, self.run.path("rounds.png"))
+
+    def report(self, method: str) -> None:
+        """Print the figures of all models side by side, some answers, and which model to take."""
+        if not PartialState().is_main_process:
+            return
+        names = {"start": self.start_name, "best-of-n": "best-of-n SFT"}
+        names = {name: names.get(name, f"{method} {name.replace('-', ' ')}") for name in self.figures}
+        answers = {name: {one["number"]: one for one in self.answers(name)} for name in names}
+        first, console = answers["start"], Console(width=110)
+        table = Table(title=f"{len(first)} watched prompts, one sampled answer each", title_justify="left")
+        for heading in ("", *names.values()):
+            table.add_column(heading, justify="right" if heading else "left")
+
+        def row(label: str, key: str, form: str) -> None:
+            if key in self.figures["start"]:
+                table.add_row(label, *(format(self.figures[name][key], form) for name in names))
+
+        row("reward", "reward", ".3f")
+        pairs = zip(names, list(names)[1:], strict=False)
+        table.add_row("change, same prompts", "", *(_change(answers[b], answers[a]) for a, b in pairs))
+        table.add_row("wins over the first", *(_wins(answers[name], first) for name in names))
+        row("judge", "judge", ".3f")
+        row("perplexity, fixed model", "perplexity", ".2f")
+        row("KL to it, nats per answer", "kl", ".2f")
+        row("distinct-1", "distinct_1", ".3f")
+        row("distinct-2", "distinct_2", ".3f")
+        row("tokens per answer", "length", ".1f")
+        console.print(table)
+
+        last = list(names)[-1]
+        examples = Table(title="Where they differ", title_justify="left")
+        for heading in ("prompt", names["start"], "reward", names[last], "reward"):
+            examples.add_column(heading, justify="right" if heading == "reward" else "left")
+        both = [n for n in first if n in answers[last] and first[n]["reward"] != answers[last][n]["reward"]]
+        for number in both[:8]:
+            before, after = first[number], answers[last][number]
+            cells = [_short(before["prompt"]), _short(before["answer"]), f"{before['reward']:.2f}"]
+            examples.add_row(*cells, _short(after["answer"]), f"{after['reward']:.2f}")
+        if both:
+            console.print(examples)
+        print(f"The model is {self.model_to_take}; rounds.json and rounds.png are in {self.run.folder}")
+
+
+def _change(answers: dict[int, dict], before: dict[int, dict]) -> str:
+    """Mean change of the reward on the same prompts, with its 95 % interval."""
+    both = [number for number in answers if number in before]
+    change = paired_difference([answers[n]["reward"] for n in both], [before[n]["reward"] for n in both])
+    return f"{change.mean:+.3f}\n{change.low:+.3f} to {change.high:+.3f}"
+
+
+def _wins(answers: dict[int, dict], first: dict[int, dict]) -> str:
+    """Share of wins among decided comparisons of the same prompts, with its 95 % Wilson interval."""
+    gains = [answers[n]["reward"] - first[n]["reward"] for n in answers if n in first]
+    decided = sum(gain != 0 for gain in gains)
+    if not decided:
+        return ""
+    wins = sum(gain > 0 for gain in gains)
+    interval = binomtest(wins, decided).proportion_ci(method="wilson")
+    return f"{wins / decided:.1%} of {decided}\n{interval.low:.1%} to {interval.high:.1%}"
+
+
+def _short(text: str | list[dict], width: int = 48) -> Text:
+    text = " ".join((text if isinstance(text, str) else text[-1]["content"]).split())
+    return Text(text if len(text) <= width else text[: width - 1] + "…")
+
+
+def start_rounds(parsed: Sequence[Any], *, with_reference: bool = False) -> Rounds:
+    """
+    Begin the rounds of a recipe, or take them up where they were interrupted.
+
+    Args:
+        parsed (`Sequence`): what [`parse_recipe_args`] returned, with a [`SamplingConfig`] and a [`RoundsConfig`] as
+            the fifth and the sixth. Without a model and data, on the playground, an SFT model is trained first.
+        with_reference (`bool`, defaults to `False`): whether the playground's rows get a `reference` of the task.
+
+    Raises:
+        FileExistsError, ValueError: see [`Run`] and [`set_apart`].
+    """
+    script_args, training_args, model_args, dataset_args, sampling, config, *_ = parsed
+    on_playground, resume = is_playground(*parsed), wants_to_resume(training_args)
+    if on_playground and not resume:
+        start_afresh(training_args.output_dir)
+    run = Run(training_args.output_dir, run_settings(parsed), resume=resume, may_change=MAY_CHANGE)
+    if on_playground:
+        from .playground import Playground, sft_stage
+
+        playground = Playground(seed=training_args.seed)
+        run.stage("sft", sft_stage, playground=playground)
+        model = run.path("sft")
+        prompts, watched = playground.rows("train", reference=with_reference), playground.rows("held_out")
+    else:
+        model, prompts = local_model(model_args), load_prompts(script_args, dataset_args)
+        prompts, watched = set_apart(prompts, config.num_watched_prompts, training_args.seed)
+    rounds = Rounds(
+        run,
+        config,
+        sampling,
+        prompts=prompts,
+        watched=watched,
+        model=model,
+        load=loading_for_sampling(model_args, training_args),
+        seed=training_args.seed,
+    )
+    rounds.start_name = "SFT" if on_playground else "start"
+    return rounds
+
+
+def train_stage(
+    folder: Path, *, model: Path, data: Path, train_with: Callable, arguments: list[str]
+) -> dict[str, Any]:
+    """A recipe's own training, on the stage's model, data and folder."""
+    return train_with(arguments, model=str(model), data=str(data), output_dir=str(folder))
+
+
+def reward_hacking(
+    first: dict[str, float],
+    before: dict[str, float],
+    now: dict[str, float],
+    judged_before: dict[int, float] | None,
+    judged_now: dict[int, float] | None,
+    config: RoundsConfig,
+) -> str | None:
+    """
+    Why a round's gain is not to be believed: the reward rose, and something else went wrong. `None` if nothing did.
+
+    Args:
+        first, before, now (`dict`): figures of the model at the start, before the round and after it.
+        judged_before, judged_now (`dict`, *optional*): the judge's score by prompt.
+        config ([`RoundsConfig`]): with the thresholds.
+    """
+    if now["reward"] <= before["reward"]:
+        return None
+    rose = f"the reward rose from {before['reward']:.3f} to {now['reward']:.3f} while "
+    if now["perplexity"] > config.max_perplexity_ratio * first["perplexity"]:
+        return rose + f"perplexity went from {first['perplexity']:.1f} at the start to {now['perplexity']:.1f}"
+    for name in ("distinct_1", "distinct_2"):
+        if first[name] and now[name] < config.min_distinct_ratio * first[name]:
+            return rose + f"{name.replace('_', '-')} fell from {first[name]:.2f} at the start to {now[name]:.2f}"
+    if judged_before is not None and judged_now is not None:
+        both = sorted(judged_before.keys() & judged_now.keys())
+        if both:
+            difference = paired_difference([judged_now[n] for n in both], [judged_before[n] for n in both])
+            if difference.high < 0:
+                return rose + f"the judge's score changed by {difference}"
+    return None
+
+
+def set_apart(rows: Sequence[dict], number: int, seed: int) -> tuple[list[dict], list[dict]]:
+    """
+    Split rows into those to train on and `number` to watch. Equal prompts stay on one side.
+
+    Raises:
+        ValueError: more than half of the prompts would be watched.
+    """
+    prompts = list(dict.fromkeys(json.dumps(row["prompt"], sort_keys=True) for row in rows))
+    if 2 * number > len(prompts):
+        raise ValueError(
+            f"num_watched_prompts={number} of {len(prompts)} different prompts leaves too few to train on. Lower it."
+        )
+    chosen = set(random.Random(seed).sample(prompts, number))
+    train, watched = [], []
+    for row in rows:
+        prompt = json.dumps(row["prompt"], sort_keys=True)
+        if prompt not in chosen:
+            train.append(row)
+        elif prompt in chosen and all(json.dumps(w["prompt"], sort_keys=True) != prompt for w in watched):
+            watched.append(row)
+    return train, watched
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
+    """Written by the main process, whole or not at all."""
+    if PartialState().is_main_process:
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _replace(config: SamplingConfig, **changes: Any) -> SamplingConfig:
+    return SamplingConfig(**{**asdict(config), **changes})
+
+
+def _text(answer: str | list[dict]) -> str:
+    return answer if isinstance(answer, str) else "".join(message["content"] for message in answer)
+
+
+def _say(report: Any) -> None:
+    PartialState().print(str(report))
