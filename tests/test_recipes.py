@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,13 +16,15 @@ from transformers import AutoModelForCausalLM
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from tests.conftest import PAIRS, REPOSITORY, real_data
-from trl_ext import SLiCConfig
+from trl_ext import CLICKConfig, RRHFConfig, SLiCConfig
 from trl_ext.cli import checkpoint_to_resume, load_datasets, parse_recipe_args
 from trl_ext.plots import plot_training_curves
+from trl_ext.rounds import RoundsConfig
+from trl_ext.sampling import SamplingConfig
 
 RECIPE = REPOSITORY / "recipes" / "slic.py"
 PLAYGROUND = REPOSITORY / "recipes" / "configs" / "slic_playground.yaml"
-DATACLASSES = (ScriptArguments, SLiCConfig, ModelConfig, DatasetMixtureConfig)
+METHODS = {"slic": SLiCConfig, "rrhf": RRHFConfig, "click": CLICKConfig}
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", str(RECIPE)]
 
 
@@ -56,18 +57,23 @@ def launch(command, **kwargs):
 # Arguments and data
 
 
-def parse(*args):
-    return parse_recipe_args(DATACLASSES, PLAYGROUND, list(args))
+def parse(*args, method="slic"):
+    dataclasses = (
+        ScriptArguments, METHODS[method], ModelConfig, DatasetMixtureConfig, SamplingConfig, RoundsConfig,
+    )  # fmt: skip
+    playground = PLAYGROUND.with_name(f"{method}_playground.yaml")
+    return parse_recipe_args(dataclasses, playground, list(args))
 
 
 def test_no_arguments_mean_the_playground(tmp_path):
-    script_args, training_args, model_args, _ = parse("--seed", "7")
+    script_args, training_args, model_args, _, sampling, rounds = parse("--seed", "7")
     assert script_args.dataset_name is None and model_args.model_name_or_path is None
     playground = yaml.safe_load(PLAYGROUND.read_text())
     assert training_args.delta == playground["delta"] and training_args.seed == 7
+    assert sampling.num_candidates == playground["num_candidates"] and rounds.num_rounds == 1
     for model, data in (("--model_name_or_path", "--dataset_name"), ("--model-name-or-path", "--dataset-name")):
-        _, training_args, _, _ = parse(data, "x", model, "y", "--output_dir", str(tmp_path))
-        assert training_args.delta == 1.0, "the playground's values are its own"
+        _, training_args, _, _, _, rounds = parse(data, "x", model, "y", "--output_dir", str(tmp_path))
+        assert training_args.delta == 1.0 and rounds.num_rounds == 0, "the playground's values are its own"
     parse("--config", str(PLAYGROUND))
     config = tmp_path / "config.yaml"
     config.write_text("seed: 1\n")
@@ -128,16 +134,16 @@ def test_a_forgotten_data_flag_deletes_nothing(tmp_path):
     """Without model and data the playground would run, but not over the checkpoints of another run."""
     (tmp_path / "checkpoint-500").mkdir()
     done = subprocess.run([*LAUNCH, "--output_dir", str(tmp_path)], capture_output=True, text=True, cwd=REPOSITORY)
-    assert done.returncode and "holds checkpoints of an earlier run, up to checkpoint-500" in done.stderr
+    assert done.returncode and "it has no run.json and holds checkpoint-500" in done.stderr
     assert (tmp_path / "checkpoint-500").is_dir()
 
 
 def test_every_config_is_parsed_whole():
     configs = sorted((REPOSITORY / "recipes" / "configs").rglob("*.yaml"))
-    assert len(configs) >= 2
+    assert len(configs) >= 6
     for config in configs:
         values = yaml.safe_load(config.read_text())
-        parsed = parse("--config", str(config), "--bf16", "False")
+        parsed = parse("--config", str(config), "--bf16", "False", method=config.name.split("_")[0])
         for key, value in values.items():
             if key not in ("bf16", "report_to"):  # one is overridden above, the other is turned into a list
                 assert any(getattr(part, key, None) == value for part in parsed), f"{config.name}: {key}"
@@ -295,15 +301,44 @@ def test_real_preference_data(tmp_path, model_dir):
     assert all(torch.equal(parameter, saved[name]) for name, parameter in model.named_parameters())
 
 
+# minutes on 2 cores, as the README states them, with room for a busy machine
 @pytest.mark.slow
-def test_playground_as_the_readme_has_it(tmp_path):
-    """About two minutes: SFT, candidates, SLiC-HF, comparison."""
+@pytest.mark.parametrize(("recipe", "minutes"), [("slic", 3), ("rrhf", 4), ("train_click", 3)])
+def test_playgrounds_as_the_readme_has_them(recipe, minutes, tmp_path):
     output = tmp_path / "playground"
     start = time.time()
-    printed = launch([*LAUNCH, "--output_dir", str(output)])
-    assert time.time() - start < 180
-    results = json.loads((output / "all_results.json").read_text())
-    assert results["playground/win_rate"] >= 0.8
-    assert results["playground/accuracy_after"] > results["playground/accuracy_before"]
-    assert "held-out prompts" in printed and (output / "training_curves.png").is_file()
-    assert (Path(output) / "playground" / "sft" / "model.safetensors").is_file()
+    script = str(REPOSITORY / "recipes" / f"{recipe}.py")
+    printed = launch([*LAUNCH[:-1], script, "--output_dir", str(output)])
+    assert time.time() - start < 60 * minutes
+    models = json.loads((output / "rounds.json").read_text())["models"]
+    first, last = models["start"], list(models.values())[-1]
+    assert last["reward"] > first["reward"] and last["num_answers"] == last["num_prompts"] == 1000
+    assert "watched prompts, one sampled answer each" in printed and (output / "rounds.png").is_file()
+    if recipe == "rrhf":
+        assert list(models) == ["start", "best-of-n", "round-1", "round-2"]
+        assert models["round-1"]["reward"] > models["best-of-n"]["reward"]
+        assert models["round-2"]["reward"] > models["round-1"]["reward"]
+
+
+def test_sampled_and_ranked_data_train_any_recipe(model_dir, tmp_path):
+    """`sample_and_rank.py`, twice the same command; what it makes is read by RRHF as lists and by SLiC-HF as pairs."""
+    prompts, data = tmp_path / "prompts.jsonl", tmp_path / "data"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    rewards = f"{REPOSITORY / 'tests' / 'rewards.py'}:vowels"
+    script = str(REPOSITORY / "recipes" / "sample_and_rank.py")
+    command = [*LAUNCH[:-1], script, *arguments(
+        model_name_or_path=model_dir, dataset_name=prompts, output_dir=data, rewards=rewards, max_new_tokens=8,
+        pair_rule="best_worst",
+    ), "--mix_in", "chosen", "rejected"]  # fmt: skip
+    assert "sampled 32 candidates" in launch(command)
+    made = (data / "ranked.jsonl").read_text()
+    row = json.loads(made.splitlines()[0])
+    assert row["sources"][-2:] == ["chosen", "rejected"] and len(row["scores"]) == len(row["completions"]) > 2
+    stamp = (data / "shards" / "00000.jsonl").stat().st_mtime_ns
+    launch(command)
+    assert (data / "ranked.jsonl").read_text() == made
+    assert (data / "shards" / "00000.jsonl").stat().st_mtime_ns == stamp
+    for recipe, rows in (("rrhf", "ranked"), ("slic", "pairs")):
+        run = small_run(model_dir, data / f"{rows}.jsonl", tmp_path / recipe, max_steps=2)
+        launch([*run[:3], str(REPOSITORY / "recipes" / f"{recipe}.py"), *run[4:]])
+        assert json.loads((tmp_path / recipe / "all_results.json").read_text())["train_loss"] > 0

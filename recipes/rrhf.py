@@ -1,0 +1,62 @@
+"""
+Train a model with RRHF: rank K answers to each prompt.
+
+With no arguments, an offline playground runs in about three minutes on a CPU: a small model learns to read numbers,
+and an unfriendly tone with it; its answers to further ones are scored; RRHF trains on the ranked lists; the new model
+answers again and is trained again. Beside it, the same model is trained on the best answers alone.
+
+    accelerate launch recipes/rrhf.py
+
+On ranked answers you have (one row: `prompt`, `completions`, `scores`; or `prompt`, `chosen`, `rejected`):
+
+    accelerate launch recipes/rrhf.py --model_name_or_path MODEL --dataset_name ranked.jsonl --output_dir runs/rrhf
+
+On prompts alone (one row: `prompt`, and whatever the reward needs), in rounds of sampling, scoring and training:
+
+    accelerate launch recipes/rrhf.py --model_name_or_path MODEL --dataset_name prompts.jsonl --output_dir runs/rrhf \
+        --num_rounds 2 --rewards my_rewards.py:score
+
+Best-of-n (rejection sampling): `--rank_weight 0`. LoRA: `--use_peft`. To go on after an interruption: the same command
+and `--resume_from_checkpoint true`. All values of a run in one file: `--config recipes/configs/rrhf_hh.yaml`.
+"""
+
+import sys
+from pathlib import Path
+
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+
+from trl_ext import RRHFConfig
+from trl_ext.cli import is_playground, parse_recipe_args, train_and_save
+from trl_ext.rounds import RoundsConfig, start_rounds
+from trl_ext.sampling import SamplingConfig
+
+DATACLASSES = (ScriptArguments, RRHFConfig, ModelConfig, DatasetMixtureConfig, SamplingConfig, RoundsConfig)
+PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "rrhf_playground.yaml"
+
+
+def train(arguments, **stage):
+    """Train once: on what the arguments say, or, in rounds, on the round's model, data and folder."""
+    from trl_ext import RRHFTrainer
+    from trl_ext.plots import RRHF_PANELS
+
+    parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
+    return train_and_save(RRHFTrainer, parsed, panels=RRHF_PANELS, **stage)
+
+
+def main(arguments):
+    parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
+    if parsed[-1].num_rounds == 0:
+        train(arguments)
+        return
+    rounds = start_rounds(parsed)
+    if is_playground(*parsed):  # for comparison: the same candidates without ranking, imitation of the best
+        rounds.evaluate("start", rounds.model)
+        data = rounds.make_candidates("round-1", rounds.model)
+        best_of_n = rounds.train("best-of-n", train, rounds.model, data, [*arguments, "--rank_weight", "0"])
+        rounds.evaluate("best-of-n", best_of_n)
+    rounds.play(train, arguments)
+    rounds.report("RRHF")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

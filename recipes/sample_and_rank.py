@@ -1,0 +1,72 @@
+"""
+Make a dataset: sample answers to prompts from a model, score them, and write ranked rows or pairs.
+
+    accelerate launch recipes/sample_and_rank.py --model_name_or_path MODEL --dataset_name prompts.jsonl \
+        --rewards my_rewards.py:score --output_dir data/ranked
+
+One row of the prompts: `prompt` (text or messages) and whatever the reward function needs. The result is
+`ranked.jsonl` (`prompt`, `completions`, `scores`) for `recipes/rrhf.py` and `recipes/slic.py`; with `--pair_rule` also
+`pairs.jsonl` (`prompt`, `chosen`, `rejected`) for `recipes/slic.py`, `recipes/train_click.py` and TRL's own DPO and
+reward scripts.
+
+The same command again goes on where it was interrupted, with any number of processes. Answers that are in the data
+join in with `--mix_in chosen rejected`.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+
+from trl_ext.cli import load_prompts, local_model, use_all_cpu_cores
+from trl_ext.rounds import RankingConfig, rank_stage, sample_stage
+from trl_ext.sampling import SamplingConfig
+
+
+@dataclass
+class SampleAndRankConfig(RankingConfig):
+    """
+    What to make of the candidates: the fields of [`RankingConfig`], and
+
+    Parameters:
+        output_dir (`str`): folder for the data.
+        seed (`int`, *optional*, defaults to `42`): of tournaments and pairs.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): run code that comes with the model.
+    """
+
+    output_dir: str = field(default="runs/candidates", metadata={"help": "Folder for the data."})
+    seed: int = field(default=42, metadata={"help": "Of tournaments and pairs."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+
+    def __post_init__(self):
+        self.check()
+
+
+def main(arguments):
+    from accelerate import PartialState
+    from trl import TrlParser
+
+    dataclasses = (ScriptArguments, SampleAndRankConfig, ModelConfig, DatasetMixtureConfig, SamplingConfig)
+    script_args, config, model_args, dataset_args, sampling = TrlParser(dataclasses).parse_args_and_config(arguments)
+    if model_args.model_name_or_path is None or (script_args.dataset_name is None and not dataset_args.datasets):
+        raise ValueError("Set `--model_name_or_path` and `--dataset_name`: who answers, and to what.")
+    use_all_cpu_cores()
+    state, folder = PartialState(), Path(config.output_dir)
+    with state.main_process_first():
+        prompts = load_prompts(script_args, dataset_args)
+    load = {
+        "model_init_kwargs": {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation},
+        "trust_remote_code": config.trust_remote_code,
+    }
+    sample_stage(
+        folder, model=local_model(model_args), prompts=prompts, config=sampling, mix_in=config.mix_in or (), load=load
+    )
+    state.wait_for_everyone()
+    rank_stage(folder, candidates=folder / "candidates.jsonl", config=config, seed=config.seed)
+    state.wait_for_everyone()
+    state.print(f"candidates.jsonl, ranked.jsonl{' and pairs.jsonl' if config.pair_rule else ''} are in {folder}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
