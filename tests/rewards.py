@@ -1,5 +1,7 @@
 """Reward functions that the tests of scoring and of rounds name on the command line."""
 
+import os
+
 
 def vowels(completions, **kwargs):
     """Share of vowels, which even an untrained model can be taught to write more of."""
@@ -10,8 +12,11 @@ def letters(completions, **kwargs):
     return [float(sum(character.isalpha() for character in text)) for text in completions]
 
 
-def broken(completions, **kwargs):
-    raise RuntimeError("the scoring service is down")
+def from_a_service(completions, **kwargs):
+    """Breaks down on more than the four watched prompts while a file is there."""
+    if len(completions) > 4 and os.path.exists(os.environ["SCORING_BREAKDOWN"]):
+        raise RuntimeError("the scoring service is down")
+    return vowels(completions)
 
 
 def more_vowels(prompts, completions):

