@@ -27,7 +27,8 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from trl_ext import RRHFConfig
 from trl_ext.cli import is_playground, parse_recipe_args, train_and_save
-from trl_ext.rounds import RoundsConfig, start_rounds
+from trl_ext.data import RowOptions
+from trl_ext.rounds import RoundsConfig, in_rounds, start_rounds
 from trl_ext.sampling import SamplingConfig
 
 DATACLASSES = (ScriptArguments, RRHFConfig, ModelConfig, DatasetMixtureConfig, SamplingConfig, RoundsConfig)
@@ -45,14 +46,15 @@ def train(arguments, **stage):
 
 def main(arguments):
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
-    if parsed[-1].num_rounds == 0:
+    if not in_rounds(parsed):
         train(arguments)
         return
-    rounds = start_rounds(parsed)
+    rounds = start_rounds(parsed, rows=RowOptions(min_completions=1))
     if is_playground(*parsed):  # for comparison: the same candidates without ranking, imitation of the best
         rounds.evaluate("start", rounds.model)
         data = rounds.make_candidates("round-1", rounds.model)
-        best_of_n = rounds.train("best-of-n", train, rounds.model, data, [*arguments, "--rank_weight", "0"])
+        imitation = [*arguments, "--rank_weight", "0", "--sft_weight", "1", "--length_penalty", "1"]
+        best_of_n = rounds.train("best-of-n", train, rounds.model, data, [*imitation, "--arithmetic", "paper"])
         rounds.evaluate("best-of-n", best_of_n)
     rounds.play(train, arguments)
     rounds.report("RRHF")

@@ -6,8 +6,8 @@ Make a dataset: sample answers to prompts from a model, score them, and write ra
 
 One row of the prompts: `prompt` (text or messages) and whatever the reward function needs. The result is
 `ranked.jsonl` (`prompt`, `completions`, `scores`) for `recipes/rrhf.py` and `recipes/slic.py`; with `--pair_rule` also
-`pairs.jsonl` (`prompt`, `chosen`, `rejected`) for `recipes/slic.py`, `recipes/train_click.py` and TRL's own DPO and
-reward scripts.
+`pairs.jsonl` (`prompt`, `chosen`, `rejected`) for `recipes/slic.py`, `recipes/train_click.py` and, named in a config
+file (`datasets: [{path: json, data_files: data/ranked/pairs.jsonl}]`), TRL's own scripts.
 
 The same command again goes on where it was interrupted, with any number of processes. Answers that are in the data
 join in with `--mix_in chosen rejected`.
@@ -19,9 +19,18 @@ from pathlib import Path
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
-from trl_ext.cli import load_prompts, local_model, use_all_cpu_cores
+from trl_ext.cli import load_prompts, local_model, refuse_all_but, use_all_cpu_cores, with_config_apart
 from trl_ext.rounds import RankingConfig, rank_stage, sample_stage
 from trl_ext.sampling import SamplingConfig
+from trl_ext.scoring import check_scorers
+from trl_ext.stages import all_processes
+
+MADE = ("ranked.jsonl", "pairs.jsonl")
+# of TRL's arguments, what has a meaning here
+USED = (
+    "dataset_name", "dataset_config", "dataset_train_split", "datasets",
+    "model_name_or_path", "model_revision", "dtype", "attn_implementation",
+)  # fmt: skip
 
 
 @dataclass
@@ -43,29 +52,47 @@ class SampleAndRankConfig(RankingConfig):
         self.check()
 
 
+@dataclass
+class WholeModelConfig(ModelConfig):
+    """
+    TRL's arguments of a model, with another default.
+
+    Parameters:
+        dtype (`str`, *optional*): float32 on a CPU, elsewhere the type the weights were saved in.
+    """
+
+    dtype: str | None = field(
+        default=None, metadata={"help": "Type of the weights; default: float32 on a CPU, else as they were saved."}
+    )
+
+
 def main(arguments):
-    from accelerate import PartialState
     from trl import TrlParser
 
-    dataclasses = (ScriptArguments, SampleAndRankConfig, ModelConfig, DatasetMixtureConfig, SamplingConfig)
-    script_args, config, model_args, dataset_args, sampling = TrlParser(dataclasses).parse_args_and_config(arguments)
+    dataclasses = (ScriptArguments, SampleAndRankConfig, WholeModelConfig, DatasetMixtureConfig, SamplingConfig)
+    parsed = TrlParser(dataclasses).parse_args_and_config(with_config_apart(arguments))
+    script_args, config, model_args, dataset_args, sampling = parsed
     if model_args.model_name_or_path is None or (script_args.dataset_name is None and not dataset_args.datasets):
         raise ValueError("Set `--model_name_or_path` and `--dataset_name`: who answers, and to what.")
+    refuse_all_but(USED, script_args, model_args, dataset_args)
+    check_scorers(config.rewards or (), config.reward_weights, judge=config.ranker)
     use_all_cpu_cores()
-    state, folder = PartialState(), Path(config.output_dir)
+    state, folder = all_processes(), Path(config.output_dir)
+    model = local_model(model_args, trust_remote_code=config.trust_remote_code)
     with state.main_process_first():
         prompts = load_prompts(script_args, dataset_args)
     load = {
         "model_init_kwargs": {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation},
         "trust_remote_code": config.trust_remote_code,
     }
-    sample_stage(
-        folder, model=local_model(model_args), prompts=prompts, config=sampling, mix_in=config.mix_in or (), load=load
-    )
+    sample_stage(folder, model=model, prompts=prompts, config=sampling, mix_in=config.mix_in or (), load=load)
     state.wait_for_everyone()
-    rank_stage(folder, candidates=folder / "candidates.jsonl", config=config, seed=config.seed)
+    if state.is_main_process:  # what an earlier call has made of other candidates
+        for made in MADE:
+            (folder / made).unlink(missing_ok=True)
+    rank_stage(folder, candidates=folder / "candidates.jsonl", config=config, seed=config.seed, min_completions=2)
     state.wait_for_everyone()
-    state.print(f"candidates.jsonl, ranked.jsonl{' and pairs.jsonl' if config.pair_rule else ''} are in {folder}")
+    state.print(f"{', '.join(made for made in MADE if (folder / made).exists())} in {folder}")
 
 
 if __name__ == "__main__":

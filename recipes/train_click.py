@@ -31,7 +31,8 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from trl_ext import CLICKConfig
 from trl_ext.cli import parse_recipe_args, train_and_save
-from trl_ext.rounds import RoundsConfig, start_rounds
+from trl_ext.data import RowOptions
+from trl_ext.rounds import RoundsConfig, in_rounds, start_rounds
 from trl_ext.sampling import SamplingConfig
 
 DATACLASSES = (ScriptArguments, CLICKConfig, ModelConfig, DatasetMixtureConfig, SamplingConfig, RoundsConfig)
@@ -49,10 +50,10 @@ def train(arguments, **stage):
 
 def main(arguments):
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
-    if parsed[-1].num_rounds == 0:
+    if not in_rounds(parsed):
         train(arguments)
         return
-    rounds = start_rounds(parsed, with_reference=True)
+    rounds = start_rounds(parsed, rows=RowOptions(min_completions=1, reference=True))
     rounds.play(train, arguments)
     rounds.report("CLICK")
 

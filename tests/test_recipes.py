@@ -7,20 +7,24 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
-from tests.conftest import PAIRS, REPOSITORY, real_data
+from tests.conftest import PAIRS, REPOSITORY, read_jsonl, real_data
 from trl_ext import CLICKConfig, RRHFConfig, SLiCConfig
-from trl_ext.cli import checkpoint_to_resume, load_datasets, parse_recipe_args
+from trl_ext.cli import checkpoint_to_resume, load_datasets, load_prompts, parse_recipe_args
+from trl_ext.data import RowOptions
 from trl_ext.plots import plot_training_curves
-from trl_ext.rounds import RoundsConfig
+from trl_ext.rounds import RoundsConfig, check_prompts, in_rounds, start_rounds
 from trl_ext.sampling import SamplingConfig
+from trl_ext.stages import Run
 
 RECIPE = REPOSITORY / "recipes" / "slic.py"
 PLAYGROUND = REPOSITORY / "recipes" / "configs" / "slic_playground.yaml"
@@ -75,6 +79,9 @@ def test_no_arguments_mean_the_playground(tmp_path):
         _, training_args, _, _, _, rounds = parse(data, "x", model, "y", "--output_dir", str(tmp_path))
         assert training_args.delta == 1.0 and rounds.num_rounds == 0, "the playground's values are its own"
     parse("--config", str(PLAYGROUND))
+    parse(f"--config={PLAYGROUND}")
+    *_, rounds = parse("--num_rounds", "3", "--num_watched_prompts", "50", "--pair_rule", "best_worst")
+    assert rounds.num_rounds == 3 and rounds.pair_rule == "best_worst" and rounds.rewards == playground["rewards"]
     config = tmp_path / "config.yaml"
     config.write_text("seed: 1\n")
     with pytest.raises(ValueError, match="The config file names neither a model nor data. Set `model_name_or_path`"):
@@ -136,6 +143,98 @@ def test_a_forgotten_data_flag_deletes_nothing(tmp_path):
     done = subprocess.run([*LAUNCH, "--output_dir", str(tmp_path)], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode and "it has no run.json and holds checkpoint-500" in done.stderr
     assert (tmp_path / "checkpoint-500").is_dir()
+
+
+def test_the_playground_starts_afresh_over_a_playground_only(tmp_path, monkeypatch):
+    """A run on a model and data in the same folder is refused; prompts of another seed do not stay behind."""
+    for model, is_kept in (("my-model", True), (None, False)):
+        folder = tmp_path / str(model)
+        settings = {"model_name_or_path": model, "dataset_name": model and "my-data"}
+        kept = Run(folder, settings, resume=False).keep("prompts", {"train.jsonl": "those of an earlier run"})
+        parsed = parse("--output_dir", str(folder))
+        if is_kept:
+            with pytest.raises(FileExistsError, match="holds an earlier run"):
+                start_rounds(parsed, rows=RowOptions())
+            assert (kept / "train.jsonl").read_text() == "those of an earlier run"
+            continue
+        monkeypatch.setattr(Run, "stage", lambda *args, **kwargs: {})  # the SFT model is not needed
+        rounds = start_rounds(parsed, rows=RowOptions())
+        assert len(read_jsonl(rounds.prompts)) == 1600 and len(read_jsonl(rounds.watched)) == 1000
+
+
+def test_a_failed_start_does_not_hold_the_folder(model_dir, tmp_path):
+    """What can be known to fail fails before anything is written, and the corrected command runs in the folder."""
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{n}? "}) + "\n" for n in range(8)))
+    output = tmp_path / "out"
+
+    def start(**changes):
+        settings = {
+            "model_name_or_path": model_dir, "dataset_name": tmp_path / "prompts.jsonl", "output_dir": output,
+            "num_rounds": 1, "rewards": f"{REPOSITORY / 'tests' / 'rewards.py'}:vowels", "num_watched_prompts": 2,
+            "pair_rule": "best_worst", **changes,
+        }  # fmt: skip
+        return start_rounds(parse(*arguments(**settings)), rows=RowOptions())
+
+    for changes, error, message in (
+        ({"rewards": f"{REPOSITORY / 'tests' / 'rewards.py'}:vovels"}, ImportError, "Did you mean vowels"),
+        ({"judge": "tests/rewards.py:nothing"}, ImportError, "nothing"),
+        ({"model_name_or_path": "./nowhere"}, FileNotFoundError, "looks like a local folder"),
+        ({"dataset_name": tmp_path / "prompt.jsonl"}, FileNotFoundError, "looks like a local file"),
+        ({"num_watched_prompts": 5}, ValueError, "num_watched_prompts=5 of 8"),
+        ({"max_length": 2}, ValueError, "8 of 8 rows that cannot be used"),
+        ({"eval_strategy": "steps"}, ValueError, "what is sampled has no test split. Set both"),
+        ({"test_split_size": 0.5}, ValueError, "what is sampled has no test split. Set both"),
+        ({"push_to_hub": True}, ValueError, "push_to_hub would push the model of every round"),
+        ({"load_in_4bit": True, "use_peft": True}, ValueError, "Rounds sample from whole models"),
+        ({"resume_from_checkpoint": "checkpoint-3"}, ValueError, "rounds go on where they stopped"),
+    ):
+        with pytest.raises(error, match=message):
+            start(**changes)
+        assert not output.exists(), changes
+    assert len(read_jsonl(start().prompts)) == 6
+    with pytest.raises(ValueError, match="num_processes was 1 and is 2|was begun with other settings"):
+        start(resume_from_checkpoint="true", temperature=0.3)
+
+
+def test_prompts_of_every_format(tmp_path):
+    chat = [{"role": "user", "content": "Hi"}]
+    answer = {"role": "assistant", "content": "Hello"}
+    whole = {"chosen": [*chat, answer], "rejected": [*chat, {**answer, "content": "No"}]}
+    for row, prompt in (
+        ({"prompt": "Hi "}, "Hi "),
+        ({"prompt": chat}, chat),
+        ({"prompt": "Hi", **whole}, chat),  # UltraFeedback's
+        (whole, chat),
+        ({"chosen": "Q: a", "rejected": "Q: b"}, "Q:"),
+    ):
+        path = tmp_path / "rows.parquet"
+        Dataset.from_list([row]).to_parquet(path)
+        assert load_prompts(ScriptArguments(str(path)), DatasetMixtureConfig())[0]["prompt"] == prompt
+    Dataset.from_list([{"prompt": "a", "when": datetime(2024, 1, 1)}]).to_parquet(path)
+    with pytest.raises(ValueError, match="Row 0: column 'when' holds .*, which cannot be kept as JSON"):
+        load_prompts(ScriptArguments(str(path)), DatasetMixtureConfig())
+    Dataset.from_list([{"text": "a"}]).to_parquet(path)
+    with pytest.raises(ValueError, match=r"has the columns \['text'\] and no `prompt`"):
+        load_prompts(ScriptArguments(str(path)), DatasetMixtureConfig())
+
+
+def test_mixed_in_answers_that_training_would_refuse_are_found_first(tokenizer):
+    chat = [{"role": "user", "content": "Hi"}]
+    rows = [
+        {"prompt": chat, "chosen": [{"role": "assistant", "content": "Hello"}]},
+        {"prompt": [{"role": "system", "content": "Be kind."}, *chat], "chosen": [*chat, *chat]},
+    ]
+    options = RowOptions(max_length=100)
+    with pytest.raises(ValueError, match=r"1 of 2 rows that cannot be used:\n  row 1: column 'completions\[1\]'"):
+        check_prompts(rows, tokenizer, options, ["chosen"], "error")
+    assert check_prompts(rows, tokenizer, options, ["chosen"], "drop") == rows[:1]
+    assert check_prompts(rows, tokenizer, options, [], "error") == rows
+
+
+def test_sampling_settings_without_rounds_are_refused(tmp_path):
+    settings = arguments(dataset_name="x", model_name_or_path="y", output_dir=tmp_path, num_candidates=8)
+    with pytest.raises(ValueError, match="num_candidates would do nothing: nothing is sampled. Set `--num_rounds 1`"):
+        in_rounds(parse(*settings))
 
 
 def test_every_config_is_parsed_whole():
@@ -203,8 +302,8 @@ def test_missing_data_is_said(tmp_path, pairs):
 
 
 def test_checkpoint_to_resume(tmp_path, capsys):
-    def wanted(value, **kwargs):
-        return checkpoint_to_resume(SLiCConfig(str(tmp_path), resume_from_checkpoint=value), **kwargs)
+    def wanted(value):
+        return checkpoint_to_resume(SLiCConfig(str(tmp_path), resume_from_checkpoint=value))
 
     assert wanted(None) is None and wanted("false") is None and wanted("true") is None
     for step in (3, 12, 20):
@@ -223,8 +322,6 @@ def test_checkpoint_to_resume(tmp_path, capsys):
         FileExistsError, match="holds checkpoints of an earlier run, up to checkpoint-20. Add `--resume"
     ):
         wanted(None)
-    assert wanted(None, start_afresh=True) is None
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-best"]
 
 
 def test_plot_draws_train_and_eval(tmp_path):

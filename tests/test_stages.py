@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from accelerate import PartialState
@@ -14,7 +15,7 @@ from accelerate import PartialState
 from tests.stage_functions import CALLS, end_early, look_around, run_a_sleeping_stage, sample
 from tests.test_sampling import PROMPTS, SETTINGS, by_number, sampler_dir, torchrun, unlimited  # noqa: F401
 from trl_ext.sampling import SamplingConfig
-from trl_ext.stages import PRELOADED, Run, fingerprint, installed_versions, read_manifest, start_afresh
+from trl_ext.stages import PRELOADED, Run, fingerprint, installed_versions, read_manifest, settings_of, start_afresh
 
 
 def times_called(folder):
@@ -34,8 +35,10 @@ def test_every_stage_has_a_process_of_its_own(tmp_path, monkeypatch):
     assert len({os.getpid(), first["pid"], second["pid"], third["pid"]}) == 4
     assert [first["calls"], second["calls"], third["calls"], len(CALLS)] == [1, 1, 1, 0], "globals start anew"
     assert first["environment"] == {"TRL_EXT_REMOVED": "1"}
-    assert second["environment"] == {"TRL_EXT_SEEN": "here", "MASTER_PORT": "20002"}, "it does not shard, nor share"
-    assert third["environment"] == {"TRL_EXT_SEEN": "here", "MASTER_PORT": "20003", "ACCELERATE_USE_FSDP": "true"}
+    ports = [figures["environment"]["MASTER_PORT"] for figures in (second, third)]
+    assert len({"20000", *ports}) == 3, "a place of their own to meet at"
+    assert second["environment"] == {"TRL_EXT_SEEN": "here", "MASTER_PORT": ports[0]}, "it does not shard, nor share"
+    assert third["environment"] == {"TRL_EXT_SEEN": "here", "MASTER_PORT": ports[1], "ACCELERATE_USE_FSDP": "true"}
     assert first["arguments"] == {} and second["arguments"] == {"text": "x"}
 
 
@@ -83,7 +86,7 @@ def test_what_is_unfinished_is_run_again_in_its_folder(how, message, tmp_path):
 
 def test_other_settings_are_refused(tmp_path):
     settings = {"seed": 1, "lengths": (1, 2), "folder": tmp_path, "name": None}
-    Run(tmp_path, settings, resume=False)
+    Run(tmp_path, settings, resume=False).keep("prompts", {"train.jsonl": ""})
     before = (tmp_path / "run.json").read_bytes()
     with pytest.raises(FileExistsError, match="holds an earlier run. Add `--resume_from_checkpoint true`"):
         Run(tmp_path, settings, resume=False)
@@ -138,16 +141,16 @@ def test_the_manifest_says_what_a_stage_was_made_of(tmp_path):
     (tmp_path / "data").write_text("1")
     before = time.time()
     figures = Run(tmp_path / "run", {}, resume=False).stage(
-        "one", look_around, inputs={"data": tmp_path / "data"}, config=SamplingConfig(), function=look_around, number=3
+        "one", look_around, inputs={"data": tmp_path / "data"}, config=SamplingConfig(), judge=look_around, number=3
     )
     manifest = read_manifest(tmp_path / "run" / "one")
     assert manifest["stage"] == "one" and manifest["figures"] == figures and manifest["num_processes"] == 1
     digest = "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"  # of "1"
     assert manifest["inputs"] == {"data": f"sha256:{digest}"}
-    assert fingerprint(tmp_path / "data") == f"sha256:{digest}" and fingerprint("org/name") == "org/name"
+    assert fingerprint(tmp_path / "data") == f"sha256:{digest}" and fingerprint(Path("org/name")) == "org/name"
     arguments = manifest["arguments"]
     assert arguments["data"] == str(tmp_path / "data") and arguments["number"] == 3
-    assert arguments["config"]["temperature"] == 0.8 and arguments["function"] == "tests.stage_functions:look_around"
+    assert arguments["config"]["temperature"] == 0.8 and arguments["judge"] == "tests.stage_functions:look_around"
     assert manifest["outputs"] == {"calls": 1}
     assert manifest["versions"] == installed_versions()
     assert manifest["versions"]["python"] == sys.version.split()[0] and manifest["versions"]["trl"].startswith("1.")
@@ -166,7 +169,6 @@ def test_starting_afresh_removes_the_stages_and_nothing_else(tmp_path, monkeypat
     for file in mine:
         file.parent.mkdir(exist_ok=True)
         file.write_text("mine")
-    everything = sorted(folder.rglob("*"))
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -176,7 +178,7 @@ def test_starting_afresh_removes_the_stages_and_nothing_else(tmp_path, monkeypat
         start_afresh(folder)
     with pytest.raises(FileExistsError):
         Run(folder, {}, resume=False)
-    assert sorted(folder.rglob("*")) == everything
+    assert read_manifest(folder / "round-1" / "one") is None, "what is half removed must not look finished"
     start_afresh(folder)
     left = [file for file in folder.rglob("*") if file.is_file()]
     assert sorted(left) == sorted([*mine, folder / "run.json"])
@@ -187,6 +189,35 @@ def test_starting_afresh_removes_the_stages_and_nothing_else(tmp_path, monkeypat
     (folder / "run.json").unlink()
     start_afresh(folder)
     assert read_manifest(folder / "round-1" / "one") is not None
+
+
+def test_a_run_inside_of_a_run_is_left_alone(tmp_path):
+    Run(tmp_path, {}, resume=False).stage("one", look_around)
+    Run(tmp_path / "two" / "inner", {}, resume=False).stage("one", look_around)
+    start_afresh(tmp_path)
+    assert not (tmp_path / "one").exists() and read_manifest(tmp_path / "two" / "inner" / "one") is not None
+
+
+def test_a_run_that_failed_before_its_first_stage_is_begun_anew(tmp_path):
+    Run(tmp_path, {"dataset_name": "misspelt"}, resume=False)
+    run = Run(tmp_path, {"dataset_name": "right"}, resume=False)
+    assert settings_of(tmp_path) == {"dataset_name": "right"}
+    folder = run.keep("prompts", {"a": "1"})
+    assert Run(tmp_path, {"dataset_name": "right"}, resume=True).keep("prompts", {"a": "2"}) == folder
+    assert (folder / "a").read_text() == "1"
+    with pytest.raises(FileExistsError, match="holds an earlier run"):
+        Run(tmp_path, {}, resume=False)
+
+
+def test_secrets_are_not_written_down(tmp_path):
+    arguments = ["--hub_token", "s1", "--hub_token=s2", "--max_new_tokens", "8"]
+    Run(tmp_path, {}, resume=False).stage("one", look_around, arguments=arguments)
+    written = (tmp_path / "one" / "manifest.json").read_text()
+    figures = read_manifest(tmp_path / "one")["figures"]["arguments"]["arguments"]
+    assert "s1" in figures and "s2" in figures, "the stage has them"
+    assert json.loads(written)["arguments"]["arguments"] == [
+        "--hub_token", "...", "--hub_token=...", "--max_new_tokens", "8"
+    ]  # fmt: skip
 
 
 def is_running(pid):

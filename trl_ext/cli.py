@@ -1,9 +1,9 @@
 """What all recipes share: reading arguments, loading data, and writing down what came out."""
 
+import argparse
 import dataclasses
 import json
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,51 +35,93 @@ def parse_recipe_args(dataclass_types: Sequence[type], playground_config: str | 
     """
     from trl import TrlParser
 
-    args = list(sys.argv[1:] if args is None else args)
-    for index, arg in enumerate(args):
-        if arg.startswith("--config="):  # TrlParser knows only the form with a space
-            args[index : index + 1] = ["--config", arg.removeprefix("--config=")]
-    if args and args[-1] == "--config":
-        raise ValueError("`--config` names no file. Put the path of a YAML file behind it.")
-    parsed = TrlParser(dataclass_types).parse_args_and_config(args)
-    script_args, training_args, model_args, dataset_args, *_ = parsed
-    if is_playground(*parsed):
-        if (
-            "--config" in args
-            and Path(args[args.index("--config") + 1]).resolve() != Path(playground_config).resolve()
-        ):
+    args = with_config_apart(sys.argv[1:] if args is None else args)
+    model, data, config = _model_data_and_config(args)
+    parser = TrlParser(dataclass_types)
+    if not (model or data):
+        if config is None:
+            args = ["--config", str(playground_config), *args]
+        elif Path(config).resolve() != Path(playground_config).resolve():
             raise ValueError(
                 "The config file names neither a model nor data. Set `model_name_or_path` and `dataset_name`, or "
                 "leave `--config` out to run the playground."
             )
-        meaningless = [
-            name
-            for part in (script_args, dataset_args)
-            for name, value in vars(part).items()
-            if value != getattr(type(part)(), name)
-        ]
+        parsed = parser.parse_args_and_config(args)
+        script_args, training_args, _, dataset_args, *_ = parsed
+        meaningless = [name for part in (script_args, dataset_args) for name in changed_fields(part)]
         meaningless += ["eval_strategy"] if training_args.eval_strategy != "no" else []
         if meaningless:
             raise ValueError(
                 f"{', '.join(meaningless)} would do nothing on the playground, which makes its own data and evaluates "
                 "at the end. Leave them out, or set `--model_name_or_path` and `--dataset_name`."
             )
-        if "--config" not in args:
-            parsed = TrlParser(dataclass_types).parse_args_and_config(["--config", str(playground_config), *args])
         return parsed
-    if model_args.model_name_or_path is None:
+    if not model:
         raise ValueError(
             "Data is given but no model. Set `--model_name_or_path` to a Hub name or a folder; with neither a model "
             "nor data the recipe runs its playground."
         )
-    if script_args.ignore_bias_buffers:
+    parsed = parser.parse_args_and_config(args)
+    if parsed[0].ignore_bias_buffers:
         raise ValueError("`--ignore_bias_buffers` is a debugging switch of TRL's scripts that is not offered here.")
     return parsed
+
+
+def with_config_apart(args: Sequence[str]) -> list[str]:
+    """Arguments with `--config FILE` in two words, the only form that TrlParser knows."""
+    args = list(args)
+    for index, arg in enumerate(args):
+        if arg.startswith("--config="):
+            args[index : index + 1] = ["--config", arg.removeprefix("--config=")]
+    if args and args[-1] == "--config":
+        raise ValueError("`--config` names no file. Put the path of a YAML file behind it.")
+    return args
+
+
+def _model_data_and_config(args: Sequence[str]) -> tuple[Any, Any, str | None]:
+    """What the command line or its config file names as model and data, and the config file."""
+    import yaml
+
+    parser = argparse.ArgumentParser(add_help=False)
+    for name in ("config", "model_name_or_path", "dataset_name"):
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name)
+    given, _ = parser.parse_known_args(args)
+    values = {}
+    if given.config is not None:
+        values = yaml.safe_load(Path(given.config).read_text()) or {}
+    data = given.dataset_name or values.get("dataset_name") or values.get("datasets")
+    return given.model_name_or_path or values.get("model_name_or_path"), data, given.config
+
+
+def changed_fields(part: Any) -> list[str]:
+    """Names of a dataclass's fields that do not have their default values."""
+    return [
+        entry.name
+        for entry in dataclasses.fields(part)
+        if getattr(part, entry.name)
+        != (entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory())
+    ]
 
 
 def is_playground(script_args, training_args, model_args, dataset_args, *others) -> bool:
     """Whether neither a model nor data is given, in what [`parse_recipe_args`] returns."""
     return model_args.model_name_or_path is None and script_args.dataset_name is None and not dataset_args.datasets
+
+
+def refuse_all_but(used: Sequence[str], *parts: Any) -> None:
+    """
+    Refuse arguments that would do nothing.
+
+    Args:
+        used (`Sequence[str]`): names of those that do something.
+        parts: parsed dataclasses.
+
+    Raises:
+        ValueError: others are set.
+    """
+    idle = [name for part in parts for name in changed_fields(part) if name not in used]
+    if idle:
+        raise ValueError(f"{', '.join(idle)} would do nothing here. Leave them out.")
 
 
 def load_datasets(script_args, dataset_args, *, with_eval: bool, seed: int) -> tuple[Any, Any]:
@@ -175,7 +217,7 @@ def model_init_kwargs(model_args, training_args) -> dict[str, Any]:
     }
 
 
-def checkpoint_to_resume(training_args, *, start_afresh: bool = False) -> str | None:
+def checkpoint_to_resume(training_args) -> str | None:
     """
     The checkpoint to go on from: `--resume_from_checkpoint PATH`, or `true` for the last complete one in the output
     folder. `None` if there is none yet, so that the same command serves the first start and every restart.
@@ -186,7 +228,6 @@ def checkpoint_to_resume(training_args, *, start_afresh: bool = False) -> str | 
 
     Args:
         training_args: with `output_dir` and `resume_from_checkpoint`.
-        start_afresh (`bool`, defaults to `False`): remove an earlier run's checkpoints instead of refusing them.
 
     Raises:
         FileNotFoundError: a named checkpoint is not there or not complete.
@@ -197,18 +238,13 @@ def checkpoint_to_resume(training_args, *, start_afresh: bool = False) -> str | 
     state, wanted, output_dir = PartialState(), training_args.resume_from_checkpoint, Path(training_args.output_dir)
     checkpoints = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
     checkpoints.sort(key=lambda path: int(path.name[11:]), reverse=True)
-    state.wait_for_everyone()  # all processes have looked before one of them removes anything
+    state.wait_for_everyone()  # all processes have looked before one of them writes anything
     if not wants_to_resume(training_args):
-        if checkpoints and not start_afresh:
+        if checkpoints:
             raise FileExistsError(
                 f"{output_dir} holds checkpoints of an earlier run, up to {checkpoints[0].name}. Add "
                 "`--resume_from_checkpoint true` to go on from there, or set another `--output_dir`."
             )
-        if checkpoints:
-            state.print(f"Starting afresh in {output_dir}. To go on instead, add --resume_from_checkpoint true.")
-        if state.is_main_process:
-            for checkpoint in checkpoints:
-                shutil.rmtree(checkpoint)
         return None
     if str(wanted).lower() not in RESUME_LAST:
         if not _is_complete(Path(wanted)):
@@ -257,6 +293,7 @@ def use_all_cpu_cores() -> None:
 # settings that change nothing about the results of a run, or may grow
 MAY_CHANGE = (
     "resume_from_checkpoint",
+    "on_invalid_row",  # whatever is finished had no such row
     "num_rounds",
     "report_to",
     "run_name",
@@ -276,10 +313,13 @@ MAY_CHANGE = (
 
 
 def run_settings(parsed: Sequence[Any]) -> dict[str, Any]:
-    """Every setting of a run by name, for its [`Run`]; `parsed` is what [`parse_recipe_args`] returns."""
+    """
+    Every setting of a run by name, but for secrets, for its [`Run`]; `parsed` is what [`parse_recipe_args`] returns.
+    """
     settings: dict[str, Any] = {}
     for part in parsed:
-        settings.update({entry.name: getattr(part, entry.name) for entry in dataclasses.fields(part) if entry.init})
+        names = [entry.name for entry in dataclasses.fields(part) if entry.init and not entry.name.endswith("_token")]
+        settings.update({name: getattr(part, name) for name in names})
     # objects without a JSON form say what they hold
     return json.loads(json.dumps(settings, default=lambda value: getattr(value, "__dict__", None) or str(value)))
 
@@ -299,21 +339,47 @@ def use_for_stage(parsed: Sequence[Any], *, model: str, data: str, output_dir: s
 
 def load_prompts(script_args, dataset_args) -> list[dict[str, Any]]:
     """
-    The rows of the train split as they are, for sampling.
+    The rows of the train split, for sampling. A prompt that is only implied by `chosen` and `rejected`, or that
+    repeats the first message of these conversations as text, becomes what training would see.
 
     Raises:
-        ValueError: they have no column `prompt`, or are a stream.
+        ValueError: rows without a prompt, rows that cannot be kept as JSON, or a stream.
     """
+    from .data import RowError, RowOptions, parse_row
+
     if script_args.dataset_streaming or dataset_args.streaming:
         raise ValueError("Prompts to sample for are read as a whole. Leave `--dataset_streaming` out.")
     dataset_args = dataclasses.replace(dataset_args, test_split_size=None)  # for the training on what is sampled
     dataset, _ = load_datasets(script_args, dataset_args, with_eval=False, seed=0)
-    if "prompt" not in dataset.column_names:
+    columns = set(dataset.column_names)
+    if "prompt" not in columns and not columns >= {"chosen", "rejected"}:
         raise ValueError(
-            f"The dataset has the columns {sorted(dataset.column_names)} and no `prompt` to sample answers for. "
-            "Rename or add it."
+            f"The dataset has the columns {sorted(columns)} and no `prompt` to sample answers for. Rename or add it."
         )
-    return dataset.to_list()
+    rows = dataset.to_list()
+    for index, row in enumerate(rows):
+        try:
+            json.dumps(row)
+        except TypeError:
+            column = next(name for name in row if not _is_jsonable(row[name]))
+            raise ValueError(
+                f"Row {index}: column {column!r} holds {row[column]!r:.60}, which cannot be kept as JSON. Turn it "
+                "into text or numbers, or leave the column out."
+            ) from None
+        if isinstance(row.get("chosen"), str | list) and type(row.get("prompt")) is not type(row["chosen"]):
+            try:
+                row["prompt"] = parse_row(row, RowOptions())[0]
+            except RowError as error:
+                raise ValueError(f"Row {index}: {error}. Give each row its `prompt`.") from None
+    return rows
+
+
+def _is_jsonable(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
 
 
 def loading_for_sampling(model_args, training_args) -> dict[str, Any]:
@@ -325,7 +391,7 @@ def loading_for_sampling(model_args, training_args) -> dict[str, Any]:
     return {"model_init_kwargs": kwargs, "trust_remote_code": training_args.trust_remote_code}
 
 
-def local_model(model_args) -> str:
+def local_model(model_args, *, trust_remote_code: bool = False) -> str:
     """
     The folder of the model, downloaded once if it is one of the Hub, so that all stages start from the same weights
     even if somebody changes it there.
@@ -336,12 +402,14 @@ def local_model(model_args) -> str:
     name = model_args.model_name_or_path
     if Path(name).is_dir():
         return name
+    if name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"model_name_or_path={name!r} looks like a local folder, and there is none.")
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", *(["*.py"] if trust_remote_code else [])]
     with PartialState().local_main_process_first():
-        return snapshot_download(
-            name,
-            revision=model_args.model_revision,
-            allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
-        )
+        folder = snapshot_download(name, revision=model_args.model_revision, allow_patterns=patterns)
+        if not any(Path(folder).glob("*.safetensors")):
+            folder = snapshot_download(name, revision=model_args.model_revision, allow_patterns=[*patterns, "*.bin"])
+    return folder
 
 
 def train_and_save(

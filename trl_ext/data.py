@@ -525,7 +525,7 @@ class _StreamedRows:
             prepared = prepare_row(row, self.processing_class, self.options)
         except RowError as error:
             if not self.drop:
-                raise ValueError(_refusal(self.name, None, {error.problem: [(index, str(error))]})) from None
+                raise ValueError(refusal(self.name, None, {error.problem: [(index, str(error))]})) from None
             logger.warning(f"{self.name} data: row {index} dropped, {error}")
             return {**_NOTHING, "_problem": error.problem, "_detail": str(error)}
         for attribute, note, what in (
@@ -544,7 +544,8 @@ def _is_usable(row) -> bool:
     return row["_problem"] is None
 
 
-def _refusal(name: str, num_rows: int | None, problems: dict[str, list[tuple[int, str]]]) -> str:
+def refusal(name: str, num_rows: int | None, problems: dict[str, list[tuple[int, str]]]) -> str:
+    """The message about rows that cannot be used: for each problem their numbers and details."""
     count = sum(len(rows) for rows in problems.values())
     of_all = f"{count} of {num_rows} rows" if num_rows is not None else "a row"
     lines = [f"The {name} dataset has {of_all} that cannot be used:"]
@@ -630,13 +631,13 @@ def prepare_dataset(
         if problem is not None:
             problems.setdefault(problem, []).append((index, detail))
     if problems and on_invalid_row == "error":
-        raise ValueError(_refusal(name, len(noted), problems))
+        raise ValueError(refusal(name, len(noted), problems))
     prepared = noted
     if problems:
         unusable = {index for rows in problems.values() for index, _ in rows}
         prepared = noted.select([index for index in range(len(noted)) if index not in unusable])
     if len(prepared) == 0:
-        raise ValueError(_refusal(name, len(noted), problems))
+        raise ValueError(refusal(name, len(noted), problems))
     report = PreparationReport(
         name=name,
         num_rows=len(noted),

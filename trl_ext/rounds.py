@@ -7,7 +7,7 @@ the training.
 
     OUTPUT_DIR/
       run.json                      settings the run was begun with
-      prompts.jsonl, watched.jsonl  prompts to train on, and prompts set apart to watch the models with
+      prompts/                      train.jsonl: to train on; watched.jsonl: set apart to watch the models with
       start/evaluation/             how the first model answers the watched prompts
       round-1/candidates/           sampled answers
       round-1/ranked/               the same with scores: ranked.jsonl, and pairs.jsonl where pairs are trained on
@@ -20,7 +20,7 @@ the training.
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,9 +30,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from scipy.stats import binomtest
+from transformers import AutoTokenizer
 
 from .cli import (
     MAY_CHANGE,
+    RESUME_LAST,
+    changed_fields,
     is_playground,
     load_prompts,
     loading_for_sampling,
@@ -40,11 +43,12 @@ from .cli import (
     run_settings,
     wants_to_resume,
 )
+from .data import RowError, RowOptions, prepare_row, refusal
 from .evaluation import answer_logps, distinct_n, paired_difference, perplexity
 from .ranking import PAIR_RULES, pair_rows, rank_rows, score_report
-from .sampling import SamplingConfig, sample_candidates, write_atomically
-from .scoring import build_scorers, score_rows
-from .stages import Run, start_afresh
+from .sampling import SamplingConfig, mixed_in, sample_candidates, write_atomically
+from .scoring import as_text, build_scorers, check_scorers, score_rows
+from .stages import Run, all_processes, settings_of, start_afresh
 
 
 @dataclass
@@ -92,7 +96,12 @@ class RankingConfig:
     )
 
     def check(self) -> None:
-        """Refuse settings that contradict each other."""
+        """Refuse settings that contradict each other. A single name counts as a list of one."""
+        for name in ("rewards", "mix_in"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
+        if self.pair_rule not in (None, *PAIR_RULES):
+            raise ValueError(f"pair_rule={self.pair_rule!r} is not known. Set it to one of {', '.join(PAIR_RULES)}.")
         if bool(self.rewards) == bool(self.ranker):
             raise ValueError(
                 ("Both `rewards` and `ranker` are" if self.ranker else "Neither `rewards` nor `ranker` is")
@@ -196,13 +205,15 @@ def sample_stage(
     return asdict(report)
 
 
-def rank_stage(folder: Path, *, candidates: Path, config: RankingConfig, seed: int) -> dict[str, Any]:
-    """Scores: `ranked.jsonl`, and with a `pair_rule` `pairs.jsonl`."""
+def rank_stage(
+    folder: Path, *, candidates: Path, config: RankingConfig, seed: int, min_completions: int
+) -> dict[str, Any]:
+    """Scores: `ranked.jsonl` of prompts with so many answers, and with a `pair_rule` `pairs.jsonl`."""
     scorers = build_scorers(config.rewards or (), config.reward_weights, judge=config.ranker, seed=seed)
     scored = score_rows(read_jsonl(candidates), scorers, config.reward_weights)
     report = score_report(scored)
     _say(report)
-    ranked, ranked_report = rank_rows(scored)
+    ranked, ranked_report = rank_rows(scored, min_completions=min_completions)
     _say(ranked_report)
     write_jsonl(folder / "ranked.jsonl", ranked)
     if config.pair_rule is not None:
@@ -224,16 +235,16 @@ def rank_stage(folder: Path, *, candidates: Path, config: RankingConfig, seed: i
     }
 
 
-def merge_stage(folder: Path, *, adapter: Path) -> dict[str, Any]:
+def merge_stage(folder: Path, *, adapter: Path, trust_remote_code: bool) -> dict[str, Any]:
     """The adapter's weights added to its base, as an ordinary model."""
     import torch
     from peft import AutoPeftModelForCausalLM
-    from transformers import AutoTokenizer
 
     if PartialState().is_main_process:
-        model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32)
+        hub = {"trust_remote_code": trust_remote_code}
+        model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32, **hub)
         model.merge_and_unload().save_pretrained(folder)
-        AutoTokenizer.from_pretrained(adapter).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(adapter, **hub).save_pretrained(folder)
     return {}
 
 
@@ -260,8 +271,9 @@ def evaluation_stage(
         scored = _beats(answered, first_answers, ranking.ranker)
     if ranking.judge is not None:
         judged = score_rows(answered, build_scorers([ranking.judge]))
-    fixed = answer_logps(perplexity_model, answered, **load.get("model_init_kwargs", {}))
-    own = answer_logps(model, answered, **load.get("model_init_kwargs", {}))
+    how = {**load["model_init_kwargs"], "trust_remote_code": load["trust_remote_code"]}
+    fixed = answer_logps(perplexity_model, answered, **how)
+    own = fixed if str(model) == perplexity_model else answer_logps(model, answered, **how)
     answers = []
     for number, row in enumerate(scored):
         one = {
@@ -277,7 +289,7 @@ def evaluation_stage(
             one["judge"] = judged[number]["scores"][0]
         answers.append(one)
     write_jsonl(folder / "answers.jsonl", answers)
-    texts = [_text(one["answer"]) for one in answers]
+    texts = [as_text(one["answer"]) for one in answers]
     figures = {
         "reward": fmean(one["reward"] for one in answers),
         "perplexity": perplexity([(one["fixed_logp"], one["num_tokens"]) for one in answers]),
@@ -331,6 +343,7 @@ class Rounds:
         load (`dict`): keyword arguments with which models are loaded for sampling: `model_init_kwargs` and
             `trust_remote_code`.
         seed (`int`): of tournaments and pairs.
+        min_completions (`int`): fewest answers with which a prompt is trained on.
     """
 
     def __init__(
@@ -344,16 +357,15 @@ class Rounds:
         model: str | Path,
         load: dict[str, Any],
         seed: int,
+        min_completions: int,
     ):
         self.run, self.config, self.sampling, self.load, self.seed = run, config, sampling, load, seed
+        self.min_completions = min_completions
         self.model = self.model_to_take = str(model)
         self.start_name = "start"
         self.fixed_model = config.perplexity_model or self.model
-        self.prompts, self.watched = run.path("prompts.jsonl"), run.path("watched.jsonl")
-        for path, rows in ((self.prompts, prompts), (self.watched, watched)):
-            if not path.exists():  # on a resume it is the same: the run has compared the settings
-                write_jsonl(path, rows)
-        PartialState().wait_for_everyone()
+        kept = run.keep("prompts", {"train.jsonl": as_jsonl(prompts), "watched.jsonl": as_jsonl(watched)})
+        self.prompts, self.watched = kept / "train.jsonl", kept / "watched.jsonl"
         self.figures: dict[str, dict[str, Any]] = {}
         self.candidate_figures: dict[str, dict[str, Any]] = {}
 
@@ -390,6 +402,7 @@ class Rounds:
             inputs={"candidates": self.run.path(name, "candidates", "candidates.jsonl")},
             config=self.config,
             seed=self.seed,
+            min_completions=self.min_completions,
         )
         return self.run.path(name, "ranked", "ranked.jsonl" if self.config.pair_rule is None else "pairs.jsonl")
 
@@ -415,7 +428,12 @@ class Rounds:
         trained = self.run.path(name, "model")
         if not (trained / "adapter_config.json").is_file():
             return trained
-        self.run.stage(f"{name}/merged", merge_stage, inputs={"adapter": trained})
+        self.run.stage(
+            f"{name}/merged",
+            merge_stage,
+            inputs={"adapter": trained},
+            trust_remote_code=self.load["trust_remote_code"],
+        )
         return self.run.path(name, "merged")
 
     def play(self, train: Callable, arguments: Sequence[str]) -> Path:
@@ -482,9 +500,9 @@ class Rounds:
 
         row("reward", "reward", ".3f")
         pairs = zip(names, list(names)[1:], strict=False)
-        table.add_row("change, same prompts", "", *(_change(answers[b], answers[a]) for a, b in pairs))
+        table.add_row("change from the left", "", *(_change(answers[b], answers[a]) for a, b in pairs))
         table.add_row("wins over the first", *(_wins(answers[name], first) for name in names))
-        row("judge", "judge", ".3f")
+        row(f"judge: {str(self.config.judge).rpartition(':')[2]}", "judge", ".3f")
         row("perplexity, fixed model", "perplexity", ".2f")
         row("KL to it, nats per answer", "kl", ".2f")
         row("distinct-1", "distinct_1", ".3f")
@@ -525,37 +543,66 @@ def _wins(answers: dict[int, dict], first: dict[int, dict]) -> str:
 
 
 def _short(text: str | list[dict], width: int = 48) -> Text:
-    text = " ".join((text if isinstance(text, str) else text[-1]["content"]).split())
+    text = " ".join(as_text(text).split())
     return Text(text if len(text) <= width else text[: width - 1] + "…")
 
 
-def start_rounds(parsed: Sequence[Any], *, with_reference: bool = False) -> Rounds:
+def in_rounds(parsed: Sequence[Any]) -> bool:
     """
-    Begin the rounds of a recipe, or take them up where they were interrupted.
+    Whether a recipe is to sample and train in rounds, given what [`parse_recipe_args`] returned.
+
+    Raises:
+        ValueError: it is not, and sampling has settings that would do nothing.
+    """
+    sampling, config = parsed[4:6]
+    if config.num_rounds == 0 and (idle := changed_fields(sampling)):
+        raise ValueError(
+            f"{', '.join(idle)} would do nothing: nothing is sampled. Set `--num_rounds 1`, or leave them out."
+        )
+    return config.num_rounds > 0
+
+
+def start_rounds(parsed: Sequence[Any], *, rows: RowOptions) -> Rounds:
+    """
+    Begin the rounds of a recipe, or take them up where they were interrupted. Everything that can be known to fail
+    fails here, before a model is loaded.
 
     Args:
         parsed (`Sequence`): what [`parse_recipe_args`] returned, with a [`SamplingConfig`] and a [`RoundsConfig`] as
             the fifth and the sixth. Without a model and data, on the playground, an SFT model is trained first.
-        with_reference (`bool`, defaults to `False`): whether the playground's rows get a `reference` of the task.
+        rows ([`RowOptions`]): what the recipe's trainer wants of its rows. With `reference`, the playground's rows get
+            one of the task.
 
     Raises:
-        FileExistsError, ValueError: see [`Run`] and [`set_apart`].
+        FileExistsError, ValueError: see [`Run`], [`check_scorers`], [`check_prompts`] and [`set_apart`]; or a setting
+            that has no meaning in rounds.
     """
     script_args, training_args, model_args, dataset_args, sampling, config, *_ = parsed
+    _check_for_rounds(training_args, model_args, dataset_args)
+    check_scorers(config.rewards or (), config.reward_weights, judge=config.ranker)
+    if config.judge is not None:
+        check_scorers([config.judge])
     on_playground, resume = is_playground(*parsed), wants_to_resume(training_args)
-    if on_playground and not resume:
-        start_afresh(training_args.output_dir)
-    run = Run(training_args.output_dir, run_settings(parsed), resume=resume, may_change=MAY_CHANGE)
     if on_playground:
         from .playground import Playground, sft_stage
 
         playground = Playground(seed=training_args.seed)
+        prompts, watched = playground.rows("train", reference=rows.reference), playground.rows("held_out")
+        before = settings_of(training_args.output_dir)
+        if not resume and before is not None and not (before["model_name_or_path"] or before["dataset_name"]):
+            start_afresh(training_args.output_dir)  # over a playground only
+    else:
+        trust = training_args.trust_remote_code
+        model, prompts = local_model(model_args, trust_remote_code=trust), load_prompts(script_args, dataset_args)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
+        rows = replace(rows, max_length=training_args.max_length)
+        prompts = check_prompts(prompts, tokenizer, rows, config.mix_in or (), training_args.on_invalid_row)
+        prompts, watched = set_apart(prompts, config.num_watched_prompts, training_args.seed)
+    settings = {**run_settings(parsed), "num_processes": all_processes().num_processes}
+    run = Run(training_args.output_dir, settings, resume=resume, may_change=MAY_CHANGE)
+    if on_playground:
         run.stage("sft", sft_stage, playground=playground)
         model = run.path("sft")
-        prompts, watched = playground.rows("train", reference=with_reference), playground.rows("held_out")
-    else:
-        model, prompts = local_model(model_args), load_prompts(script_args, dataset_args)
-        prompts, watched = set_apart(prompts, config.num_watched_prompts, training_args.seed)
     rounds = Rounds(
         run,
         config,
@@ -565,9 +612,74 @@ def start_rounds(parsed: Sequence[Any], *, with_reference: bool = False) -> Roun
         model=model,
         load=loading_for_sampling(model_args, training_args),
         seed=training_args.seed,
+        min_completions=rows.min_completions,
     )
     rounds.start_name = "SFT" if on_playground else "start"
     return rounds
+
+
+def _check_for_rounds(training_args, model_args, dataset_args) -> None:
+    """Refuse settings that training alone has a use for."""
+    if training_args.push_to_hub:
+        raise ValueError(
+            "push_to_hub would push the model of every round, each over the one before. Leave it out, and push the "
+            "model to take at the end: `hf upload NAME OUTPUT_DIR/round-N/model`."
+        )
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        raise ValueError(
+            "Rounds sample from whole models, and merge adapters into them, which is not what a quantised model would "
+            "answer. Leave `--load_in_4bit` and `--load_in_8bit` out; LoRA (`--use_peft`) works."
+        )
+    if wants_to_resume(training_args) and str(training_args.resume_from_checkpoint).lower() not in RESUME_LAST:
+        raise ValueError(
+            f"resume_from_checkpoint={training_args.resume_from_checkpoint!r}: rounds go on where they stopped. Set "
+            "it to 'true'."
+        )
+    evaluates, splits = training_args.eval_strategy != "no", dataset_args.test_split_size is not None
+    if evaluates != splits:
+        raise ValueError(
+            f"eval_strategy={training_args.eval_strategy!r} with test_split_size={dataset_args.test_split_size}: what "
+            "is sampled has no test split. Set both, to evaluate the loss on some of it, or neither; the models are "
+            "watched on prompts of their own in any case."
+        )
+
+
+def check_prompts(
+    rows: Sequence[dict], tokenizer, options: RowOptions, mix_in: Sequence[str], on_invalid_row: str
+) -> list[dict]:
+    """
+    Find the rows that training would refuse whatever is sampled, by preparing each with a short answer and those that
+    are mixed in.
+
+    Args:
+        rows (`Sequence[dict]`): with `prompt`, columns to mix in, and others.
+        tokenizer: the model's.
+        options ([`RowOptions`]): what the trainer wants.
+        mix_in (`Sequence[str]`): columns with further answers.
+        on_invalid_row (`str`): `"error"`, or `"drop"` to leave such rows out, and say so.
+
+    Returns:
+        `list[dict]`: the rows that can be used.
+
+    Raises:
+        ValueError: rows that cannot be used, with their numbers.
+    """
+    options = replace(options, min_completions=1, eos_token=tokenizer.eos_token)
+    usable, problems = [], {}
+    for index, row in enumerate(rows):
+        stub = "x" if isinstance(row["prompt"], str) else [{"role": "assistant", "content": "x"}]
+        answers = [stub, *(answer for column in mix_in for answer in mixed_in(row, column))]
+        known = {key: row[key] for key in ("prompt", "reference", "tools", "chat_template_kwargs") if key in row}
+        try:
+            prepare_row({**known, "completions": answers, "scores": [0.0] * len(answers)}, tokenizer, options)
+            usable.append(row)
+        except RowError as error:
+            problems.setdefault(error.problem, []).append((index, str(error)))
+    if problems and (on_invalid_row == "error" or not usable):
+        raise ValueError(refusal("prompt", len(rows), problems))
+    for problem, found in problems.items():
+        PartialState().print(f"prompts dropped, {problem}: {len(found)} rows")
+    return usable
 
 
 def train_stage(
@@ -623,14 +735,14 @@ def set_apart(rows: Sequence[dict], number: int, seed: int) -> tuple[list[dict],
             f"num_watched_prompts={number} of {len(prompts)} different prompts leaves too few to train on. Lower it."
         )
     chosen = set(random.Random(seed).sample(prompts, number))
-    train, watched = [], []
+    train, watched = [], {}
     for row in rows:
         prompt = json.dumps(row["prompt"], sort_keys=True)
         if prompt not in chosen:
             train.append(row)
-        elif prompt in chosen and all(json.dumps(w["prompt"], sort_keys=True) != prompt for w in watched):
-            watched.append(row)
-    return train, watched
+        else:
+            watched.setdefault(prompt, row)
+    return train, list(watched.values())
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
@@ -640,15 +752,15 @@ def read_jsonl(path: str | Path) -> list[dict]:
 def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
     """Written by the main process, whole or not at all."""
     if PartialState().is_main_process:
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_atomically(path, as_jsonl(rows))
+
+
+def as_jsonl(rows: Sequence[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def _replace(config: SamplingConfig, **changes: Any) -> SamplingConfig:
     return SamplingConfig(**{**asdict(config), **changes})
-
-
-def _text(answer: str | list[dict]) -> str:
-    return answer if isinstance(answer, str) else "".join(message["content"] for message in answer)
 
 
 def _say(report: Any) -> None:

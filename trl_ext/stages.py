@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -56,19 +57,12 @@ class Run:
     """
 
     def __init__(self, folder: str | Path, settings: dict[str, Any], *, resume: bool, may_change: Sequence[str] = ()):
-        self.folder, self.number = Path(folder), 0
-        self.state = process_state()
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if launched != self.state.num_processes:
-            raise RuntimeError(
-                f"The launcher has started {launched} processes, and this one sees {self.state.num_processes}: each "
-                "would do all the work, in the same folder. Without accelerator set `--use_cpu true`; else launch one "
-                "process."
-            )
+        self.folder = Path(folder)
+        self.state = all_processes()
         file = self.folder / "run.json"
         problem = None
         if self.state.is_main_process:
-            problem = self._check(file, settings, resume, may_change)
+            problem = self._check(settings, resume, may_change)
             if problem is None:
                 write_atomically(file, json.dumps({"settings": settings}, indent=2, default=str))
         problem = self._first(problem)
@@ -81,8 +75,9 @@ class Run:
                 "need an output folder that all machines share: set `--output_dir` to one."
             )
 
-    def _check(self, file: Path, settings, resume, may_change) -> tuple[type[Exception], str] | None:
-        if not file.exists():
+    def _check(self, settings, resume, may_change) -> tuple[type[Exception], str] | None:
+        found = settings_of(self.folder)
+        if found is None:
             others = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
             if not others:
                 return None
@@ -90,8 +85,7 @@ class Run:
                 f"{self.folder} is no folder of such a run: it has no run.json and holds {', '.join(others[:5])}. Set "
                 "`--output_dir` to an empty or a new folder."
             )
-        found = json.loads(file.read_text())["settings"]
-        if found is None:  # see `start_afresh`
+        if not _begun(self.folder):  # it failed before there was anything to lose
             return None
         if not resume:
             return FileExistsError, (
@@ -141,7 +135,6 @@ class Run:
             RuntimeError: the stage failed in this process (its own error is printed above), or was made from other
                 inputs than those there are now.
         """
-        self.number += 1
         folder, inputs = self.folder / name, inputs or {}
         manifest = read_manifest(folder)
         self.state.wait_for_everyone()  # all processes have looked before one of them finishes the stage
@@ -160,8 +153,9 @@ class Run:
             raise RuntimeError(problem)
         if manifest is not None:
             return manifest["figures"]
+        port = self._first(_free_port() if self.state.is_main_process else None)
         exit_code = _run_in_fresh_process(
-            self.number, shards_models, (str(folder), name, function, {**inputs, **arguments}, hashes)
+            port, shards_models, (str(folder), name, function, {**inputs, **arguments}, hashes)
         )
         manifest = read_manifest(folder)
         if exit_code != 0 or manifest is None:
@@ -175,6 +169,27 @@ class Run:
                 "`--resume_from_checkpoint true` goes on from there."
             )
         return manifest["figures"]
+
+    def keep(self, name: str, files: dict[str, str]) -> Path:
+        """
+        Keep files that the stages read in a folder of the run's. On a resume they stay as they were.
+
+        Args:
+            name (`str`): the folder.
+            files (`dict[str, str]`): contents by name.
+
+        Returns:
+            `Path`: the folder.
+        """
+        folder = self.path(name)
+        if self.state.is_main_process and read_manifest(folder) is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / MARK).touch()
+            for file, content in files.items():
+                write_atomically(folder / file, content)
+            write_atomically(folder / "manifest.json", json.dumps({"outputs": sorted(files)}))
+        self.state.wait_for_everyone()
+        return folder
 
     def _first(self, problem: Any) -> Any:
         """What went wrong on the first process that has something to say; the same on all."""
@@ -196,15 +211,48 @@ def fingerprint(path: Path) -> str:
     return model_fingerprint(path)
 
 
+def all_processes() -> PartialState:
+    """
+    The processes of the launch.
+
+    Raises:
+        RuntimeError: they do not see each other.
+    """
+    state, launched = process_state(), int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != state.num_processes:
+        raise RuntimeError(
+            f"The launcher has started {launched} processes, and this one sees {state.num_processes}: each would do "
+            "all the work, in the same folder. Without accelerator set `--use_cpu true`; else launch one process."
+        )
+    return state
+
+
+def settings_of(folder: str | Path) -> dict[str, Any] | None:
+    """The settings of the run in a folder; `None` if there is none."""
+    file = Path(folder) / "run.json"
+    return json.loads(file.read_text())["settings"] if file.is_file() else None
+
+
+def _begun(folder: Path) -> list[Path]:
+    """Folders that a run has begun to fill, but not those of a run inside of it."""
+    begun = (mark.parent for mark in sorted(folder.rglob(MARK)))
+    return [
+        stage
+        for stage in begun
+        if not any((parent / "run.json").exists() for parent in (stage, *stage.parents) if folder in parent.parents)
+    ]
+
+
 def start_afresh(folder: str | Path) -> None:
-    """Remove the folders of an earlier run's stages, and nothing else, so that another run can begin there."""
+    """Remove the folders that an earlier run has filled, and nothing else, so that another run can begin there."""
     state, folder = process_state(), Path(folder)
     state.wait_for_everyone()
-    if state.is_main_process and (folder / "run.json").is_file():
-        for begun in sorted(folder.rglob(MARK)):
-            shutil.rmtree(begun.parent, ignore_errors=True)
-        # last: interrupted before, it is still the earlier run
-        write_atomically(folder / "run.json", json.dumps({"settings": None}))
+    if state.is_main_process and settings_of(folder) is not None:
+        begun = _begun(folder)
+        for stage in begun:  # first: interrupted before the end, nothing half removed looks finished
+            (stage / "manifest.json").unlink(missing_ok=True)
+        for stage in begun:
+            shutil.rmtree(stage, ignore_errors=True)
     state.wait_for_everyone()
 
 
@@ -219,7 +267,13 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def _run_in_fresh_process(number: int, shards_models: bool, job: tuple) -> int:
+def _free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("", 0))
+        return opened.getsockname()[1]
+
+
+def _run_in_fresh_process(port: int, shards_models: bool, job: tuple) -> int:
     # A server forks a process in no time, but must not have touched a GPU; so it is for CPUs only.
     on_cpu = process_state().device.type == "cpu"
     forks = on_cpu and "forkserver" in multiprocessing.get_all_start_methods()
@@ -228,7 +282,7 @@ def _run_in_fresh_process(number: int, shards_models: bool, job: tuple) -> int:
         context.set_forkserver_preload(list(PRELOADED))
     sys.stdout.flush()
     sys.stderr.flush()
-    process = context.Process(target=_stage_process, args=(number, shards_models, on_cpu, dict(os.environ), *job))
+    process = context.Process(target=_stage_process, args=(port, shards_models, on_cpu, dict(os.environ), *job))
     process.start()
     try:
         process.join()
@@ -239,17 +293,14 @@ def _run_in_fresh_process(number: int, shards_models: bool, job: tuple) -> int:
     return process.exitcode
 
 
-def _stage_process(number, shards_models, on_cpu, environment, folder, name, function, arguments, hashes) -> None:
+def _stage_process(port, shards_models, on_cpu, environment, folder, name, function, arguments, hashes) -> None:
     """What a stage's process does, from its first line to its last."""
     _die_with_parent()
     os.environ.clear()
     os.environ.update(environment)
-    # the launcher's store is shared by all stages: each gets a part of its own
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(1000 * (restarts + 1) + number)
-    elif "MASTER_PORT" in os.environ:
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + number)
+    # where the stage's processes meet: in the launcher's store they would find the addresses of those that asked
+    if "MASTER_PORT" in os.environ:
+        os.environ.update({"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"})
     if not shards_models:
         for variable in SHARDING_VARIABLES:
             os.environ.pop(variable, None)
@@ -287,9 +338,22 @@ def _stage_process(number, shards_models, on_cpu, environment, folder, name, fun
 
 
 def _jsonable(value: Any) -> Any:
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return without_secrets(value)
     if hasattr(value, "__qualname__"):  # functions and classes
         return f"{value.__module__}:{value.__qualname__}"
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+
+
+def without_secrets(arguments: Sequence[str]) -> list[str]:
+    """A command line to write down: what follows `--hub_token` and the like is left out."""
+    found, is_secret = [], False
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        ends_so = name.startswith("--") and name.endswith("token")
+        found.append("..." if is_secret else f"{name}=..." if ends_so and value else argument)
+        is_secret = ends_so and not value
+    return found
 
 
 def _die_with_parent() -> None:
