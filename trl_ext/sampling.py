@@ -10,6 +10,7 @@ Work is cut into shards of prompts. A finished shard is a file and is never samp
 shards it was in the middle of.
 """
 
+import functools
 import hashlib
 import inspect
 import json
@@ -17,7 +18,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,8 +40,8 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ._trl import _tokenize
-from .data import _says_something, _without_empty_keys
+from ._trl import _tokenize, common_prefix_length
+from .data import _says_something, _without_empty_keys, tokenize_candidates
 
 logger = logging.getLogger(__name__)
 
@@ -301,6 +302,7 @@ class TransformersEngine:
         )
 
         generated = [Generated([], [], False) for _ in uniforms]
+        asked = [ids for ids, row_seeds in zip(prompt_ids, seeds, strict=True) for _ in row_seeds]
         rows, done = np.arange(len(uniforms)), 0  # rows still in the making, and tokens each of them has
         while len(rows) and done < config.max_new_tokens:
             steps = min(self.segment if cache is not None else config.max_new_tokens, config.max_new_tokens - done)
@@ -325,7 +327,7 @@ class TransformersEngine:
             going_on = [
                 position
                 for position, row in enumerate(rows)
-                if self._extend(generated[row], tokens[position], logps[position])
+                if self._extend(generated[row], asked[row], tokens[position], logps[position])
             ]
             done += steps
             if cache is None:
@@ -338,7 +340,7 @@ class TransformersEngine:
                 cache.batch_select_indices(kept)
         return generated
 
-    def _extend(self, generated: Generated, tokens: list[int], logps: list[float]) -> bool:
+    def _extend(self, generated: Generated, prompt_ids: list[int], tokens: list[int], logps: list[float]) -> bool:
         """Add a segment's tokens up to the end token; returns whether there is more to come."""
         for token, logp in zip(tokens, logps, strict=False):
             generated.token_ids.append(token)
@@ -347,7 +349,7 @@ class TransformersEngine:
                 generated.finished = True
                 return False
         cuts = (*(self.config.stop_strings or ()), *(self.config.role_markers or ()))
-        return not (cuts and _first_cut(decode(self.tokenizer, generated.token_ids), cuts) is not None)
+        return not cuts or _first_cut(decode_behind(self.tokenizer, prompt_ids, generated.token_ids), cuts) is None
 
     def _prompt_cache(self, inputs: torch.Tensor, mask: torch.Tensor, copies: torch.Tensor) -> DynamicCache | None:
         """Keys and values of the prompts less their last token, copied for their candidates; `None` without those."""
@@ -398,6 +400,45 @@ def end_token_ids(generation_config: GenerationConfig | None, tokenizer: PreTrai
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
     """The text of tokens, without special tokens."""
     return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def decode_behind(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> str:
+    """
+    The text of tokens as it goes on behind a prompt, without special tokens.
+
+    Tokenizers of the SentencePiece kind leave out one space at the beginning of what they decode: "Answer:" and
+    "▁Sure", decoded each by itself, are "Answer:Sure".
+    """
+    for tail in (list(prompt_ids[-8:]), list(prompt_ids)):
+        before = decode(tokenizer, tail)
+        if before:  # and not only special tokens
+            text = decode(tokenizer, [*tail, *token_ids])
+            # not so where bytes at the seam make no character: then they do not begin with a space either
+            return text.removeprefix(before) if text.startswith(before) else decode(tokenizer, token_ids)
+    return decode(tokenizer, token_ids)
+
+
+def _decoding(tokenizer, row: dict[str, Any], prompt_ids: list[int], answer: list[int]) -> Callable[[list[int]], str]:
+    """
+    How to decode an answer and its beginnings, so that training gets the tokens back that were sampled: as it goes on
+    behind the prompt, or by itself, where a chat template brings the space along.
+    """
+    is_text = isinstance(row["prompt"], str)
+    behind, alone = functools.partial(decode_behind, tokenizer, prompt_ids), functools.partial(decode, tokenizer)
+    if behind(answer) == alone(answer):  # as with all byte-level tokenizers
+        return alone
+
+    def num_tokens_back(decoding) -> int:
+        text = decoding(answer)
+        completion = text if is_text else [{"role": "assistant", "content": text}]
+        try:
+            ids, (rest,), _ = tokenize_candidates(tokenizer, row["prompt"], [completion], **template_kwargs(row))
+        except Exception:  # a chat template raises what it likes; the answer is no less sampled
+            return 0
+        return common_prefix_length([*prompt_ids, *answer], [*ids, *rest])
+
+    # where both give the same, as with a template that trims: the whole text, and the message without the space
+    return max((behind, alone) if is_text else (alone, behind), key=num_tokens_back)
 
 
 def _first_cut(text: str, strings: Sequence[str]) -> int | None:
@@ -729,16 +770,17 @@ def _sample_shard(indices, rows, occurrences, tokenizer, engine: Engine, config,
     seeds = [[candidate_seed(config.sampling_seed, prompts[i], occurrences[i], k) for k in numbers] for i in fitting]
     generated = engine.generate([prompts[index] for index in fitting], seeds)
     for index, candidates in zip(fitting, generated, strict=True):
-        finished = [_finish(candidate, tokenizer, config) for candidate in candidates]
+        finished = [_finish(one, rows[index], prompts[index], tokenizer, config) for one in candidates]
         yield {"index": index, **{key: [one[key] for one in finished] for key in finished[0]}}
     for index in set(indices) - set(fitting):
         yield {"index": index, "text": [], "logp": [], "num_tokens": [], "end": []}
 
 
-def _finish(generated: Generated, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig) -> dict[str, Any]:
+def _finish(generated: Generated, row, prompt_ids: list[int], tokenizer, config: SamplingConfig) -> dict[str, Any]:
     """Text, log-likelihood, number of tokens, and how it ended: "stop", "role_marker" or "length"."""
     answer = generated.token_ids[:-1] if generated.finished else generated.token_ids
-    text, num_tokens = decode(tokenizer, answer), len(generated.token_ids)
+    decoded = _decoding(tokenizer, row, prompt_ids, answer)
+    text, num_tokens = decoded(answer), len(generated.token_ids)
     stop, marker = (_first_cut(text, strings or ()) for strings in (config.stop_strings, config.role_markers))
     end = "stop" if generated.finished else "length"
     cut = min((position for position in (stop, marker) if position is not None), default=None)
@@ -746,7 +788,7 @@ def _finish(generated: Generated, tokenizer: PreTrainedTokenizerBase, config: Sa
         end = "stop" if cut == stop else "role_marker"
         text, num_tokens = text[:cut], len(answer)
         # a token that is only partly in the text does not count
-        while num_tokens and len(decode(tokenizer, answer[:num_tokens])) > cut:
+        while num_tokens and len(decoded(answer[:num_tokens])) > cut:
             num_tokens -= 1
     return {"text": text, "logp": sum(generated.logps[:num_tokens]), "num_tokens": num_tokens, "end": end}
 
