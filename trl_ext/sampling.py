@@ -72,9 +72,10 @@ class SamplingConfig:
         sampling_seed (`int`, *optional*, defaults to `42`): of the random numbers.
         sampling_engine (`str`, *optional*, defaults to `"transformers"`):
             `"transformers"`, in the processes of the run; or `"vllm"`, in a process and an environment of its own,
-            for each of them. Both compute each prompt once for all its candidates.
-        sampling_batch_size (`int`, *optional*, defaults to `64`): candidates in the making at a time, per process.
-            Their texts differ: vLLM draws its random numbers in its own way.
+            for each of them. Both compute each prompt once for all its candidates. Their texts differ: vLLM draws its
+            random numbers in its own way.
+        sampling_batch_size (`int`, *optional*, defaults to `64`): candidates in the making at a time, per process,
+            with `"transformers"`; vLLM decides for itself.
         vllm_python (`str`, *optional*): the Python interpreter of an environment with vLLM.
         vllm_args (`dict` or `str`, *optional*): further arguments of `vllm.LLM`, a dict or JSON, such as
             `gpu_memory_utilization`.
@@ -116,6 +117,9 @@ class SamplingConfig:
         def refuse(name: str, why: str) -> None:
             raise ValueError(f"{name}={getattr(self, name)!r}: {why}")
 
+        for name in ("stop_strings", "role_markers"):
+            if isinstance(getattr(self, name), str):  # a string is a sequence of strings, of its letters
+                setattr(self, name, [getattr(self, name)])
         for name in ("num_candidates", "max_new_tokens", "sampling_batch_size"):
             if getattr(self, name) < 1:
                 refuse(name, "there is nothing to sample. Set it to 1 or more.")
@@ -502,7 +506,7 @@ def sample_candidates(
     config: SamplingConfig,
     folder: str | Path,
     *,
-    mix_in: Sequence[str] = (),
+    mix_in: str | Sequence[str] = (),
     keep_empty: bool = False,
     model_init_kwargs: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
@@ -521,7 +525,7 @@ def sample_candidates(
             and `chat_template_kwargs` go to the chat template, as in training.
         config ([`SamplingConfig`]): how to sample.
         folder (`str` or `Path`): where shards are kept; all processes must see it.
-        mix_in (`Sequence[str]`): columns of `rows` with further answers, a text or list of messages each
+        mix_in (`str` or `Sequence[str]`): columns of `rows` with further answers, a text or list of messages each
             (`"chosen"`, `"rejected"`) or a list of them (`"completions"`). They follow the sampled ones. Messages may
             repeat the prompt in front; what says nothing is left out.
         keep_empty (`bool`, defaults to `False`): keep answers that say nothing, to be scored like others.
@@ -543,6 +547,7 @@ def sample_candidates(
         FileExistsError: `folder` holds candidates of another model, other prompts or other settings.
     """
     state, folder = process_state(), Path(folder)
+    mix_in = [mix_in] if isinstance(mix_in, str) else mix_in
     _check_rows(rows, mix_in)
     if shard_size < 1:
         raise ValueError(f"shard_size={shard_size}: set it to 1 or more.")
