@@ -46,8 +46,27 @@ from .data import _says_something, _without_empty_keys, tokenize_candidates
 logger = logging.getLogger(__name__)
 
 ENGINES = ("transformers", "vllm")
-# settings that change how fast it goes and not what comes out
+# settings that change how fast it goes and not what comes out; `vllm_args` are looked at one by one
 WITHOUT_EFFECT = ("sampling_batch_size", "vllm_python", "vllm_args")
+VLLM_ARGS_WITHOUT_EFFECT = (
+    "block_size", "cpu_offload_gb", "disable_custom_all_reduce", "disable_log_stats", "distributed_executor_backend",
+    "download_dir", "enable_chunked_prefill", "enable_prefix_caching", "enforce_eager", "gpu_memory_utilization",
+    "kv_cache_memory_bytes", "max_num_batched_tokens", "max_num_seqs", "num_gpu_blocks_override",
+    "pipeline_parallel_size", "swap_space", "tensor_parallel_size",
+)  # fmt: skip
+
+MOST_PROMPTS_PER_SHARD = 64
+
+# files of a model's folder, besides its weights, that can change what it answers
+CONFIG_FILES = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json")
+MODEL_FILES = (
+    *CONFIG_FILES, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "chat_template.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.tiktoken",
+    "*.py",
+)  # fmt: skip
+NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
+# what configs say about where they came from, which is another thing after a move or another save
+ORIGIN_KEYS = ("_name_or_path", "name_or_path", "base_model_name_or_path", "transformers_version")
 
 
 @dataclass
@@ -657,21 +676,39 @@ def _check_identity(folder, model_name_or_path, rows, config, tokenizer, shard_s
 
 def model_fingerprint(model_name_or_path: str | Path) -> str:
     """
-    What identifies a model: a hash over the weights of a local one, its name for one of the Hub.
+    What identifies a model: for a local one a hash over its weights, its configuration and its tokenizer, and those of
+    its base if it is an adapter; for one of the Hub its name.
 
-    The same for equal weights in another folder, and different once a single one changes.
+    The same for equal files in another folder, and different once something changes that its answers depend on.
     """
     folder = Path(model_name_or_path)
     if not folder.is_dir():
         return str(model_name_or_path)
     digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("adapter_config.json")]):
-        if file.name in ("training_args.bin", "optimizer.bin", "scheduler.bin"):
-            continue
-        digest.update(file.name.encode())
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    files = {file for pattern in ("*.safetensors", "*.bin", *MODEL_FILES) for file in folder.glob(pattern)}
+    for file in sorted(file for file in files if file.name not in NO_WEIGHTS):
+        digest.update(f"{file.name} {file_digest(file)}\n".encode())
+    if (folder / "adapter_config.json").is_file():
+        adapter = json.loads((folder / "adapter_config.json").read_text())
+        base = adapter.get("base_model_name_or_path")
+        if base is not None and Path(base).resolve() != folder.resolve():
+            digest.update(f"base {model_fingerprint(base)}\n".encode())
     return f"sha256:{digest.hexdigest()}"
+
+
+def file_digest(file: Path) -> str:
+    """The SHA-256 of a file; of a model's config without what it says about where the model came from."""
+    status = file.stat()
+    return _file_digest(str(file.absolute()), status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)  # stages come back to the same models again and again
+def _file_digest(path: str, size: int, modified: int) -> str:
+    with open(path, "rb") as opened:
+        if Path(path).name in CONFIG_FILES:
+            content = {key: value for key, value in json.load(opened).items() if key not in ORIGIN_KEYS}
+            return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def load_causal_lm(model_name_or_path: str | Path, **model_init_kwargs) -> PreTrainedModel:
