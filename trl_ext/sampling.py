@@ -97,7 +97,7 @@ class SamplingConfig:
             with `"transformers"`; vLLM decides for itself.
         vllm_python (`str`, *optional*): the Python interpreter of an environment with vLLM.
         vllm_args (`dict` or `str`, *optional*): further arguments of `vllm.LLM`, a dict or JSON, such as
-            `gpu_memory_utilization`.
+            `gpu_memory_utilization`. With `max_model_len`, prompts are skipped that do not fit into it with an answer.
 
     Raises:
         ValueError: a value out of its range.
@@ -165,6 +165,11 @@ class SamplingConfig:
                 self.vllm_args = json.loads(self.vllm_args)
             except json.JSONDecodeError as error:
                 refuse("vllm_args", f"not JSON ({error}). Write it like '{{\"gpu_memory_utilization\": 0.8}}'.")
+        if not isinstance(self.vllm_args, dict | None):
+            refuse("vllm_args", "no names. Write it like '{\"gpu_memory_utilization\": 0.8}'.")
+        longest = (self.vllm_args or {}).get("max_model_len")
+        if longest is not None and (not isinstance(longest, int) or longest <= self.max_new_tokens):
+            refuse("vllm_args", "max_model_len holds prompt and answer: a number of tokens above `max_new_tokens`.")
         if any(not text for text in (*(self.stop_strings or ()), *(self.role_markers or ()))):
             raise ValueError("An empty string in stop_strings or role_markers would cut every answer to nothing.")
 
@@ -187,7 +192,15 @@ class Generated:
 
 
 class Engine(Protocol):
-    """What makes tokens."""
+    """
+    What makes tokens.
+
+    Attributes:
+        max_model_len (`int`, *optional*): longest prompt and answer in tokens that it takes, if it has a limit beside
+            the model's own.
+    """
+
+    max_model_len: int | None
 
     def generate(self, prompt_ids: list[list[int]], seeds: list[list[int]]) -> list[list[Generated]]:
         """Continuations of each prompt, one per seed. A seed is an integer below 2**63."""
@@ -263,6 +276,8 @@ class TransformersEngine:
         config ([`SamplingConfig`]): how.
         segment (`int`, defaults to 32): tokens between two looks at who has ended.
     """
+
+    max_model_len = None
 
     def __init__(
         self,
@@ -493,6 +508,7 @@ class SamplingReport:
             that repeat another one (left out, unless `keep_duplicates`); that reached `max_new_tokens`; that went on
             to speak for somebody else and were cut.
         mean_tokens (`float`): tokens per candidate.
+        dtype (`str`): of the model that was sampled from.
     """
 
     num_prompts: int
@@ -504,11 +520,12 @@ class SamplingReport:
     truncated: float
     cut_at_role_marker: float
     mean_tokens: float
+    dtype: str
 
     def __str__(self) -> str:
         lines = [
-            f"sampled {self.num_candidates} candidates, {self.mean_tokens:.1f} tokens each; {self.num_prompts} "
-            "prompts have at least one",
+            f"sampled {self.num_candidates} candidates in {self.dtype}, {self.mean_tokens:.1f} tokens each; "
+            f"{self.num_prompts} prompts have at least one",
             f"empty {self.empty:.1%}, duplicate {self.duplicate:.1%}, truncated at max_new_tokens "
             f"{self.truncated:.1%}, cut at a role marker {self.cut_at_role_marker:.1%}",
         ]
@@ -529,7 +546,7 @@ def sample_candidates(
     keep_empty: bool = False,
     model_init_kwargs: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
-    shard_size: int = 64,
+    shard_size: int | None = None,
     desc: str = "Sampling",
 ) -> tuple[list[dict[str, Any]], SamplingReport]:
     """
@@ -548,10 +565,11 @@ def sample_candidates(
             (`"chosen"`, `"rejected"`) or a list of them (`"completions"`). They follow the sampled ones. Messages may
             repeat the prompt in front; what says nothing is left out.
         keep_empty (`bool`, defaults to `False`): keep answers that say nothing, to be scored like others.
-        model_init_kwargs (`dict`, *optional*): for loading the model; `dtype` defaults to float32 on CPUs, else
-            to what the checkpoint has.
+        model_init_kwargs (`dict`, *optional*): for loading the model; with vLLM only `dtype` and `revision` count.
+            Without a `dtype` it is float32 on CPUs, else the checkpoint's, with either engine.
         trust_remote_code (`bool`, defaults to `False`): as in transformers.
-        shard_size (`int`, defaults to 64): prompts per shard.
+        shard_size (`int`, *optional*): prompts per shard. By default as many as give every process of the first start
+            equally many shards of at most 64 prompts; kept in the folder. It does not change what is sampled.
         desc (`str`): of the progress bar.
 
     Returns:
@@ -562,19 +580,25 @@ def sample_candidates(
 
     Raises:
         ValueError: no prompts, a column of `mix_in` is missing or has another form than the prompt, prompts that all
-            exceed the model's window.
+            exceed the model's window, or a model without an end token.
         FileExistsError: `folder` holds candidates of another model, other prompts or other settings.
     """
     state, folder = process_state(), Path(folder)
     mix_in = [mix_in] if isinstance(mix_in, str) else mix_in
     _check_rows(rows, mix_in)
-    if shard_size < 1:
+    if shard_size is not None and shard_size < 1:
         raise ValueError(f"shard_size={shard_size}: set it to 1 or more.")
-    model_init_kwargs = model_init_kwargs or {}
-    hub = {"revision": model_init_kwargs.get("revision") or "main", "trust_remote_code": trust_remote_code}
+    hub = {
+        "revision": (model_init_kwargs or {}).get("revision") or "main", "trust_remote_code": trust_remote_code
+    }  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **hub)
+    _check_end_tokens(model_name_or_path, tokenizer, **hub)
+    dtype = sampling_dtype(model_name_or_path, (model_init_kwargs or {}).get("dtype"), **hub)
+    model_init_kwargs = {**(model_init_kwargs or {}), "dtype": dtype}
+    shard_size = _check_identity(
+        folder, model_name_or_path, rows, config, tokenizer, shard_size, dtype, hub["revision"]
+    )  # fmt: skip
     shards = _shards(rows, shard_size)
-    _check_identity(folder, model_name_or_path, rows, config, tokenizer, shard_size, hub["revision"])
     unfinished = [number for number in range(len(shards)) if not _shard_file(folder, number).exists()]
     state.wait_for_everyone()  # all processes have looked before one of them finishes a shard
     mine = unfinished[state.process_index :: state.num_processes]
@@ -588,7 +612,7 @@ def sample_candidates(
         for line in _shard_file(folder, number).read_text().splitlines():
             record = json.loads(line)
             sampled[record["index"]] = record
-    return _assemble(rows, sampled, config, mix_in, keep_empty)
+    return _assemble(rows, sampled, config, mix_in, keep_empty, dtype)
 
 
 def process_state() -> PartialState:
@@ -644,22 +668,32 @@ def write_atomically(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
-def _check_identity(folder, model_name_or_path, rows, config, tokenizer, shard_size, revision: str) -> None:
-    """Write down what the candidates in `folder` are made of; refuse a folder that is made of something else."""
+def _check_identity(
+    folder: Path, model_name_or_path, rows, config: SamplingConfig, tokenizer, shard_size, dtype: str, revision: str
+) -> int:
+    """
+    Write down what the candidates in `folder` are made of; refuse a folder that is made of something else.
+
+    Returns:
+        `int`: prompts per shard.
+    """
     state, file, problem = process_state(), folder / "sampling.json", None
     if state.is_main_process:
+        found = json.loads(file.read_text()) if file.exists() else {}
+        shard_size = shard_size or found.get("shard_size") or _default_shard_size(len(rows), state.num_processes)
         prompts = [[row["prompt"], row.get("tools"), row.get("chat_template_kwargs")] for row in rows]
         is_local = Path(model_name_or_path).is_dir()
         identity = {
             "model": model_fingerprint(model_name_or_path) + ("" if is_local else f"@{revision}"),
             "prompts": hashlib.sha256(json.dumps(prompts, default=str).encode()).hexdigest(),
             "chat_template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
+            "dtype": dtype,
             "shard_size": shard_size,
             **{name: value for name, value in asdict(config).items() if name not in WITHOUT_EFFECT},
+            "vllm_args": {n: v for n, v in (config.vllm_args or {}).items() if n not in VLLM_ARGS_WITHOUT_EFFECT},
         }
         identity = json.loads(json.dumps(identity))  # a tuple is a list there
-        if file.exists():
-            found = json.loads(file.read_text())
+        if found:
             changed = sorted(key for key in identity if identity[key] != found.get(key))
             if changed:
                 problem = (
@@ -669,9 +703,17 @@ def _check_identity(folder, model_name_or_path, rows, config, tokenizer, shard_s
                 )
         else:
             write_atomically(file, json.dumps(identity, indent=2))
-    problems = gather_object([problem]) if state.num_processes > 1 else [problem]
-    if any(problems):
-        raise FileExistsError(next(filter(None, problems)))
+    told = [(problem, shard_size)]
+    problem, shard_size = (gather_object(told) if state.num_processes > 1 else told)[0]  # the main process's
+    if problem is not None:
+        raise FileExistsError(problem)
+    return shard_size
+
+
+def _default_shard_size(num_prompts: int, num_processes: int) -> int:
+    """So that all processes have equally many, and no fuller ones than need be: a shard is one batch or several."""
+    shards_per_process = math.ceil(num_prompts / (num_processes * MOST_PROMPTS_PER_SHARD))
+    return math.ceil(num_prompts / (num_processes * shards_per_process))
 
 
 def model_fingerprint(model_name_or_path: str | Path) -> str:
@@ -725,6 +767,7 @@ def _open_engine(model_name_or_path, tokenizer, config: SamplingConfig, model_in
     if config.sampling_engine == "vllm":
         from .vllm_engine import VllmEngine
 
+        engine_args = {**hub, **(config.vllm_args or {})}
         return VllmEngine(
             str(model_name_or_path),
             python=config.vllm_python,
@@ -733,8 +776,9 @@ def _open_engine(model_name_or_path, tokenizer, config: SamplingConfig, model_in
             top_k=config.top_k,
             max_new_tokens=config.max_new_tokens,
             stop_strings=(*(config.stop_strings or ()), *(config.role_markers or ())),
-            dtype=str(model_init_kwargs.get("dtype") or "auto").removeprefix("torch."),
-            engine_args={**hub, **(config.vllm_args or {})},
+            dtype=model_init_kwargs["dtype"],
+            max_model_len=engine_args.pop("max_model_len", None),
+            engine_args=engine_args,
         )
     return TransformersEngine(load_causal_lm(model_name_or_path, **{**model_init_kwargs, **hub}), tokenizer, config)
 
@@ -743,12 +787,13 @@ def _sample_shards(
     numbers, shards, rows, model_name_or_path, tokenizer, config, folder, model_init_kwargs, hub, desc
 ) -> None:
     state = process_state()
-    window = context_window(model_name_or_path, **hub)
-    if config.vllm_args and "max_model_len" in config.vllm_args:
-        window = min(window or math.inf, config.vllm_args["max_model_len"])
     occurrences = _occurrences(rows)
+    if state.is_main_process:
+        logger.info(f"Sampling from {model_name_or_path} in {model_init_kwargs['dtype']} ({config.sampling_engine})")
     engine = _open_engine(model_name_or_path, tokenizer, config, model_init_kwargs, hub)
     try:
+        limits = [context_window(model_name_or_path, **hub), engine.max_model_len]
+        window = min((limit for limit in limits if limit is not None), default=None)
         total = sum(len(shards[number]) for number in numbers)
         with tqdm(total=total, desc=desc, unit="prompt", disable=not state.is_main_process) as progress:
             tokens, start = 0, time.perf_counter()
@@ -762,11 +807,6 @@ def _sample_shards(
         engine.close()
 
 
-def saved_dtype(model_name_or_path: str | Path) -> str:
-    """The dtype a model's config names for its weights, or "auto"."""
-    return str(AutoConfig.from_pretrained(model_name_or_path).get_text_config().dtype or "auto")
-
-
 def _occurrences(rows: Sequence[dict[str, Any]]) -> list[int]:
     """How many rows with the same prompt come before each."""
     seen: Counter = Counter()
@@ -778,16 +818,49 @@ def _occurrences(rows: Sequence[dict[str, Any]]) -> list[int]:
     return numbers
 
 
-def context_window(
-    model_name_or_path: str | Path, *, revision: str = "main", trust_remote_code: bool = False
-) -> int | None:
+def _whole_model(model_name_or_path: str | Path, revision: str) -> tuple[str, str]:
+    """Name and revision of a model, or of the base of an adapter."""
+    file = Path(model_name_or_path) / "adapter_config.json"
+    if not file.is_file():
+        return str(model_name_or_path), revision
+    adapter = json.loads(file.read_text())
+    return adapter["base_model_name_or_path"], adapter.get("revision") or "main"
+
+
+def _model_config(model_name_or_path: str | Path, *, revision: str = "main", trust_remote_code: bool = False):
+    name, revision = _whole_model(model_name_or_path, revision)
+    return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def context_window(model_name_or_path: str | Path, **hub) -> int | None:
     """Longest sequence in tokens that the model was made for; `None` if its config does not say."""
-    path = Path(model_name_or_path)
-    if (path / "adapter_config.json").is_file():
-        adapter = json.loads((path / "adapter_config.json").read_text())
-        model_name_or_path, revision = adapter["base_model_name_or_path"], adapter.get("revision") or "main"
-    config = AutoConfig.from_pretrained(model_name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    return getattr(_model_config(model_name_or_path, **hub).get_text_config(), "max_position_embeddings", None)
+
+
+def sampling_dtype(model_name_or_path: str | Path, dtype: Any = None, **hub) -> str:
+    """
+    The name of the dtype a model is sampled in: the given one; without one float32 on a CPU, else the checkpoint's, as
+    for `"auto"`. `"auto"` comes back only where the checkpoint's config does not say.
+    """
+    if dtype is None and process_state().device.type == "cpu":
+        return "float32"
+    if dtype in (None, "auto"):
+        config = _model_config(model_name_or_path, **hub)
+        dtype = config.dtype or config.get_text_config().dtype or "auto"
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_end_tokens(model_name_or_path, tokenizer, *, revision: str, trust_remote_code: bool) -> None:
+    """Refuse a model without an end token before its weights are loaded."""
+    if tokenizer.eos_token_id is not None:
+        return
+    name, name_revision = _whole_model(model_name_or_path, revision)
+    try:
+        generation_config = GenerationConfig.from_pretrained(name, revision=name_revision)
+    except OSError:  # it has none of its own; then its config counts
+        config = _model_config(model_name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+        generation_config = GenerationConfig(eos_token_id=getattr(config.get_text_config(), "eos_token_id", None))
+    end_token_ids(generation_config, tokenizer)
 
 
 def template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
@@ -836,7 +909,7 @@ def _finish(generated: Generated, row, prompt_ids: list[int], tokenizer, config:
 
 
 def _assemble(
-    rows, sampled: dict[int, dict], config, mix_in, keep_empty
+    rows, sampled: dict[int, dict], config, mix_in, keep_empty, dtype: str
 ) -> tuple[list[dict[str, Any]], SamplingReport]:
     """Put the candidates to their prompts, leave out what is empty or double, and count."""
     counts: Counter = Counter()
@@ -884,6 +957,7 @@ def _assemble(
         truncated=counts["length"] / total,
         cut_at_role_marker=counts["role_marker"] / total,
         mean_tokens=counts["tokens"] / total,
+        dtype=dtype,
     )
     return assembled, report
 
