@@ -237,8 +237,9 @@ class FunctionScorer:
     Scores completions with a reward function of the kind TRL's `GRPOTrainer` takes.
 
     The function is called once per batch of rows with the keyword arguments `prompts`, `completions`, `completion_ids`
-    (only if the rows have them) and every column of the prompts, such as `answer`. All are lists with one entry per
-    completion: prompts and columns are repeated. It returns one number per completion, or `None` where it does not
+    (only if the rows have them) and every column of the prompts, such as `answer`, but for those whose name begins
+    with an underscore, which are somebody's bookkeeping. All are lists with one entry per completion: prompts and
+    columns are repeated. It returns one number per completion, or `None` where it does not
     apply. It may be async. `trainer_state`, `log_extra` and `log_metric`, which TRL passes too, are left out: there is
     no trainer.
 
@@ -282,7 +283,8 @@ class FunctionScorer:
 
 def _belongs_to_prompt(column: str) -> bool:
     # "completion" is what TRL leaves out as well
-    return column not in (*CANDIDATE_COLUMNS, "prompt", "completion", "games") and not column.startswith("rewards/")
+    known = (*CANDIDATE_COLUMNS, "prompt", "completion", "games")
+    return column not in known and not column.startswith(("rewards/", "_"))
 
 
 def _number(value: Any, what: str, row: int, completion: int) -> float | None:
