@@ -13,7 +13,7 @@ from rich.console import Console
 from tests.conftest import read_jsonl, real_data
 from tests.test_scoring import CANDIDATES, chat
 from trl_ext.data import RowOptions, prepare_dataset
-from trl_ext.ranking import PAIR_RULES, make_pairs, pair_rows, rank_rows, score_report
+from trl_ext.ranking import PAIR_RULES, check_pair_rule, make_pairs, pair_rows, rank_rows, score_report
 from trl_ext.scoring import FunctionScorer, PairwiseScorer, score_rows
 
 
@@ -169,6 +169,17 @@ def test_rows_without_a_pair_are_counted_by_reason():
 
 
 def test_wrong_pair_settings_are_refused():
+    check_pair_rule("tournament", max_pairs=1)
+    for arguments, message in [
+        (("worst", None, 0.5), "rule='worst' is not known. Set it to one of all, best_worst"),
+        (("all", 0, 0.5), "max_pairs=0"),
+        (("likelihood_near", None, float("nan")), "positive_above=nan"),
+    ]:
+        rule, max_pairs, above = arguments
+        with pytest.raises(ValueError, match=message):
+            check_pair_rule(rule, max_pairs=max_pairs, positive_above=above)
+        with pytest.raises(ValueError, match=message):  # before the rows are looked at
+            pair_rows([], rule, max_pairs_per_prompt=max_pairs, positive_above=above)
     with pytest.raises(ValueError, match="rule='worst' is not known. Set it to one of all, best_worst"):
         pair_rows([row_of([1, 0])], "worst")
     with pytest.raises(ValueError, match="max_pairs=0"):

@@ -4,15 +4,18 @@ Candidates: against plain `generate`, against a slow and obvious sampler, and wh
 Run as a script under torchrun, this file is the worker of its own test on two processes.
 """
 
+import hashlib
 import json
 import multiprocessing
 import os
 import shutil
 import statistics
+import string
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,18 +24,31 @@ import transformers
 from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 
 from tests.conftest import REPOSITORY
 from trl_ext.data import tokenize_candidates
 from trl_ext.playground import byte_level_tokenizer
 from trl_ext.sampling import (
+    Generated,
     SamplingConfig,
     TransformersEngine,
+    _default_shard_size,
     candidate_seed,
+    decode,
+    decode_behind,
     keeps_keys_and_values,
+    model_fingerprint,
     prompt_token_ids,
     sample_candidates,
+    sampling_dtype,
     template_kwargs,
 )
 from trl_ext.stages import PRELOADED
@@ -416,6 +432,131 @@ def test_shares_and_duplicates_by_hand(sampler_dir, tmp_path):
         sample_candidates(sampler_dir, PROMPTS[:4], config, tmp_path)
 
 
+# tokenizers that leave out the space at the beginning of what they decode
+
+
+WORDS = ("Sure", "thing", "END", "Human")
+
+
+def sentencepiece_tokenizer(kind, chat_template=None):
+    """Characters with "▁" for a space and some words, as the tokenizers of Llama 1 and 2 ("llama") and of T5 have."""
+    strip = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    merges, characters = [], [character for character in string.printable if not character.isspace()]
+    for word in WORDS:
+        for length in range(1, len(word) + 1):
+            merges.append((("▁" + word)[:length], word[length - 1]))
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *characters]
+    vocabulary += ["".join(merge) for merge in merges]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(vocabulary))}
+    bpe = models.BPE(vocabulary, list(dict.fromkeys(merges)), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(bpe)
+    if kind == "llama":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.decoder = decoders.Sequence(strip)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        metaspace = [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")]
+        tokenizer.decoder = decoders.Sequence(strip if kind == "first" else metaspace)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=chat_template,
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+class Scripted:
+    """An engine that answers what it was told to."""
+
+    max_model_len = None
+
+    def __init__(self, answers):
+        self.answers = answers
+
+    def generate(self, prompt_ids, seeds):
+        return [[Generated(ids, [-1.0] * len(ids), ids[-1] == 2) for ids in self.answers] for _ in prompt_ids]
+
+    def close(self):
+        pass
+
+
+def sample_scripted(folder, monkeypatch, tokenizer, row, answers, **settings):
+    LlamaConfig(max_position_embeddings=512, eos_token_id=2).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    monkeypatch.setattr("trl_ext.sampling._open_engine", lambda *arguments: Scripted(answers))
+    config = SamplingConfig(num_candidates=len(answers), keep_duplicates=True, **settings)
+    rows, _ = sample_candidates(folder / "model", [row], config, folder / "candidates", keep_empty=True)
+    return rows[0]
+
+
+@pytest.mark.parametrize("kind", ["llama", "first", "metaspace"])
+@pytest.mark.parametrize("prompt", ["Human: hi\n\nAssistant:", "Go on: a, b,", "é\n"])
+def test_training_gets_the_sampled_tokens_back(kind, prompt, tmp_path, monkeypatch):
+    tokenizer = sentencepiece_tokenizer(kind)
+    texts = [" Sure thing", "  Sure", "Sure", " é!", "\n Sure", " ", "Human"]
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    assert decode(tokenizer, tokenizer(prompt + " Sure")["input_ids"][len(prompt_ids) :]).lstrip() == "Sure"
+    sampled = []
+    for text in texts:
+        ids = tokenizer(prompt + text)["input_ids"]
+        assert ids[: len(prompt_ids)] == prompt_ids, text
+        sampled.append([*ids[len(prompt_ids) :], 2])
+    row = sample_scripted(tmp_path, monkeypatch, tokenizer, {"prompt": prompt}, sampled)
+    assert row["completions"] == texts
+    assert tokenize_candidates(tokenizer, prompt, row["completions"], eos_token="</s>")[:2] == (prompt_ids, sampled)
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "whole_tokens"),
+    [
+        ("END", " Sure ", " Sure"),
+        (" END", " Sure", " Sure"),
+        ("Sure", " ", ""),
+        (" Sure", "", ""),
+        ("x", " Sure END ", " Sure END "),
+    ],
+)
+def test_a_space_that_is_not_decoded_alone_is_part_of_a_stop_string(stop, text, whole_tokens, tmp_path, monkeypatch):
+    tokenizer, prompt = sentencepiece_tokenizer("llama"), "Assistant:"
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    ids = tokenizer(prompt + " Sure END x")["input_ids"][len(prompt_ids) :]
+    row = sample_scripted(tmp_path, monkeypatch, tokenizer, {"prompt": prompt}, [ids], stop_strings=[stop])
+    assert row["completions"] == [text]
+    pieces = tokenizer.convert_ids_to_tokens(ids[: row["num_tokens"][0]])
+    assert "".join(pieces).replace("▁", " ") == whole_tokens and row["logps"] == [-len(pieces)]
+    # the engine ends the answer by the same text
+    engine = SimpleNamespace(config=SamplingConfig(stop_strings=[stop]), tokenizer=tokenizer, end_ids=[2])
+    assert not TransformersEngine._extend(engine, Generated([], [], False), prompt_ids, ids, [0.0] * len(ids))
+
+
+@pytest.mark.parametrize("kind", ["llama", "first"])
+@pytest.mark.parametrize(
+    ("reply", "content"),
+    [("m.content", " Sure"), ("' ' + m.content", "Sure"), ("' ' + m.content | trim", "Sure"), ("m['no']", "Sure")],
+    ids=["none", "space", "trims", "raises"],
+)
+def test_a_template_may_bring_the_space_along(kind, reply, content, tmp_path, monkeypatch):
+    def with_reply(reply):
+        return (
+            "{% for m in messages %}{% if m.role == 'user' %}Human: {{ m.content }} Assistant:{% else %}"
+            "{{ " + reply + " + '</s>' }}{% endif %}{% endfor %}"
+        )
+
+    tokenizer = sentencepiece_tokenizer(kind, with_reply("' Sure'" if "no" in reply else reply))
+    row = chat({"prompt": "hi"})
+    prompt_ids, (sampled,), _ = tokenize_candidates(tokenizer, row["prompt"], [answer(content)])
+    assert tokenizer.convert_ids_to_tokens(sampled)[-2:] == ["▁Sure", "</s>"] and prompt_ids
+    tokenizer.chat_template = with_reply(reply)
+    row = sample_scripted(tmp_path, monkeypatch, tokenizer, row, [sampled])
+    assert row["completions"] == [answer(content)]
+
+
+def test_byte_level_tokens_are_decoded_as_ever(tokenizer):
+    generator = np.random.default_rng(0)
+    for _ in range(300):
+        ids = generator.integers(0, len(tokenizer), size=generator.integers(0, 12)).tolist()
+        prompt_ids = tokenizer("Fußgängerübergänge: ".encode()[: 2 * len(ids)].decode(errors="ignore"))["input_ids"]
+        assert decode_behind(tokenizer, prompt_ids, ids) == decode(tokenizer, ids)
+
+
 # mixing in
 
 
@@ -432,6 +573,8 @@ def test_answers_of_the_data_join_the_sampled_ones(sampler_dir, unlimited, tmp_p
     # nothing is mixed into what is kept
     rows, _ = sample_candidates(sampler_dir, [row], config, tmp_path)
     assert rows[0]["completions"] == unlimited[1]["completions"]
+    rows, _ = sample_candidates(sampler_dir, [row], config, tmp_path, mix_in="chosen")
+    assert rows[0]["completions"] == [*unlimited[1]["completions"], "4"]
 
 
 def test_conversations_may_repeat_the_prompt(sampler_dir, tmp_path):
@@ -484,7 +627,84 @@ def test_prompts_too_long_for_the_window_are_skipped_and_counted(sampler_dir, tm
         sample_candidates(sampler_dir, rows[1:2], config, tmp_path / "b")
 
 
+class FakeVllm:
+    """Takes what `VllmEngine` takes, and answers with one token."""
+
+    started: list[dict] = []
+
+    def __init__(self, model, **settings):
+        FakeVllm.started.append(settings)
+        self.max_model_len = settings["max_model_len"] or 128
+
+    def generate(self, prompt_ids, seeds):
+        assert all(len(ids) + 28 <= self.max_model_len for ids in prompt_ids)
+        return [[Generated([7, 2], [-1.0, -1.0], True) for _ in row] for row in seeds]
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def fake_vllm(monkeypatch):
+    monkeypatch.setattr("trl_ext.vllm_engine.VllmEngine", FakeVllm)
+    monkeypatch.setattr(FakeVllm, "started", [])
+    kwargs = {"sampling_engine": "vllm", "vllm_python": "python", "num_candidates": 2, "max_new_tokens": 28}
+
+    def config(**vllm_args):
+        return SamplingConfig(**kwargs, vllm_args=vllm_args)
+
+    return config
+
+
+@pytest.mark.parametrize(("limit", "fitting"), [(None, [100, 40, 5]), (68, [40, 5]), (1000, [100, 40, 5])])
+def test_vllm_may_be_given_a_shorter_window(limit, fitting, sampler_dir, tmp_path, fake_vllm):
+    rows = [{"prompt": "x" * length} for length in (100, 40, 5, 101)]
+    config = fake_vllm(**({} if limit is None else {"max_model_len": limit}), enforce_eager=True)
+    sampled, report = sample_candidates(sampler_dir, rows, config, tmp_path)
+    assert [len(row["prompt"]) for row in sampled] == fitting and report.num_too_long == 4 - len(fitting)
+    (settings,) = FakeVllm.started
+    assert settings["max_model_len"] == limit and settings["dtype"] == "float32"
+    assert settings["engine_args"] == {"revision": "main", "trust_remote_code": False, "enforce_eager": True}
+
+
 # models and prompts
+
+
+def test_the_dtype_is_the_same_for_all_engines_and_said(sampler_dir, tmp_path, monkeypatch):
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(sampler_dir, dtype=torch.bfloat16).save_pretrained(half)
+    byte_level_tokenizer().save_pretrained(half)
+    given = [None, "auto", "float16", torch.float16]
+    assert [sampling_dtype(half, dtype) for dtype in given] == ["float32", "bfloat16", "float16", "float16"]
+    config = SamplingConfig(num_candidates=1, max_new_tokens=3)
+    seen, load = [], AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *a, **k: seen.append(load(*a, **k)) or seen[-1]
+    )
+    for dtype, name in [(None, "float32"), ("auto", "bfloat16")]:
+        folder = tmp_path / name
+        _, report = sample_candidates(half, PROMPTS[:2], config, folder, model_init_kwargs={"dtype": dtype})
+        assert seen[-1].dtype == getattr(torch, name)
+        assert report.dtype == name and f"candidates in {name}, " in str(report)
+    with pytest.raises(FileExistsError, match="something else: dtype was 'bfloat16' and is 'float32'. Go on"):
+        sample_candidates(half, PROMPTS[:2], config, tmp_path / "bfloat16")
+    monkeypatch.setattr("trl_ext.sampling.process_state", lambda: SimpleNamespace(device=torch.device("cuda")))
+    assert [sampling_dtype(model) for model in (half, sampler_dir)] == ["bfloat16", "float32"]
+
+
+def test_a_model_that_never_ends_is_refused_before_its_weights_are_read(tmp_path):
+    tokenizer = byte_level_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    LlamaConfig(eos_token_id=None).save_pretrained(tmp_path / "model")  # and nothing else
+    with pytest.raises(ValueError, match="Neither the model's generation config nor the tokenizer has an end-of-seq"):
+        sample_candidates(tmp_path / "model", PROMPTS, SamplingConfig(), tmp_path / "candidates")
+    assert not (tmp_path / "candidates").exists()
+    for ends in (GenerationConfig(eos_token_id=3), LlamaConfig(eos_token_id=[3])):  # in either place
+        ends.save_pretrained(tmp_path / "model")
+        with pytest.raises(OSError, match="no file named|safetensors"):  # the weights come next
+            sample_candidates(tmp_path / "model", PROMPTS, SamplingConfig(), tmp_path / type(ends).__name__)
+        (tmp_path / "model" / "generation_config.json").unlink(missing_ok=True)
 
 
 def test_an_adapter_is_sampled_from(sampler_dir, tokenizer, unlimited, tmp_path):
@@ -589,7 +809,7 @@ def test_a_folder_of_something_else_is_refused(sampler_dir, tmp_path, unlimited)
         ((tmp_path / "other-template", PROMPTS, config), {}, "something else: chat_template was '.*' and is '.*'. Go"),
         ((sampler_dir, PROMPTS[:5], config), {}, "something else: prompts was [^,]*. Go on with what they were"),
         ((sampler_dir, PROMPTS, vllm), {}, "something else: sampling_engine was 'transformers' and is 'vllm'. Go on"),
-        ((sampler_dir, PROMPTS, config), {"shard_size": 3}, "something else: shard_size was 64 and is 3. Go on"),
+        ((sampler_dir, PROMPTS, config), {"shard_size": 3}, "something else: shard_size was 12 and is 3. Go on"),
         (
             (sampler_dir, PROMPTS, SamplingConfig(**changed)), {},
             r"role_markers was \['.*'\] and is None, sampling_seed was 42 and is 7, temperature was 1.0 and is 0.5",
@@ -603,6 +823,95 @@ def test_a_folder_of_something_else_is_refused(sampler_dir, tmp_path, unlimited)
     assert rows[3]["completions"] == [*unlimited[3]["completions"], PROMPTS[3]["prompt"]]
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
     assert shard_files(folder) == files
+
+
+def changed_files(folder):
+    """Copies of a model, each with something else in one file, and whether its answers may depend on it."""
+
+    def replace(file, old, new):
+        text = file.read_text()
+        assert old in text
+        file.write_text(text.replace(old, new, 1))
+
+    config = json.loads((folder / "config.json").read_text())
+    for name, change, counts in [
+        ("config.json", lambda file: file.write_text(json.dumps({**config, "rope_theta": 7.0})), True),
+        ("config.json", lambda file: file.write_text(json.dumps({**config, "_name_or_path": "/elsewhere"})), False),
+        ("generation_config.json", lambda file: file.write_text('{"eos_token_id": [2, 9]}'), True),
+        ("tokenizer.json", lambda file: replace(file, '"use_regex": false', '"use_regex": true'), True),
+        ("tokenizer_config.json", lambda file: replace(file, "<|pad|>", "<|im_start|>"), True),
+        ("chat_template.jinja", lambda file: file.write_text("another"), True),
+        ("modeling_own.py", lambda file: file.write_text("another"), True),
+        ("training_args.bin", lambda file: file.write_text("another"), False),
+        ("trainer_state.json", lambda file: file.write_text("{}"), False),
+        ("README.md", lambda file: file.write_text("another"), False),
+    ]:
+        copy = folder.with_name(f"{folder.name}-{name}-{counts}")
+        shutil.copytree(folder, copy)
+        change(copy / name)
+        yield name, copy, counts
+
+
+def test_a_model_is_known_by_all_its_answers_depend_on(sampler_dir, tokenizer, tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    shutil.copytree(sampler_dir, model)
+    fingerprint = model_fingerprint(model)
+    for name, copy, counts in changed_files(model):
+        assert (model_fingerprint(copy) != fingerprint) == counts, name
+    base = AutoModelForCausalLM.from_pretrained(model)
+    get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    before = model_fingerprint(tmp_path / "adapter")
+    shutil.copytree(model, tmp_path / "moved")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "moved")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    assert model_fingerprint(tmp_path / "adapter") == before, "an equal base in another folder"
+    base.lm_head.weight.data[5, 5] += 1e-3
+    base.save_pretrained(tmp_path / "moved")
+    assert model_fingerprint(tmp_path / "adapter") != before, "another base"
+    # and each file is read once, until it is another
+    read, digest = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, *a: read.append(Path(file.name).name) or digest(file, *a))
+    assert model_fingerprint(model) == fingerprint and not read
+    os.utime(model / "model.safetensors", ns=(1, 1))
+    assert model_fingerprint(model) == fingerprint and read == ["model.safetensors"]
+
+
+def test_only_some_arguments_of_vllm_may_change(sampler_dir, tmp_path, fake_vllm):
+    first = fake_vllm(gpu_memory_utilization=0.5, quantization="fp8")
+    rows, _ = sample_candidates(sampler_dir, PROMPTS, first, tmp_path)
+    other = fake_vllm(quantization="fp8", enforce_eager=True, max_num_seqs=7)
+    assert sample_candidates(sampler_dir, PROMPTS, other, tmp_path)[0] == rows
+    for given in ({}, {"quantization": "fp8", "max_model_len": 100}, {"quantization": "fp8", "tokenizer": "other"}):
+        with pytest.raises(FileExistsError, match=r"something else: vllm_args was \{'quantization': 'fp8'\} and is"):
+            sample_candidates(sampler_dir, PROMPTS, fake_vllm(**given), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("num_prompts", "num_processes", "size"),
+    [(1, 1, 1), (64, 1, 64), (65, 1, 33), (128, 8, 16), (3, 8, 1), (1000, 2, 63), (10**6, 8, 64)],
+)
+def test_every_process_gets_its_share_of_shards(num_prompts, num_processes, size):
+    assert _default_shard_size(num_prompts, num_processes) == size <= 64
+    num_shards = -(-num_prompts // size)
+    assert num_prompts < num_processes or num_shards >= num_processes
+    assert -(-num_shards // num_processes) == -(-num_prompts // (64 * num_processes)), "no more rounds than need be"
+
+
+def test_shards_are_as_they_were_begun(sampler_dir, unlimited, tmp_path):
+    sample_candidates(sampler_dir, PROMPTS, SamplingConfig(**SETTINGS), tmp_path, shard_size=5)
+    (tmp_path / "shards" / "00001.jsonl").unlink()
+    files = shard_files(tmp_path)
+    rows, _ = sample_candidates(sampler_dir, PROMPTS, SamplingConfig(**SETTINGS), tmp_path)
+    assert by_number(rows) == by_number(unlimited)
+    assert len(files) == 2 and shard_files(tmp_path).items() > files.items()
+
+
+def test_a_string_is_one_string():
+    config = SamplingConfig(stop_strings="END", role_markers="\nUser:")
+    assert (config.stop_strings, config.role_markers) == (["END"], ["\nUser:"])
+    with pytest.raises(ValueError, match="An empty string in stop_strings"):
+        SamplingConfig(stop_strings="")
 
 
 @pytest.mark.parametrize(
@@ -624,6 +933,14 @@ def test_a_folder_of_something_else_is_refused(sampler_dir, tmp_path, unlimited)
         (
             {"vllm_args": "{x", "sampling_engine": "vllm", "vllm_python": "python"},
             "vllm_args='{x': not JSON .*. Write it like",
+        ),
+        (
+            {"vllm_args": "[1]", "sampling_engine": "vllm", "vllm_python": "python"},
+            r"vllm_args=\[1\]: no names. Write it like",
+        ),
+        (
+            {"vllm_args": {"max_model_len": 128}, "sampling_engine": "vllm", "vllm_python": "python"},
+            "vllm_args={'max_model_len': 128}: max_model_len holds prompt and answer: .* above `max_new_tokens`",
         ),
         ({"stop_strings": [""]}, "An empty string in stop_strings or role_markers would cut every answer to nothing"),
         ({"role_markers": ["a", ""]}, "An empty string in stop_strings or role_markers"),

@@ -29,8 +29,11 @@ from trl_ext.scoring import (
     PairwiseScorer,
     RankerModelJudge,
     RewardModelScorer,
+    ScorerConfig,
     ScoringError,
+    as_text,
     build_scorers,
+    check_scorers,
     combine,
     load_judge,
     load_reward_function,
@@ -75,6 +78,7 @@ def test_function_gets_what_trl_gives_it():
 
     rows = [{**row, "completion_ids": [[7]] * len(row["completions"])} for row in CANDIDATES[:2]]
     rows = [{**row, "logps": None, "sources": ["s"] * len(row["completions"]), "level": 3} for row in rows]
+    rows = [{**row, "_number": 7} for row in rows]  # somebody's bookkeeping, which stays theirs
     assert FunctionScorer(reward)(rows) == [[1.0, 0.0, 0.0], [1.0, 0.0]]
     assert seen == {
         "prompts": ["What is 2 + 2? "] * 3 + ["Say yes. "] * 2,
@@ -469,11 +473,19 @@ def test_ranker_model_runs_a_tournament_and_counts_what_it_cut(tmp_path, caplog)
     assert scorer.counts == {"games": 5, "texts cut on the left at max_length=64": 5}
 
 
-def test_several_messages_are_shown_with_their_roles():
-    from trl_ext.scoring import _as_text
-
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": [{"type": "text", "text": "ho"}]}]
-    assert _as_text(messages) == "user: hi\n\nassistant: ho" and _as_text(messages[1:]) == "ho"
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        ("as it is", "as it is"),
+        (None, ""),
+        ([], ""),
+        ([{"role": "assistant", "content": None}], ""),
+        ([{"role": "assistant", "content": [{"type": "text", "text": "h"}, {"type": "image"}, "o"]}], "ho"),
+        ([{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}], "user: hi\n\nassistant: "),
+    ],
+)
+def test_messages_as_text(messages, text):
+    assert as_text(messages) == text
 
 
 def test_unusable_judges_are_refused(model_dir):
@@ -522,6 +534,113 @@ def test_errors_name_the_row_of_the_whole_data():
         score_rows(rows, [scorer], batch_size=2)
 
 
+def test_errors_of_whole_data_name_the_prompt():
+    scorer = FunctionScorer(lambda prompts, **kwargs: [None for _ in prompts], "nothing")
+    with pytest.raises(ScoringError, match="row 0, completion 0: every .* The prompt is 'What is 2"):
+        score_rows(CANDIDATES, [scorer])
+    with pytest.raises(RuntimeError, match="first of which is 'Go on") as caught:
+        score_rows([*CANDIDATES[:2] * 2, CANDIDATES[2]], [FunctionScorer(raises_on_the_third, "r")], batch_size=2)
+    assert caught.value.__notes__ == ["Rows 4 to 4 were being scored."]
+
+
+def raises_on_the_third(prompts, **kwargs):
+    return [1 / (prompt != CANDIDATES[2]["prompt"]) for prompt in prompts]
+
+
+MANY = [{"prompt": f"{i} ", "completions": [str(i * j) for j in range(1, 3 + i % 4)], "x": i} for i in range(10)]
+
+
+def write_service(file, breaks_at, extra=""):
+    """A reward function that writes down whom it was asked about, and breaks down at a row."""
+    file.write_text(
+        "from pathlib import Path\n"
+        "def score(prompts, completions, x, **kwargs):\n"
+        f"    with Path({str(file.with_name('calls'))!r}).open('a') as calls:\n"
+        "        calls.write(''.join(f'{i} ' for i in dict.fromkeys(x)))\n"
+        f"    if {breaks_at} in x:\n"
+        "        raise ConnectionError('the service is down')\n"
+        f"    return [float(len(c) + i{extra}) for c, i in zip(completions, x)]\n"
+        "def judge(prompts, completions):\n"
+        "    return [0 if len(first) > len(second) else 1 if len(first) < len(second) else -1\n"
+        "            for first, second in completions]\n"
+    )
+
+
+def scorers_of(file):
+    """As another process would load them."""
+    for name in [name for name in sys.modules if name.startswith(f"trl_ext_{file.stem}_")]:
+        del sys.modules[name]
+    return build_scorers([f"{file}:score"], judge=f"{file}:judge")
+
+
+def calls(file):
+    called = file.with_name("calls").read_text().split()
+    file.with_name("calls").unlink()
+    return list(map(int, called))
+
+
+def test_a_scoring_that_breaks_down_goes_on_where_it_was(tmp_path, caplog):
+    file, folder, weights = tmp_path / "service.py", tmp_path / "scores", [1, 2]
+    write_service(file, breaks_at=None)
+    scorers = scorers_of(file)
+    expected = score_rows(MANY, scorers, weights, batch_size=3)
+    expected_counts = [getattr(scorer, "counts", None) for scorer in scorers]
+    assert calls(file) == list(range(10)) and expected_counts[1]["games"] > expected_counts[1].total() / 2
+
+    write_service(file, breaks_at=7)
+    with pytest.raises(RuntimeError, match="'score' raised ConnectionError: the service is down") as caught:
+        score_rows(MANY, scorers_of(file), weights, batch_size=3, folder=folder)
+    assert calls(file) == list(range(9))
+    (place,) = folder.iterdir()
+    assert caught.value.__notes__[-1] == (
+        f"What was scored before is kept in {place}: the same call goes on from there."
+    )
+    assert "has changed" not in caplog.text
+    # mended, as the judge says in its file; the scores of the first six are kept
+    write_service(file, breaks_at=None)
+    scorers = scorers_of(file)
+    with caplog.at_level(logging.WARNING, "trl_ext.scoring"):
+        assert score_rows(MANY, scorers, weights, batch_size=3, folder=folder) == expected
+    assert calls(file) == [6, 7, 8, 9]
+    assert (
+        f"A reward function has changed. What it had scored before is kept, 2 of 4 portions in {place}" in caplog.text
+    )
+    assert [getattr(scorer, "counts", None) for scorer in scorers] == expected_counts
+    # once finished, nothing is asked again, whatever the weights
+    again = score_rows(MANY, scorers_of(file), [3, 2], batch_size=3, folder=folder)
+    assert not file.with_name("calls").exists()
+    assert again == score_rows(MANY, scorers_of(file), [3, 2], batch_size=3) != expected
+    calls(file)
+    # other rows are another matter, and so is a function that was changed after it had finished
+    others = [{**row, "x": row["x"] + 1} for row in MANY]
+    assert score_rows(others, scorers_of(file), weights, batch_size=3, folder=folder) != expected
+    assert calls(file) == list(range(1, 11)) and len(list(folder.iterdir())) == 2
+    write_service(file, breaks_at=None, extra=" + 1")
+    changed = score_rows(MANY, scorers_of(file), weights, batch_size=3, folder=folder)
+    assert calls(file) == list(range(10))
+    assert [row["scores"][0] - 1 for row in changed] == [row["scores"][0] for row in expected]
+    # what is somebody's bookkeeping is not looked at
+    noted = [{**row, "_number": 3} for row in MANY]
+    kept = score_rows(noted, scorers_of(file), weights, batch_size=3, folder=folder)
+    assert kept == [{**row, "_number": 3} for row in changed] and not file.with_name("calls").exists()
+
+
+def test_games_and_scores_of_models_are_kept(reward_model_dir, tmp_path):
+    judge = f"{tmp_path}/service.py:judge"
+    write_service(tmp_path / "service.py", breaks_at=None)
+    for names in ({"judge": judge}, {"rewards": reward_model_dir}):
+        first = score_rows(MANY, build_scorers(**names), folder=tmp_path / "scores")
+        (scorer,) = build_scorers(**names)
+        vars(scorer)["judge" if "judge" in names else "model"] = None  # nobody to ask
+        assert score_rows(MANY, [scorer], folder=tmp_path / "scores") == first
+        assert ("games" in first[0]) == ("judge" in names) and scorer.counts
+    other = build_scorers(reward_model_dir, max_length=3)
+    assert score_rows(MANY, other, folder=tmp_path / "scores") != first
+    (scorer,) = build_scorers(judge=judge, seed=43)
+    score_rows(MANY, [scorer], folder=tmp_path / "scores")
+    assert len(list((tmp_path / "scores").iterdir())) == 4
+
+
 def test_games_are_kept_only_if_the_judge_decides_alone():
     judge = PairwiseScorer(longer_is_better)
     assert "games" in score_rows(CANDIDATES, [judge])[0]
@@ -548,6 +667,59 @@ def test_scorers_are_built_by_name(reward_model_dir, tmp_path):
     ]:
         with pytest.raises(error, match=message):
             build_scorers(*arguments)
+
+
+def test_what_cannot_score_is_found_before_anything_is_loaded(reward_model_dir, model_dir, tmp_path, monkeypatch):
+    function, judge = "tests.test_scoring:length_reward", "tests.test_scoring:longer_is_better"
+    ranker = str(save_reward_model(tmp_path / "ranker", architecture=LlamaForCausalLM))
+    two = str(save_reward_model(tmp_path / "two", num_labels=2))
+    (tmp_path / "r.py").write_text("def needs(prompts, completions, solution): ...\n")
+    needs = f"{tmp_path}/r.py:needs"
+    for name in ("ranker", "two"):  # no weights are looked at
+        (tmp_path / name / "model.safetensors").unlink()
+
+    def no_weights(*arguments, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(LlamaForSequenceClassification, "from_pretrained", no_weights)
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", no_weights)
+    check_scorers(function)
+    check_scorers([function, reward_model_dir], [1, -0.5], judge=None, columns=["answer", "_number"])
+    check_scorers(judge=judge, columns=["solution"])
+    check_scorers(needs, columns=["prompt", "solution", "_number"])
+    check_scorers(judge=ranker, **ScorerConfig().scorer_options())
+    check_scorers([function], [0.5, 2], judge=ranker)
+    for arguments, options, error, message in [
+        ((["tests.test_scoring:lenght_reward"],), {}, ImportError, "has no 'lenght_reward'. Did you mean length_rew"),
+        ((function, [1, 2]), {}, ValueError, "2 weights are given for 1 scorers"),
+        ((function, [0]), {}, ValueError, "All weights are 0, so that all scores are equal"),
+        (((), [1]), {"judge": judge}, ValueError, r"Weights are given \(1\) and the judge .* scores alone: .* Leave"),
+        ((function, [1, -1]), {"judge": judge}, ValueError, "weight of the judge .* is -1: who wins its games would"),
+        ((), {}, ValueError, "There is nothing to score with"),
+        ((needs,), {"columns": ["answer"]}, TypeError, "r.py:needs' is called with .* prompts, completions, answer, "),
+        ((), {"judge": needs}, TypeError, "The judge .*missing a required argument: 'solution'"),
+        ((str(tmp_path / "none"),), {}, FileNotFoundError, "The reward .* looks like a folder, and there is none"),
+        ((), {"judge": str(tmp_path / "none")}, FileNotFoundError, "The judge .* looks like a folder, and there is n"),
+        ((two,), {}, ValueError, "has num_labels=2"),
+        ((model_dir,), {}, ValueError, "is a judge, not a reward model"),
+        ((), {"judge": reward_model_dir}, ValueError, "is a LlamaForSequenceClassification, which predicts no next"),
+        ((reward_model_dir,), {"max_length": 129}, ValueError, "max_length=129, and .* has only 128 positions"),
+        ((reward_model_dir,), {"batch_size": 0}, ValueError, "batch_size=0: set it to 1 or more"),
+        ((reward_model_dir,), {"dtype": "float23"}, ValueError, "dtype='float23' is not known"),
+    ]:
+        with pytest.raises(error, match=message):
+            check_scorers(*arguments, **options)
+
+
+def test_a_judge_alone_is_not_weighed():
+    with pytest.raises(ValueError, match="the judge 'longer_is_better' scores alone"):
+        score_rows(CANDIDATES, [PairwiseScorer(longer_is_better)], [-1.0])
+
+
+def test_options_of_models_that_score(reward_model_dir):
+    options = ScorerConfig(reward_batch_size=3, reward_dtype="bfloat16", reward_max_length=17).scorer_options()
+    (scorer,) = build_scorers(reward_model_dir, **options)
+    assert (scorer.batch_size, scorer.max_length, scorer.model.dtype) == (3, 17, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -599,6 +771,7 @@ def work(folder, reward_model_dir, state):
     seen = {
         "scored": score_rows(rows, scorers, [1.0, 0.5, 2.0], batch_size=3),
         "games": score_rows(rows, scorers[2:], batch_size=3),
+        "kept": score_rows(rows, scorers, [1.0, 0.5, 2.0], batch_size=3, folder=Path(folder) / "kept"),
         "counts": [getattr(scorer, "counts", {}) for scorer in scorers],
     }
     try:
@@ -616,6 +789,10 @@ def test_two_processes_score_exactly_as_one(reward_model_dir, tmp_path):
         work(tmp_path, reward_model_dir, PartialState())
     finally:
         torch.set_num_threads(num_threads)
+    (place,) = (tmp_path / "kept").iterdir()
+    portions = {file.name: file.stat().st_mtime_ns for file in sorted(place.glob("0*.json"))}
+    (place / "00001.json").unlink()  # two processes go on with what one has begun
+    (place / "00002.json").unlink()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
@@ -627,9 +804,12 @@ def test_two_processes_score_exactly_as_one(reward_model_dir, tmp_path):
     assert (alone["world"], first["world"], second["world"]) == (1, 2, 2)
     assert "on another process (process 1, RuntimeError: The reward function 'fails_on" in first["error"]
     assert second["error"].startswith("The reward function 'fails_on_the_second_process' raised ZeroDivisionError")
-    for name in ("scored", "games", "counts"):
+    for name in ("scored", "games", "kept", "counts"):
         assert alone[name] == first[name] == second[name], name
-    assert len(alone["scored"]) == 11 and alone["counts"][2]["games"] == 2 * sum(i % 5 for i in range(11))
+    assert len(alone["scored"]) == 11 and alone["counts"][2]["games"] == 3 * sum(i % 5 for i in range(11))
+    assert alone["kept"] == alone["scored"] and list(portions) == [f"0000{number}.json" for number in range(4)]
+    now = {file.name: file.stat().st_mtime_ns for file in sorted(place.glob("0*.json"))}
+    assert [name for name in portions if portions[name] != now[name]] == ["00001.json", "00002.json"]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from trl_ext.playground import save_byte_level_model
+from trl_ext.sampling import SamplingConfig, sample_candidates
 from trl_ext.vllm_engine import VllmEngine, worker_environment
 
 VLLM_PYTHON = os.environ.get("TRL_EXT_VLLM_PYTHON")
@@ -228,6 +229,43 @@ class TestGreedy:
             engine.generate([[1]], [[-1]])
         assert engine.generate([], []) == []
         assert engine.generate([[1], [2]], [[], [3]])[0] == []  # and it still works
+
+
+@needs_vllm
+def test_candidates_of_both_engines_are_the_same(large_weights, tmp_path):
+    """Greedy rows, with a stop string, a role marker, and prompts too long for the model or for vLLM alone."""
+    directory, model, end_ids = large_weights
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    texts = [bytes(prompt).decode() for prompt in PROMPTS]
+    whole = [greedy(model, tokenizer(text)["input_ids"], end_ids, 24)[0] for text in texts]
+    decoded = [tokenizer.decode(ids, skip_special_tokens=True) for ids in whole]
+    letters = [next(c for c in text[3:] if c.isascii() and c.isprintable()) for text in decoded[1:3]]
+    rows = [{"prompt": text, "number": n} for n, text in enumerate([*texts, "x" * 489, "y" * 233, "z" * 232])]
+    settings = {
+        "num_candidates": 1, "temperature": 0.0, "max_new_tokens": 24, "stop_strings": letters[0],
+        "role_markers": letters[1],
+    }  # fmt: skip
+    ours, report = sample_candidates(
+        directory, rows, SamplingConfig(**settings), tmp_path / "ours", keep_empty=True,
+        model_init_kwargs={"dtype": "float32"},
+    )  # fmt: skip
+    config = SamplingConfig(
+        **settings, sampling_engine="vllm", vllm_python=VLLM_PYTHON, vllm_args={**FAST_START, "max_model_len": 256}
+    )
+    theirs, other = sample_candidates(
+        directory, rows, config, tmp_path / "theirs", keep_empty=True, model_init_kwargs={"dtype": "float32"}
+    )
+    assert [row["number"] for row in ours] == [0, 1, 2, 3, 5, 6] and report.num_too_long == 1
+    assert [row["number"] for row in theirs] == [0, 1, 2, 3, 6] and other.num_too_long == 2
+    for one, same in zip([row for row in ours if row["number"] != 5], theirs, strict=True):
+        assert one["logps"] == pytest.approx(same["logps"], abs=1e-3)  # sums over 24 tokens, 1e-5 each
+        assert {**one, "logps": None} == {**same, "logps": None}
+    cuts = [len(row["completions"][0]) < len(text) for row, text in zip(ours, decoded, strict=False)]
+    assert cuts[1] and cuts[2] and report.cut_at_role_marker, "something was cut"
+    again, _ = sample_candidates(
+        directory, rows, config, tmp_path / "theirs", keep_empty=True, model_init_kwargs={"dtype": "float32"}
+    )
+    assert again == theirs
 
 
 @needs_vllm

@@ -92,20 +92,15 @@ def perplexity(logps: Sequence[tuple[float, int]]) -> float:
     return math.exp(-sum(total for total, _ in logps) / max(sum(length for _, length in logps), 1))
 
 
-def distinct_n(texts: Sequence[str], n: int, characters: bool = False) -> float:
+def distinct_n(texts: Sequence[str], n: int) -> float:
     """
     Share of different n-grams among all n-grams of the answers, 0 to 1; 0 without any.
 
     Args:
         texts (`Sequence[str]`): the answers.
         n (`int`): words per n-gram.
-        characters (`bool`, defaults to `False`): characters instead of words.
     """
-    grams = [
-        tuple(units[start : start + n])
-        for units in (list(text) if characters else text.split() for text in texts)
-        for start in range(len(units) - n + 1)
-    ]
+    grams = [tuple(words[start : start + n]) for words in map(str.split, texts) for start in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 

@@ -214,6 +214,21 @@ def _candidates(row: Mapping[str, Any]) -> list[_Candidate]:
     ]
 
 
+def check_pair_rule(rule: str, *, max_pairs: int | None = None, positive_above: float = 0.5) -> None:
+    """
+    Refuse settings of [`make_pairs`] that cannot be, before there are rows.
+
+    Raises:
+        ValueError: there is no such rule, or a value is out of its range.
+    """
+    if rule not in PAIR_RULES:
+        raise ValueError(f"rule={rule!r} is not known. Set it to one of {', '.join(PAIR_RULES)}.")
+    if max_pairs is not None and max_pairs < 1:
+        raise ValueError(f"max_pairs={max_pairs}: set it to 1 or more, or None for all.")
+    if not math.isfinite(positive_above):
+        raise ValueError(f"positive_above={positive_above}: set it to a finite score.")
+
+
 def make_pairs(
     row: Mapping[str, Any],
     rule: str,
@@ -262,12 +277,7 @@ def make_pairs(
 
 
 def _make_pairs(row, rule: str, seed: int, max_pairs: int | None, positive_above: float) -> list[dict[str, Any]]:
-    if rule not in PAIR_RULES:
-        raise ValueError(f"rule={rule!r} is not known. Set it to one of {', '.join(PAIR_RULES)}.")
-    if max_pairs is not None and max_pairs < 1:
-        raise ValueError(f"max_pairs={max_pairs}: set it to 1 or more, or None for all.")
-    if not math.isfinite(positive_above):
-        raise ValueError(f"positive_above={positive_above}: set it to a finite score.")
+    check_pair_rule(rule, max_pairs=max_pairs, positive_above=positive_above)
     _check_scored_row(row)
     if rule == "likelihood_near" and row.get("logps") is None:
         raise RowError(
@@ -369,6 +379,7 @@ def pair_rows(
     Raises:
         ValueError: an unusable row or setting, or no row gives a pair; says why.
     """
+    check_pair_rule(rule, max_pairs=max_pairs_per_prompt, positive_above=positive_above)
     _check_rows(rows, _check_scored_row)
     report = RankingReport(f"pairs ({rule})", num_rows=len(rows))
     pairs = []

@@ -10,6 +10,7 @@ Work is cut into shards of prompts. A finished shard is a file and is never samp
 shards it was in the middle of.
 """
 
+import functools
 import hashlib
 import inspect
 import json
@@ -17,7 +18,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,14 +40,33 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ._trl import _tokenize
-from .data import _says_something, _without_empty_keys
+from ._trl import _tokenize, common_prefix_length
+from .data import _says_something, _without_empty_keys, tokenize_candidates
 
 logger = logging.getLogger(__name__)
 
 ENGINES = ("transformers", "vllm")
-# settings that change how fast it goes and not what comes out
+# settings that change how fast it goes and not what comes out; `vllm_args` are looked at one by one
 WITHOUT_EFFECT = ("sampling_batch_size", "vllm_python", "vllm_args")
+VLLM_ARGS_WITHOUT_EFFECT = (
+    "block_size", "cpu_offload_gb", "disable_custom_all_reduce", "disable_log_stats", "distributed_executor_backend",
+    "download_dir", "enable_chunked_prefill", "enable_prefix_caching", "enforce_eager", "gpu_memory_utilization",
+    "kv_cache_memory_bytes", "max_num_batched_tokens", "max_num_seqs", "num_gpu_blocks_override",
+    "pipeline_parallel_size", "swap_space", "tensor_parallel_size",
+)  # fmt: skip
+
+MOST_PROMPTS_PER_SHARD = 64
+
+# files of a model's folder, besides its weights, that can change what it answers
+CONFIG_FILES = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json")
+MODEL_FILES = (
+    *CONFIG_FILES, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "chat_template.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.tiktoken",
+    "*.py",
+)  # fmt: skip
+NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
+# what configs say about where they came from, which is another thing after a move or another save
+ORIGIN_KEYS = ("_name_or_path", "name_or_path", "base_model_name_or_path", "transformers_version")
 
 
 @dataclass
@@ -71,12 +91,13 @@ class SamplingConfig:
         sampling_seed (`int`, *optional*, defaults to `42`): of the random numbers.
         sampling_engine (`str`, *optional*, defaults to `"transformers"`):
             `"transformers"`, in the processes of the run; or `"vllm"`, in a process and an environment of its own,
-            for each of them. Both compute each prompt once for all its candidates.
-        sampling_batch_size (`int`, *optional*, defaults to `64`): candidates in the making at a time, per process.
-            Their texts differ: vLLM draws its random numbers in its own way.
+            for each of them. Both compute each prompt once for all its candidates. Their texts differ: vLLM draws its
+            random numbers in its own way.
+        sampling_batch_size (`int`, *optional*, defaults to `64`): candidates in the making at a time, per process,
+            with `"transformers"`; vLLM decides for itself.
         vllm_python (`str`, *optional*): the Python interpreter of an environment with vLLM.
         vllm_args (`dict` or `str`, *optional*): further arguments of `vllm.LLM`, a dict or JSON, such as
-            `gpu_memory_utilization`.
+            `gpu_memory_utilization`. With `max_model_len`, prompts are skipped that do not fit into it with an answer.
 
     Raises:
         ValueError: a value out of its range.
@@ -115,6 +136,9 @@ class SamplingConfig:
         def refuse(name: str, why: str) -> None:
             raise ValueError(f"{name}={getattr(self, name)!r}: {why}")
 
+        for name in ("stop_strings", "role_markers"):
+            if isinstance(getattr(self, name), str):  # a string is a sequence of strings, of its letters
+                setattr(self, name, [getattr(self, name)])
         for name in ("num_candidates", "max_new_tokens", "sampling_batch_size"):
             if getattr(self, name) < 1:
                 refuse(name, "there is nothing to sample. Set it to 1 or more.")
@@ -141,6 +165,11 @@ class SamplingConfig:
                 self.vllm_args = json.loads(self.vllm_args)
             except json.JSONDecodeError as error:
                 refuse("vllm_args", f"not JSON ({error}). Write it like '{{\"gpu_memory_utilization\": 0.8}}'.")
+        if not isinstance(self.vllm_args, dict | None):
+            refuse("vllm_args", "no names. Write it like '{\"gpu_memory_utilization\": 0.8}'.")
+        longest = (self.vllm_args or {}).get("max_model_len")
+        if longest is not None and (not isinstance(longest, int) or longest <= self.max_new_tokens):
+            refuse("vllm_args", "max_model_len holds prompt and answer: a number of tokens above `max_new_tokens`.")
         if any(not text for text in (*(self.stop_strings or ()), *(self.role_markers or ()))):
             raise ValueError("An empty string in stop_strings or role_markers would cut every answer to nothing.")
 
@@ -163,7 +192,15 @@ class Generated:
 
 
 class Engine(Protocol):
-    """What makes tokens."""
+    """
+    What makes tokens.
+
+    Attributes:
+        max_model_len (`int`, *optional*): longest prompt and answer in tokens that it takes, if it has a limit beside
+            the model's own.
+    """
+
+    max_model_len: int | None
 
     def generate(self, prompt_ids: list[list[int]], seeds: list[list[int]]) -> list[list[Generated]]:
         """Continuations of each prompt, one per seed. A seed is an integer below 2**63."""
@@ -240,6 +277,8 @@ class TransformersEngine:
         segment (`int`, defaults to 32): tokens between two looks at who has ended.
     """
 
+    max_model_len = None
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -301,6 +340,7 @@ class TransformersEngine:
         )
 
         generated = [Generated([], [], False) for _ in uniforms]
+        asked = [ids for ids, row_seeds in zip(prompt_ids, seeds, strict=True) for _ in row_seeds]
         rows, done = np.arange(len(uniforms)), 0  # rows still in the making, and tokens each of them has
         while len(rows) and done < config.max_new_tokens:
             steps = min(self.segment if cache is not None else config.max_new_tokens, config.max_new_tokens - done)
@@ -325,7 +365,7 @@ class TransformersEngine:
             going_on = [
                 position
                 for position, row in enumerate(rows)
-                if self._extend(generated[row], tokens[position], logps[position])
+                if self._extend(generated[row], asked[row], tokens[position], logps[position])
             ]
             done += steps
             if cache is None:
@@ -338,7 +378,7 @@ class TransformersEngine:
                 cache.batch_select_indices(kept)
         return generated
 
-    def _extend(self, generated: Generated, tokens: list[int], logps: list[float]) -> bool:
+    def _extend(self, generated: Generated, prompt_ids: list[int], tokens: list[int], logps: list[float]) -> bool:
         """Add a segment's tokens up to the end token; returns whether there is more to come."""
         for token, logp in zip(tokens, logps, strict=False):
             generated.token_ids.append(token)
@@ -347,7 +387,7 @@ class TransformersEngine:
                 generated.finished = True
                 return False
         cuts = (*(self.config.stop_strings or ()), *(self.config.role_markers or ()))
-        return not (cuts and _first_cut(decode(self.tokenizer, generated.token_ids), cuts) is not None)
+        return not cuts or _first_cut(decode_behind(self.tokenizer, prompt_ids, generated.token_ids), cuts) is None
 
     def _prompt_cache(self, inputs: torch.Tensor, mask: torch.Tensor, copies: torch.Tensor) -> DynamicCache | None:
         """Keys and values of the prompts less their last token, copied for their candidates; `None` without those."""
@@ -400,6 +440,45 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
     return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def decode_behind(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> str:
+    """
+    The text of tokens as it goes on behind a prompt, without special tokens.
+
+    Tokenizers of the SentencePiece kind leave out one space at the beginning of what they decode: "Answer:" and
+    "▁Sure", decoded each by itself, are "Answer:Sure".
+    """
+    for tail in (list(prompt_ids[-8:]), list(prompt_ids)):
+        before = decode(tokenizer, tail)
+        if before:  # and not only special tokens
+            text = decode(tokenizer, [*tail, *token_ids])
+            # not so where bytes at the seam make no character: then they do not begin with a space either
+            return text.removeprefix(before) if text.startswith(before) else decode(tokenizer, token_ids)
+    return decode(tokenizer, token_ids)
+
+
+def _decoding(tokenizer, row: dict[str, Any], prompt_ids: list[int], answer: list[int]) -> Callable[[list[int]], str]:
+    """
+    How to decode an answer and its beginnings, so that training gets the tokens back that were sampled: as it goes on
+    behind the prompt, or by itself, where a chat template brings the space along.
+    """
+    is_text = isinstance(row["prompt"], str)
+    behind, alone = functools.partial(decode_behind, tokenizer, prompt_ids), functools.partial(decode, tokenizer)
+    if behind(answer) == alone(answer):  # as with all byte-level tokenizers
+        return alone
+
+    def num_tokens_back(decoding) -> int:
+        text = decoding(answer)
+        completion = text if is_text else [{"role": "assistant", "content": text}]
+        try:
+            ids, (rest,), _ = tokenize_candidates(tokenizer, row["prompt"], [completion], **template_kwargs(row))
+        except Exception:  # a chat template raises what it likes; the answer is no less sampled
+            return 0
+        return common_prefix_length([*prompt_ids, *answer], [*ids, *rest])
+
+    # where both give the same, as with a template that trims: the whole text, and the message without the space
+    return max((behind, alone) if is_text else (alone, behind), key=num_tokens_back)
+
+
 def _first_cut(text: str, strings: Sequence[str]) -> int | None:
     """Where the first of `strings` begins in `text`."""
     found = [position for string in strings if (position := text.find(string)) >= 0]
@@ -429,6 +508,7 @@ class SamplingReport:
             that repeat another one (left out, unless `keep_duplicates`); that reached `max_new_tokens`; that went on
             to speak for somebody else and were cut.
         mean_tokens (`float`): tokens per candidate.
+        dtype (`str`): of the model that was sampled from.
     """
 
     num_prompts: int
@@ -440,11 +520,12 @@ class SamplingReport:
     truncated: float
     cut_at_role_marker: float
     mean_tokens: float
+    dtype: str
 
     def __str__(self) -> str:
         lines = [
-            f"sampled {self.num_candidates} candidates, {self.mean_tokens:.1f} tokens each; {self.num_prompts} "
-            "prompts have at least one",
+            f"sampled {self.num_candidates} candidates in {self.dtype}, {self.mean_tokens:.1f} tokens each; "
+            f"{self.num_prompts} prompts have at least one",
             f"empty {self.empty:.1%}, duplicate {self.duplicate:.1%}, truncated at max_new_tokens "
             f"{self.truncated:.1%}, cut at a role marker {self.cut_at_role_marker:.1%}",
         ]
@@ -461,11 +542,11 @@ def sample_candidates(
     config: SamplingConfig,
     folder: str | Path,
     *,
-    mix_in: Sequence[str] = (),
+    mix_in: str | Sequence[str] = (),
     keep_empty: bool = False,
     model_init_kwargs: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
-    shard_size: int = 64,
+    shard_size: int | None = None,
     desc: str = "Sampling",
 ) -> tuple[list[dict[str, Any]], SamplingReport]:
     """
@@ -480,14 +561,15 @@ def sample_candidates(
             and `chat_template_kwargs` go to the chat template, as in training.
         config ([`SamplingConfig`]): how to sample.
         folder (`str` or `Path`): where shards are kept; all processes must see it.
-        mix_in (`Sequence[str]`): columns of `rows` with further answers, a text or list of messages each
+        mix_in (`str` or `Sequence[str]`): columns of `rows` with further answers, a text or list of messages each
             (`"chosen"`, `"rejected"`) or a list of them (`"completions"`). They follow the sampled ones. Messages may
             repeat the prompt in front; what says nothing is left out.
         keep_empty (`bool`, defaults to `False`): keep answers that say nothing, to be scored like others.
-        model_init_kwargs (`dict`, *optional*): for loading the model; `dtype` defaults to float32 on CPUs, else
-            to what the checkpoint has.
+        model_init_kwargs (`dict`, *optional*): for loading the model; with vLLM only `dtype` and `revision` count.
+            Without a `dtype` it is float32 on CPUs, else the checkpoint's, with either engine.
         trust_remote_code (`bool`, defaults to `False`): as in transformers.
-        shard_size (`int`, defaults to 64): prompts per shard.
+        shard_size (`int`, *optional*): prompts per shard. By default as many as give every process of the first start
+            equally many shards of at most 64 prompts; kept in the folder. It does not change what is sampled.
         desc (`str`): of the progress bar.
 
     Returns:
@@ -498,18 +580,25 @@ def sample_candidates(
 
     Raises:
         ValueError: no prompts, a column of `mix_in` is missing or has another form than the prompt, prompts that all
-            exceed the model's window.
+            exceed the model's window, or a model without an end token.
         FileExistsError: `folder` holds candidates of another model, other prompts or other settings.
     """
     state, folder = process_state(), Path(folder)
+    mix_in = [mix_in] if isinstance(mix_in, str) else mix_in
     _check_rows(rows, mix_in)
-    if shard_size < 1:
+    if shard_size is not None and shard_size < 1:
         raise ValueError(f"shard_size={shard_size}: set it to 1 or more.")
-    model_init_kwargs = model_init_kwargs or {}
-    hub = {"revision": model_init_kwargs.get("revision") or "main", "trust_remote_code": trust_remote_code}
+    hub = {
+        "revision": (model_init_kwargs or {}).get("revision") or "main", "trust_remote_code": trust_remote_code
+    }  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **hub)
+    _check_end_tokens(model_name_or_path, tokenizer, **hub)
+    dtype = sampling_dtype(model_name_or_path, (model_init_kwargs or {}).get("dtype"), **hub)
+    model_init_kwargs = {**(model_init_kwargs or {}), "dtype": dtype}
+    shard_size = _check_identity(
+        folder, model_name_or_path, rows, config, tokenizer, shard_size, dtype, hub["revision"]
+    )  # fmt: skip
     shards = _shards(rows, shard_size)
-    _check_identity(folder, model_name_or_path, rows, config, tokenizer, shard_size, hub["revision"])
     unfinished = [number for number in range(len(shards)) if not _shard_file(folder, number).exists()]
     state.wait_for_everyone()  # all processes have looked before one of them finishes a shard
     mine = unfinished[state.process_index :: state.num_processes]
@@ -523,7 +612,7 @@ def sample_candidates(
         for line in _shard_file(folder, number).read_text().splitlines():
             record = json.loads(line)
             sampled[record["index"]] = record
-    return _assemble(rows, sampled, config, mix_in, keep_empty)
+    return _assemble(rows, sampled, config, mix_in, keep_empty, dtype)
 
 
 def process_state() -> PartialState:
@@ -579,22 +668,32 @@ def write_atomically(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
-def _check_identity(folder, model_name_or_path, rows, config, tokenizer, shard_size, revision: str) -> None:
-    """Write down what the candidates in `folder` are made of; refuse a folder that is made of something else."""
+def _check_identity(
+    folder: Path, model_name_or_path, rows, config: SamplingConfig, tokenizer, shard_size, dtype: str, revision: str
+) -> int:
+    """
+    Write down what the candidates in `folder` are made of; refuse a folder that is made of something else.
+
+    Returns:
+        `int`: prompts per shard.
+    """
     state, file, problem = process_state(), folder / "sampling.json", None
     if state.is_main_process:
+        found = json.loads(file.read_text()) if file.exists() else {}
+        shard_size = shard_size or found.get("shard_size") or _default_shard_size(len(rows), state.num_processes)
         prompts = [[row["prompt"], row.get("tools"), row.get("chat_template_kwargs")] for row in rows]
         is_local = Path(model_name_or_path).is_dir()
         identity = {
             "model": model_fingerprint(model_name_or_path) + ("" if is_local else f"@{revision}"),
             "prompts": hashlib.sha256(json.dumps(prompts, default=str).encode()).hexdigest(),
             "chat_template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
+            "dtype": dtype,
             "shard_size": shard_size,
             **{name: value for name, value in asdict(config).items() if name not in WITHOUT_EFFECT},
+            "vllm_args": {n: v for n, v in (config.vllm_args or {}).items() if n not in VLLM_ARGS_WITHOUT_EFFECT},
         }
         identity = json.loads(json.dumps(identity))  # a tuple is a list there
-        if file.exists():
-            found = json.loads(file.read_text())
+        if found:
             changed = sorted(key for key in identity if identity[key] != found.get(key))
             if changed:
                 problem = (
@@ -604,28 +703,54 @@ def _check_identity(folder, model_name_or_path, rows, config, tokenizer, shard_s
                 )
         else:
             write_atomically(file, json.dumps(identity, indent=2))
-    problems = gather_object([problem]) if state.num_processes > 1 else [problem]
-    if any(problems):
-        raise FileExistsError(next(filter(None, problems)))
+    told = [(problem, shard_size)]
+    problem, shard_size = (gather_object(told) if state.num_processes > 1 else told)[0]  # the main process's
+    if problem is not None:
+        raise FileExistsError(problem)
+    return shard_size
+
+
+def _default_shard_size(num_prompts: int, num_processes: int) -> int:
+    """So that all processes have equally many, and no fuller ones than need be: a shard is one batch or several."""
+    shards_per_process = math.ceil(num_prompts / (num_processes * MOST_PROMPTS_PER_SHARD))
+    return math.ceil(num_prompts / (num_processes * shards_per_process))
 
 
 def model_fingerprint(model_name_or_path: str | Path) -> str:
     """
-    What identifies a model: a hash over the weights of a local one, its name for one of the Hub.
+    What identifies a model: for a local one a hash over its weights, its configuration and its tokenizer, and those of
+    its base if it is an adapter; for one of the Hub its name.
 
-    The same for equal weights in another folder, and different once a single one changes.
+    The same for equal files in another folder, and different once something changes that its answers depend on.
     """
     folder = Path(model_name_or_path)
     if not folder.is_dir():
         return str(model_name_or_path)
     digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("adapter_config.json")]):
-        if file.name in ("training_args.bin", "optimizer.bin", "scheduler.bin"):
-            continue
-        digest.update(file.name.encode())
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    files = {file for pattern in ("*.safetensors", "*.bin", *MODEL_FILES) for file in folder.glob(pattern)}
+    for file in sorted(file for file in files if file.name not in NO_WEIGHTS):
+        digest.update(f"{file.name} {file_digest(file)}\n".encode())
+    if (folder / "adapter_config.json").is_file():
+        adapter = json.loads((folder / "adapter_config.json").read_text())
+        base = adapter.get("base_model_name_or_path")
+        if base is not None and Path(base).resolve() != folder.resolve():
+            digest.update(f"base {model_fingerprint(base)}\n".encode())
     return f"sha256:{digest.hexdigest()}"
+
+
+def file_digest(file: Path) -> str:
+    """The SHA-256 of a file; of a model's config without what it says about where the model came from."""
+    status = file.stat()
+    return _file_digest(str(file.absolute()), status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)  # stages come back to the same models again and again
+def _file_digest(path: str, size: int, modified: int) -> str:
+    with open(path, "rb") as opened:
+        if Path(path).name in CONFIG_FILES:
+            content = {key: value for key, value in json.load(opened).items() if key not in ORIGIN_KEYS}
+            return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def load_causal_lm(model_name_or_path: str | Path, **model_init_kwargs) -> PreTrainedModel:
@@ -642,6 +767,7 @@ def _open_engine(model_name_or_path, tokenizer, config: SamplingConfig, model_in
     if config.sampling_engine == "vllm":
         from .vllm_engine import VllmEngine
 
+        engine_args = {**hub, **(config.vllm_args or {})}
         return VllmEngine(
             str(model_name_or_path),
             python=config.vllm_python,
@@ -650,8 +776,9 @@ def _open_engine(model_name_or_path, tokenizer, config: SamplingConfig, model_in
             top_k=config.top_k,
             max_new_tokens=config.max_new_tokens,
             stop_strings=(*(config.stop_strings or ()), *(config.role_markers or ())),
-            dtype=str(model_init_kwargs.get("dtype") or "auto").removeprefix("torch."),
-            engine_args={**hub, **(config.vllm_args or {})},
+            dtype=model_init_kwargs["dtype"],
+            max_model_len=engine_args.pop("max_model_len", None),
+            engine_args=engine_args,
         )
     return TransformersEngine(load_causal_lm(model_name_or_path, **{**model_init_kwargs, **hub}), tokenizer, config)
 
@@ -660,12 +787,13 @@ def _sample_shards(
     numbers, shards, rows, model_name_or_path, tokenizer, config, folder, model_init_kwargs, hub, desc
 ) -> None:
     state = process_state()
-    window = context_window(model_name_or_path, **hub)
-    if config.vllm_args and "max_model_len" in config.vllm_args:
-        window = min(window or math.inf, config.vllm_args["max_model_len"])
     occurrences = _occurrences(rows)
+    if state.is_main_process:
+        logger.info(f"Sampling from {model_name_or_path} in {model_init_kwargs['dtype']} ({config.sampling_engine})")
     engine = _open_engine(model_name_or_path, tokenizer, config, model_init_kwargs, hub)
     try:
+        limits = [context_window(model_name_or_path, **hub), engine.max_model_len]
+        window = min((limit for limit in limits if limit is not None), default=None)
         total = sum(len(shards[number]) for number in numbers)
         with tqdm(total=total, desc=desc, unit="prompt", disable=not state.is_main_process) as progress:
             tokens, start = 0, time.perf_counter()
@@ -679,11 +807,6 @@ def _sample_shards(
         engine.close()
 
 
-def saved_dtype(model_name_or_path: str | Path) -> str:
-    """The dtype a model's config names for its weights, or "auto"."""
-    return str(AutoConfig.from_pretrained(model_name_or_path).get_text_config().dtype or "auto")
-
-
 def _occurrences(rows: Sequence[dict[str, Any]]) -> list[int]:
     """How many rows with the same prompt come before each."""
     seen: Counter = Counter()
@@ -695,16 +818,49 @@ def _occurrences(rows: Sequence[dict[str, Any]]) -> list[int]:
     return numbers
 
 
-def context_window(
-    model_name_or_path: str | Path, *, revision: str = "main", trust_remote_code: bool = False
-) -> int | None:
+def _whole_model(model_name_or_path: str | Path, revision: str) -> tuple[str, str]:
+    """Name and revision of a model, or of the base of an adapter."""
+    file = Path(model_name_or_path) / "adapter_config.json"
+    if not file.is_file():
+        return str(model_name_or_path), revision
+    adapter = json.loads(file.read_text())
+    return adapter["base_model_name_or_path"], adapter.get("revision") or "main"
+
+
+def _model_config(model_name_or_path: str | Path, *, revision: str = "main", trust_remote_code: bool = False):
+    name, revision = _whole_model(model_name_or_path, revision)
+    return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def context_window(model_name_or_path: str | Path, **hub) -> int | None:
     """Longest sequence in tokens that the model was made for; `None` if its config does not say."""
-    path = Path(model_name_or_path)
-    if (path / "adapter_config.json").is_file():
-        adapter = json.loads((path / "adapter_config.json").read_text())
-        model_name_or_path, revision = adapter["base_model_name_or_path"], adapter.get("revision") or "main"
-    config = AutoConfig.from_pretrained(model_name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    return getattr(_model_config(model_name_or_path, **hub).get_text_config(), "max_position_embeddings", None)
+
+
+def sampling_dtype(model_name_or_path: str | Path, dtype: Any = None, **hub) -> str:
+    """
+    The name of the dtype a model is sampled in: the given one; without one float32 on a CPU, else the checkpoint's, as
+    for `"auto"`. `"auto"` comes back only where the checkpoint's config does not say.
+    """
+    if dtype is None and process_state().device.type == "cpu":
+        return "float32"
+    if dtype in (None, "auto"):
+        config = _model_config(model_name_or_path, **hub)
+        dtype = config.dtype or config.get_text_config().dtype or "auto"
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_end_tokens(model_name_or_path, tokenizer, *, revision: str, trust_remote_code: bool) -> None:
+    """Refuse a model without an end token before its weights are loaded."""
+    if tokenizer.eos_token_id is not None:
+        return
+    name, name_revision = _whole_model(model_name_or_path, revision)
+    try:
+        generation_config = GenerationConfig.from_pretrained(name, revision=name_revision)
+    except OSError:  # it has none of its own; then its config counts
+        config = _model_config(model_name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+        generation_config = GenerationConfig(eos_token_id=getattr(config.get_text_config(), "eos_token_id", None))
+    end_token_ids(generation_config, tokenizer)
 
 
 def template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
@@ -729,16 +885,17 @@ def _sample_shard(indices, rows, occurrences, tokenizer, engine: Engine, config,
     seeds = [[candidate_seed(config.sampling_seed, prompts[i], occurrences[i], k) for k in numbers] for i in fitting]
     generated = engine.generate([prompts[index] for index in fitting], seeds)
     for index, candidates in zip(fitting, generated, strict=True):
-        finished = [_finish(candidate, tokenizer, config) for candidate in candidates]
+        finished = [_finish(one, rows[index], prompts[index], tokenizer, config) for one in candidates]
         yield {"index": index, **{key: [one[key] for one in finished] for key in finished[0]}}
     for index in set(indices) - set(fitting):
         yield {"index": index, "text": [], "logp": [], "num_tokens": [], "end": []}
 
 
-def _finish(generated: Generated, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig) -> dict[str, Any]:
+def _finish(generated: Generated, row, prompt_ids: list[int], tokenizer, config: SamplingConfig) -> dict[str, Any]:
     """Text, log-likelihood, number of tokens, and how it ended: "stop", "role_marker" or "length"."""
     answer = generated.token_ids[:-1] if generated.finished else generated.token_ids
-    text, num_tokens = decode(tokenizer, answer), len(generated.token_ids)
+    decoded = _decoding(tokenizer, row, prompt_ids, answer)
+    text, num_tokens = decoded(answer), len(generated.token_ids)
     stop, marker = (_first_cut(text, strings or ()) for strings in (config.stop_strings, config.role_markers))
     end = "stop" if generated.finished else "length"
     cut = min((position for position in (stop, marker) if position is not None), default=None)
@@ -746,13 +903,13 @@ def _finish(generated: Generated, tokenizer: PreTrainedTokenizerBase, config: Sa
         end = "stop" if cut == stop else "role_marker"
         text, num_tokens = text[:cut], len(answer)
         # a token that is only partly in the text does not count
-        while num_tokens and len(decode(tokenizer, answer[:num_tokens])) > cut:
+        while num_tokens and len(decoded(answer[:num_tokens])) > cut:
             num_tokens -= 1
     return {"text": text, "logp": sum(generated.logps[:num_tokens]), "num_tokens": num_tokens, "end": end}
 
 
 def _assemble(
-    rows, sampled: dict[int, dict], config, mix_in, keep_empty
+    rows, sampled: dict[int, dict], config, mix_in, keep_empty, dtype: str
 ) -> tuple[list[dict[str, Any]], SamplingReport]:
     """Put the candidates to their prompts, leave out what is empty or double, and count."""
     counts: Counter = Counter()
@@ -800,6 +957,7 @@ def _assemble(
         truncated=counts["length"] / total,
         cut_at_role_marker=counts["role_marker"] / total,
         mean_tokens=counts["tokens"] / total,
+        dtype=dtype,
     )
     return assembled, report
 

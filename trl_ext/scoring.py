@@ -32,8 +32,9 @@ import random
 import string
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,7 +54,7 @@ from transformers.utils import find_adapter_config_file
 from ._trl import _tokenize
 from .data import REMEDIES as ROW_REMEDIES
 from .data import RowError, _check_number, _check_text
-from .sampling import process_state, template_kwargs
+from .sampling import file_digest, model_fingerprint, process_state, template_kwargs, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,11 @@ DEFAULT_TEMPLATE = (
 )
 
 
+# architectures without a next token, by the ends of their names
+OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
+DEFAULT_LABELS = ("A", "B")
+
+
 class ScoringError(ValueError):
     """
     A completion without a usable score.
@@ -80,20 +86,25 @@ class ScoringError(ValueError):
         scorer (`str`): name of the function, model or judge.
         row (`int`), completion (`int`): which completion, among the rows that were given.
         what (`str`): what is wrong with its score, and what to do.
+        prompt (*optional*): the row's prompt, where it is known.
     """
 
     def __init__(self, scorer: str, row: int, completion: int, what: str):
-        self.scorer, self.row, self.completion, self.what = scorer, row, completion, what
+        self.scorer, self.row, self.completion, self.what, self.prompt = scorer, row, completion, what, None
         super().__init__(scorer, row, completion, what)
 
     def __str__(self) -> str:
-        return f"{self.scorer}: row {self.row}, completion {self.completion}: {self.what}"
+        prompt = "" if self.prompt is None else f" The prompt is {_shown(self.prompt)}."
+        return f"{self.scorer}: row {self.row}, completion {self.completion}: {self.what}{prompt}"
 
 
 class Scorer(Protocol):
     """
     Anything with a `name` that gives every completion of some candidate rows a number, or `None` where it does not
     apply. A row's numbers must follow from that row alone.
+
+    Optional attributes: `counts`, a `Counter` of what it did; `spec` and `identity`, in JSON's types, what its numbers
+    depend on; `code`, a hash over the code that makes them.
     """
 
     name: str
@@ -184,17 +195,32 @@ def _function_name(function: Callable) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _call(function: Callable, what: str, **kwargs) -> Any:
-    """Call a user's function, which may be async, and say whose fault it is if it fails."""
+def _code(function: Callable) -> str | None:
+    """A hash over the file a function is written in; `None` where there is none."""
+    while isinstance(function, functools.partial):
+        function = function.func
     try:
-        inspect.signature(function).bind(**kwargs)
+        file = inspect.getsourcefile(function if inspect.isroutine(function) else type(function))
+    except TypeError:
+        return None
+    return file_digest(Path(file)) if file is not None and Path(file).is_file() else None
+
+
+def _check_arguments(function: Callable, what: str, names: Iterable[str]) -> None:
+    try:
+        inspect.signature(function).bind(**dict.fromkeys(names))
     except TypeError as error:
         raise TypeError(
-            f"{what} is called with the arguments {', '.join(kwargs)}, which do not fit its own ({error}). Rename the "
+            f"{what} is called with the arguments {', '.join(names)}, which do not fit its own ({error}). Rename the "
             "columns, or give it `**kwargs` for arguments it does not need."
         ) from None
     except ValueError:  # a builtin without a signature: the call itself will tell
         pass
+
+
+def _call(function: Callable, what: str, **kwargs) -> Any:
+    """Call a user's function, which may be async, and say whose fault it is if it fails."""
+    _check_arguments(function, what, kwargs)
     try:
         result = function(**kwargs)
         if inspect.isawaitable(result):
@@ -237,8 +263,9 @@ class FunctionScorer:
     Scores completions with a reward function of the kind TRL's `GRPOTrainer` takes.
 
     The function is called once per batch of rows with the keyword arguments `prompts`, `completions`, `completion_ids`
-    (only if the rows have them) and every column of the prompts, such as `answer`. All are lists with one entry per
-    completion: prompts and columns are repeated. It returns one number per completion, or `None` where it does not
+    (only if the rows have them) and every column of the prompts, such as `answer`, but for those whose name begins
+    with an underscore, which are somebody's bookkeeping. All are lists with one entry per completion: prompts and
+    columns are repeated. It returns one number per completion, or `None` where it does not
     apply. It may be async. `trainer_state`, `log_extra` and `log_metric`, which TRL passes too, are left out: there is
     no trainer.
 
@@ -249,6 +276,7 @@ class FunctionScorer:
 
     def __init__(self, function: Callable, name: str | None = None):
         self.function, self.name = function, name or _function_name(function)
+        self.code = _code(function)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[list[float | None]]:
         """
@@ -282,7 +310,8 @@ class FunctionScorer:
 
 def _belongs_to_prompt(column: str) -> bool:
     # "completion" is what TRL leaves out as well
-    return column not in (*CANDIDATE_COLUMNS, "prompt", "completion", "games") and not column.startswith("rewards/")
+    known = (*CANDIDATE_COLUMNS, "prompt", "completion", "games")
+    return column not in known and not column.startswith(("rewards/", "_"))
 
 
 def _number(value: Any, what: str, row: int, completion: int) -> float | None:
@@ -402,17 +431,8 @@ class RewardModelScorer:
         self.batch_size, self.name = batch_size, name or Path(path).name
         self.counts: Counter[str] = Counter()
         kwargs = {"revision": revision, "trust_remote_code": trust_remote_code}
-        _refuse_adapter(path, "reward model", **kwargs)
-        config = _load(AutoConfig, path, "reward model", **kwargs)
-        found = f"num_labels={config.num_labels} (architecture: {', '.join(config.architectures or ['unknown'])})"
-        if config.num_labels != 1:
-            raise ValueError(
-                f"The reward model {path} has {found}: a score is one number. Name a sequence-classification model "
-                "with num_labels=1, which is what TRL's RewardTrainer writes; a language model that compares two "
-                "answers is a judge, not a reward model."
-            )
-        self.tokenizer = _load_tokenizer(path, **kwargs)
-        self.max_length = _longest_input(path, max_length, config, self.tokenizer)
+        config, self.tokenizer, self.max_length = _read_reward_model(path, max_length, **kwargs)
+        self.identity = _model_identity(path, revision, dtype, self.max_length)
         self.model, loading = _load(
             AutoModelForSequenceClassification, path, "reward model", config=config, dtype=dtype,
             output_loading_info=True, **kwargs,
@@ -462,6 +482,41 @@ class RewardModelScorer:
             return _tokenize(self.tokenizer, row["prompt"] + completion, **template_kwargs(row))["input_ids"]
         end = self.tokenizer.eos_token or ""
         return _tokenize(self.tokenizer, row["prompt"] + completion.removesuffix(end) + end)["input_ids"]
+
+
+def _read_reward_model(path: str, max_length: int | None, **kwargs) -> tuple:
+    """Config, tokenizer and longest input of a reward model, checked, without its weights."""
+    _refuse_adapter(path, "reward model", **kwargs)
+    config = _load(AutoConfig, path, "reward model", **kwargs)
+    found = f"num_labels={config.num_labels} (architecture: {', '.join(config.architectures or ['unknown'])})"
+    if config.num_labels != 1:
+        raise ValueError(
+            f"The reward model {path} has {found}: a score is one number. Name a sequence-classification model "
+            "with num_labels=1, which is what TRL's RewardTrainer writes; a language model that compares two "
+            "answers is a judge, not a reward model."
+        )
+    tokenizer = _load_tokenizer(path, **kwargs)
+    return config, tokenizer, _longest_input(path, max_length, config, tokenizer)
+
+
+def _read_judge(path: str, max_length: int | None, **kwargs) -> tuple:
+    """Config, tokenizer and longest input of a language model that compares, checked, without its weights."""
+    _refuse_adapter(path, "judge", **kwargs)
+    config = _load(AutoConfig, path, "judge", **kwargs)
+    other = next((name for name in config.architectures or [] if name.endswith(OTHER_HEADS)), None)
+    if other is not None:
+        raise ValueError(
+            f"The judge {path} is a {other}, which predicts no next token. Name a causal language model; a "
+            "sequence-classification model with one output is a reward model, not a judge."
+        )
+    tokenizer = _load_tokenizer(path, **kwargs)
+    return config, tokenizer, _longest_input(path, max_length, config, tokenizer)
+
+
+def _model_identity(path: str, revision: str | None, dtype: str, max_length: int | None) -> list:
+    """What a model's scores depend on."""
+    is_local = Path(path).is_dir()
+    return [model_fingerprint(path), None if is_local else revision or "main", str(dtype), max_length]
 
 
 def _refuse_adapter(path: str, role: str, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
@@ -517,7 +572,7 @@ class RankerModelJudge:
         model_name_or_path: str,
         *,
         template: str = DEFAULT_TEMPLATE,
-        labels: tuple[str, str] = ("A", "B"),
+        labels: tuple[str, str] = DEFAULT_LABELS,
         batch_size: int = 8,
         dtype: str = "auto",
         max_length: int | None = None,
@@ -535,37 +590,13 @@ class RankerModelJudge:
         self.template, self.batch_size, self.__name__ = template, batch_size, Path(path).name
         self.counts: Counter[str] = Counter()
         kwargs = {"revision": revision, "trust_remote_code": trust_remote_code}
-        _refuse_adapter(path, "judge", **kwargs)
-        config = _load(AutoConfig, path, "judge", **kwargs)
-        self.tokenizer = _load_tokenizer(path, **kwargs)
-        self.max_length = _longest_input(path, max_length, config, self.tokenizer)
-        self.label_ids = self._label_ids(labels)
+        config, self.tokenizer, self.max_length = _read_judge(path, max_length, **kwargs)
+        self.label_ids = _label_ids(self.tokenizer, template, labels)
+        self.identity = [*_model_identity(path, revision, dtype, self.max_length), template, list(labels)]
         self.model = _load(AutoModelForCausalLM, path, "judge", config=config, dtype=dtype, **kwargs)
         self.model.to(process_state().device).eval()
         # logits at the last tokens only, where the model offers that: all of them would be much the largest tensor
         self._can_keep_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-
-    def _label_ids(self, labels: Sequence[str]) -> list[int]:
-        """The token each label adds to the end of the template, where it may be another than the label's alone."""
-        text = self.template.format(prompt="", first="", second="")
-        before, label_ids = self._token_ids(text), []
-        for label in labels:
-            after = self._token_ids(text + label)
-            if after[:-1] != before:
-                raise ValueError(
-                    f"The judge's label {label!r} is not one token behind the template's end {text[-20:]!r}: it is "
-                    f"tokenised as {self.tokenizer.convert_ids_to_tokens(after[-4:])}. Choose labels of one token; if "
-                    "a space belongs to the token, take it off the template's end and put it before the labels."
-                )
-            label_ids.append(after[-1])
-        if len(label_ids) != 2 or label_ids[0] == label_ids[1]:
-            raise ValueError(f"labels={tuple(labels)!r}: give two different labels, for the first and the second.")
-        return label_ids
-
-    def _token_ids(self, text: str) -> list[int]:
-        ids = _tokenize(self.tokenizer, text)["input_ids"]
-        # some tokenizers put an end token behind every text; the label has to come behind the template
-        return ids[:-1] if ids and ids[-1] in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id) else ids
 
     def __call__(self, prompts: list, completions: list[list]) -> list[int]:
         """
@@ -580,8 +611,8 @@ class RankerModelJudge:
         """
         sequences = []
         for prompt, (first, second) in zip(prompts, completions, strict=True):
-            text = self.template.format(prompt=_as_text(prompt), first=_as_text(first), second=_as_text(second))
-            ids = self._token_ids(text)
+            text = self.template.format(prompt=as_text(prompt), first=as_text(first), second=as_text(second))
+            ids = _text_token_ids(self.tokenizer, text)
             sequences.append(_cut_left(ids, self.max_length, self.tokenizer))
             if len(sequences[-1]) < len(ids):
                 self.counts[f"texts cut on the left at max_length={self.max_length}"] += 1
@@ -604,19 +635,47 @@ class RankerModelJudge:
         return logits.float().log_softmax(dim=-1)[:, self.label_ids]
 
 
-def _as_text(messages: str | list) -> str:
-    """Messages as text: what they say, with the roles in front if there are several."""
-    if isinstance(messages, str):
-        return messages
+def _label_ids(tokenizer: PreTrainedTokenizerBase, template: str, labels: Sequence[str]) -> list[int]:
+    """The token each label adds to the end of the template, where it may be another than the label's alone."""
+    text = template.format(prompt="", first="", second="")
+    before, label_ids = _text_token_ids(tokenizer, text), []
+    for label in labels:
+        after = _text_token_ids(tokenizer, text + label)
+        if after[:-1] != before:
+            raise ValueError(
+                f"The judge's label {label!r} is not one token behind the template's end {text[-20:]!r}: it is "
+                f"tokenised as {tokenizer.convert_ids_to_tokens(after[-4:])}. Choose labels of one token; if a space "
+                "belongs to the token, take it off the template's end and put it before the labels."
+            )
+        label_ids.append(after[-1])
+    if len(label_ids) != 2 or label_ids[0] == label_ids[1]:
+        raise ValueError(f"labels={tuple(labels)!r}: give two different labels, for the first and the second.")
+    return label_ids
+
+
+def _text_token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids = _tokenize(tokenizer, text)["input_ids"]
+    # some tokenizers put an end token behind every text; the label has to come behind the template
+    return ids[:-1] if ids and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id) else ids
+
+
+def as_text(messages: str | Sequence[Mapping[str, Any]] | None) -> str:
+    """
+    Text or messages as text: what they say, with the roles in front if there are several. Content may be text, a list
+    of parts, of which the text counts, or `None`.
+    """
+    if messages is None or isinstance(messages, str):
+        return messages or ""
     contents = []
     for message in messages:
         content = message.get("content") or ""
-        if isinstance(content, list):
-            content = "".join(part.get("text") or "" for part in content if isinstance(part, Mapping))
+        if not isinstance(content, str):
+            parts = [part if isinstance(part, str) else part.get("text") for part in content]
+            content = "".join(part or "" for part in parts)
         contents.append(content)
     if len(messages) == 1:
         return contents[0]
-    return "\n\n".join(f"{message['role']}: {content}" for message, content in zip(messages, contents, strict=True))
+    return "\n\n".join(f"{m.get('role')}: {content}" for m, content in zip(messages, contents, strict=True))
 
 
 def load_judge(spec: str, **kwargs) -> Callable:
@@ -665,6 +724,8 @@ class PairwiseScorer:
 
     def __init__(self, judge: Callable, *, seed: int = 42, name: str | None = None):
         self.judge, self.seed, self.name = judge, seed, name or _function_name(judge)
+        self.code = None if isinstance(judge, RankerModelJudge) else _code(judge)
+        self.identity = [judge.identity if isinstance(judge, RankerModelJudge) else None, seed]
         # how many texts a model had to cut goes with our own counts
         self.counts: Counter[str] = judge.counts if isinstance(judge, RankerModelJudge) else Counter()
 
@@ -846,7 +907,7 @@ def _check_rows(rows: Sequence[Mapping[str, Any]], check: Callable) -> None:
 
 
 def build_scorers(
-    rewards: Sequence[str] = (),
+    rewards: str | Sequence[str] = (),
     weights: Sequence[float] | None = None,
     *,
     judge: str | None = None,
@@ -863,7 +924,8 @@ def build_scorers(
         rewards (`Sequence[str]`):
             Each a reward function, `"package.module:function"` or `"path/to/file.py:function"`, or the folder or Hub
             id of a reward model.
-        weights (`Sequence[float]`, *optional*): only checked here, before anything is loaded; see [`score_rows`].
+        weights (`Sequence[float]`, *optional*): one for each of `rewards`, and one more for the judge; only checked
+            here, before anything is loaded. See [`score_rows`].
         judge (`str`, *optional*): a pairwise judge, see [`load_judge`]. It comes last.
         seed (`int`, defaults to 42): of the judge's tournaments.
         batch_size (`int`, defaults to 16): completions a model scores at a time.
@@ -878,6 +940,67 @@ def build_scorers(
         ValueError: nothing is named, something twice, or the number of weights does not match; and whatever
             [`load_reward_function`], [`RewardModelScorer`] and [`load_judge`] raise.
     """
+    rewards, functions, judge_function = _named(rewards, weights, judge)
+    models = {
+        "batch_size": batch_size, "dtype": dtype, "max_length": max_length, "trust_remote_code": trust_remote_code
+    }  # fmt: skip
+    scorers: list[Scorer] = [
+        RewardModelScorer(spec, **models) if function is None else FunctionScorer(function)
+        for spec, function in zip(rewards, functions, strict=True)
+    ]
+    if judge is not None:
+        scorers.append(PairwiseScorer(judge_function or RankerModelJudge(judge, **models), seed=seed))
+    names = [scorer.name for scorer in scorers]
+    for spec, scorer in zip([*rewards, judge], scorers, strict=False):
+        scorer.spec = spec
+        if names.count(scorer.name) > 1:
+            scorer.name = spec
+    return scorers
+
+
+def check_scorers(
+    rewards: str | Sequence[str] = (),
+    weights: Sequence[float] | None = None,
+    *,
+    judge: str | None = None,
+    columns: Sequence[str] | None = None,
+    batch_size: int = 16,
+    dtype: str = "auto",
+    max_length: int | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """
+    Find out, before anything is sampled, what [`build_scorers`] would refuse. Functions, configs and tokenizers are
+    loaded, weights are not.
+
+    Args:
+        rewards, weights, judge, batch_size, dtype, max_length, trust_remote_code: as in [`build_scorers`].
+        columns (`Sequence[str]`, *optional*): columns of the prompts, to see whether the functions take them.
+
+    Raises:
+        ValueError, ImportError, TypeError, FileNotFoundError: as [`build_scorers`]; or a function that does not take
+            its arguments.
+    """
+    rewards, functions, judge_function = _named(rewards, weights, judge)
+    _check_batch_size(batch_size)
+    if dtype != "auto" and not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
+        raise ValueError(f"dtype={dtype!r} is not known. Set it to 'auto', 'float32', 'bfloat16' or 'float16'.")
+    kwargs = {"revision": None, "trust_remote_code": trust_remote_code}
+    for spec, function in zip(rewards, functions, strict=True):
+        if function is None:
+            _read_reward_model(spec, max_length, **kwargs)
+        elif columns is not None:
+            names = ["prompts", "completions", *filter(_belongs_to_prompt, columns)]
+            _check_arguments(function, f"The reward function {spec!r}", names)
+    if judge_function is not None:
+        _check_arguments(judge_function, f"The judge {judge!r}", ["prompts", "completions"])
+    elif judge is not None:
+        _, tokenizer, _ = _read_judge(judge, max_length, **kwargs)
+        _label_ids(tokenizer, DEFAULT_TEMPLATE, DEFAULT_LABELS)
+
+
+def _named(rewards, weights, judge) -> tuple[list[str], list[Callable | None], Callable | None]:
+    """Names of rewards, checked, and the functions that they and the judge name; `None` for models."""
     rewards = [rewards] if isinstance(rewards, str) else list(rewards)
     specs = [*rewards, *([] if judge is None else [judge])]
     if not specs:
@@ -888,26 +1011,48 @@ def build_scorers(
     if len(set(specs)) < len(specs):
         twice = next(spec for spec in specs if specs.count(spec) > 1)
         raise ValueError(f"{twice!r} is named twice. Name it once, and give it a weight instead.")
-    _check_weights(weights, specs)
-    models = {
-        "batch_size": batch_size, "dtype": dtype, "max_length": max_length, "trust_remote_code": trust_remote_code
-    }  # fmt: skip
-    are_models = [_names_a_model(spec, "reward") for spec in rewards]  # all names are read before a model is loaded
-    loaders: list[Callable[[], Scorer]] = [
-        functools.partial(RewardModelScorer, spec, **models)
-        if is_model
-        else functools.partial(FunctionScorer, load_reward_function(spec))
-        for spec, is_model in zip(rewards, are_models, strict=True)
+    _check_weights(weights, specs, [] if judge is None else [judge])
+    are_models = [_names_a_model(spec, "reward") for spec in rewards]
+    judge_is_model = judge is not None and _names_a_model(judge, "judge")
+    # all names are read before a function's module is run
+    functions = [
+        None if is_model else load_reward_function(spec) for spec, is_model in zip(rewards, are_models, strict=True)
     ]
-    if judge is not None:
-        function = None if _names_a_model(judge, "judge") else load_reward_function(judge)
-        loaders.append(lambda: PairwiseScorer(function or RankerModelJudge(judge, **models), seed=seed))
-    scorers = [load() for load in loaders]
-    names = [scorer.name for scorer in scorers]
-    for spec, scorer in zip(specs, scorers, strict=True):
-        if names.count(scorer.name) > 1:
-            scorer.name = spec
-    return scorers
+    return rewards, functions, None if judge is None or judge_is_model else load_reward_function(judge)
+
+
+@dataclass
+class ScorerConfig:
+    """
+    How models that score, and judges that are models, are run. A recipe's config can inherit from it.
+
+    Parameters:
+        reward_batch_size (`int`, *optional*, defaults to `16`): completions, or comparisons, at a time.
+        reward_dtype (`str`, *optional*, defaults to `"auto"`): of the weights; `"auto"` is the checkpoint's.
+        reward_max_length (`int`, *optional*): longest text in tokens, cut on the left; by default what the model can
+            take.
+        reward_trust_remote_code (`bool`, *optional*, defaults to `False`): run code that comes with the model.
+    """
+
+    reward_batch_size: int = field(
+        default=16, metadata={"help": "Completions a reward model or judge reads at a time."}
+    )
+    reward_dtype: str = field(default="auto", metadata={"help": "Of reward models; 'auto' is the checkpoint's."})
+    reward_max_length: int | None = field(
+        default=None, metadata={"help": "Longest text a reward model reads, in tokens; default: what it can take."}
+    )
+    reward_trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with a reward model."}
+    )
+
+    def scorer_options(self) -> dict[str, Any]:
+        """Keyword arguments for [`build_scorers`] and [`check_scorers`]."""
+        return {
+            "batch_size": self.reward_batch_size,
+            "dtype": self.reward_dtype,
+            "max_length": self.reward_max_length,
+            "trust_remote_code": self.reward_trust_remote_code,
+        }
 
 
 def _names_a_model(spec: str, role: str) -> bool:
@@ -927,9 +1072,14 @@ def _names_a_model(spec: str, role: str) -> bool:
     return True
 
 
-def _check_weights(weights: Sequence[float] | None, names: Sequence[str]) -> list[float]:
+def _check_weights(weights: Sequence[float] | None, names: Sequence[str], judges: Sequence[str] = ()) -> list[float]:
     if weights is None:
         return [1.0] * len(names)
+    if list(names) == list(judges):
+        raise ValueError(
+            f"Weights are given ({', '.join(map(str, weights))}) and the judge {names[0]!r} scores alone: there is "
+            "nothing to weigh it against. Leave them out."
+        )
     if len(weights) != len(names):
         raise ValueError(
             f"{len(weights)} weights are given for {len(names)} scorers ({', '.join(names)}). Give one for each, in "
@@ -938,6 +1088,13 @@ def _check_weights(weights: Sequence[float] | None, names: Sequence[str]) -> lis
     for weight, name in zip(weights, names, strict=True):
         if not math.isfinite(weight):
             raise ValueError(f"The weight of {name!r} is {weight}. Give a finite number.")
+        if weight < 0 and name in judges:
+            raise ValueError(
+                f"The weight of the judge {name!r} is {weight}: who wins its games would score lower. Give a positive "
+                "number, or name a judge who prefers the opposite."
+            )
+    if not any(weights):
+        raise ValueError("All weights are 0, so that all scores are equal. Give one of them another number.")
     return [float(weight) for weight in weights]
 
 
@@ -975,14 +1132,19 @@ def score_rows(
     weights: Sequence[float] | None = None,
     *,
     batch_size: int = 64,
+    folder: str | Path | None = None,
     desc: str = "Scoring",
 ) -> list[dict[str, Any]]:
     """
     Score the candidates of all rows, split over the processes of the run.
 
     Batches of rows go to the processes in turn. They are the same batches for any number of processes, so the result
-    is the same to the last digit. It is also the same if the rows are given in portions of a multiple of `batch_size`,
-    which a caller can do to keep what is finished when a later portion fails.
+    is the same to the last digit.
+
+    With a `folder`, each batch is kept there once it is scored: when a later one fails, the same call goes on with
+    what is left, with any number of processes. Other rows, scorers or batches begin anew, in another subfolder; other
+    weights do not. If the file of a reward function has changed, a finished scoring begins anew, and an unfinished one
+    goes on with a warning: it may be that the function was mended, and what it had scored was paid for.
 
     What scorers count (texts cut, games decided by a coin) is summed over the processes, kept in their `counts`, and
     logged.
@@ -992,6 +1154,7 @@ def score_rows(
         scorers (`Sequence[Scorer]`): one or several; their names must differ.
         weights (`Sequence[float]`, *optional*): of the scorers; by default 1 each.
         batch_size (`int`, defaults to 64): rows a scorer sees at a time.
+        folder (`str` or `Path`, *optional*): where scores are kept on the way; all processes must see it.
         desc (`str`): of the progress bar.
 
     Returns:
@@ -1007,39 +1170,49 @@ def score_rows(
     rows, names = list(rows), [scorer.name for scorer in scorers]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"The scorers are {names}. Give one or more, with a name of its own each.")
-    weights = _check_weights(weights, names)
+    judges = [scorer.name for scorer in scorers if isinstance(scorer, PairwiseScorer)]
+    weights = _check_weights(weights, names, judges)
     _check_batch_size(batch_size)
     _check_rows(rows, _check_row)
     state = process_state()
     starts = range(0, len(rows), batch_size)
+    files, scored = {}, {}
+    if folder is not None:
+        place = _open_scores(Path(folder), rows, scorers, batch_size)
+        files = {start: _scores_file(place, number) for number, start in enumerate(starts)}
+        scored = {start: json.loads(file.read_text()) for start, file in files.items() if file.exists()}
+        state.wait_for_everyone()  # all processes have looked before one of them finishes a batch
+    unfinished = [start for start in starts if start not in scored]
     counts_before = [Counter(getattr(scorer, "counts", {})) for scorer in scorers]
-    done: list[tuple[int, list[dict]]] = []
+    done: list[tuple[int, dict]] = []
     failure = None
     try:
         for start in tqdm(
-            starts[state.process_index :: state.num_processes],
+            unfinished[state.process_index :: state.num_processes],
             desc=desc,
             disable=not state.is_main_process,
             leave=False,
         ):
             done.append((start, _score_batch(rows[start : start + batch_size], start, scorers, weights)))
+            if start in files:
+                write_atomically(files[start], json.dumps(done[-1][1], default=float))
     except Exception as error:  # the other processes wait for us below
         failure = error
-    counted = [
-        Counter(getattr(scorer, "counts", {})) - before for scorer, before in zip(scorers, counts_before, strict=True)
-    ]
     message = None if failure is None else f"process {state.process_index}, {type(failure).__name__}: {failure}"
-    everything = [(done, counted, message)]
+    everything = [(done, message)]
     if state.num_processes > 1:
         everything = gather_object(everything)
     if failure is not None:
+        if folder is not None:
+            failure.add_note(f"What was scored before is kept in {place}: the same call goes on from there.")
         raise failure
-    for _, _, message in everything:
+    for _, message in everything:
         if message is not None:
             raise RuntimeError(f"Scoring failed on another process ({message})")
 
+    scored |= {start: batch for parts, _ in everything for start, batch in parts}
     for index, scorer in enumerate(scorers):
-        total = sum((counted[index] for _, counted, _ in everything), Counter())
+        total = sum((Counter(scored[start]["counts"][index]) for start in starts), Counter())
         if total:
             scorer.counts.clear()
             scorer.counts.update(counts_before[index] + total)
@@ -1047,14 +1220,26 @@ def score_rows(
                 said = ", ".join(f"{count} {what}" for what, count in total.items())
                 # the first counts what was done, any other what went wrong on the way
                 logger.log(logging.WARNING if len(total) > 1 else logging.INFO, f"{scorer.name}: {said}")
-    batches = dict(part for parts, _, _ in everything for part in parts)
-    return [row for start in starts for row in batches[start]]
+    result = []
+    for start in starts:
+        values, games = scored[start]["values"], scored[start]["games"]
+        for index, row in enumerate(rows[start : start + batch_size]):
+            kept = {k: v for k, v in row.items() if k not in ("scores", "games") and not k.startswith("rewards/")}
+            of_row = [column[index] for column in values]
+            result.append({**kept, "scores": combine(of_row, weights)})
+            if len(scorers) > 1:
+                result[-1] |= {f"rewards/{name}": value for name, value in zip(names, of_row, strict=True)}
+            elif games is not None:
+                result[-1]["games"] = games[index]
+    return result
 
 
 def _score_batch(
     rows: list[Mapping[str, Any]], start: int, scorers: Sequence[Scorer], weights: list[float]
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
+    """Values of each scorer for each row, the last judge's games, and what each scorer counted; in JSON's types."""
     games, values = None, []
+    before = [Counter(getattr(scorer, "counts", {})) for scorer in scorers]
     try:
         for scorer in scorers:
             if isinstance(scorer, PairwiseScorer):
@@ -1062,21 +1247,53 @@ def _score_batch(
                 values.append([tournament_scores(row, played) for row, played in zip(rows, games, strict=True)])
             else:
                 values.append(scorer(rows))
-        scored = []
-        for index, row in enumerate(rows):
-            of_row = [column[index] for column in values]
+        for index, of_row in enumerate(zip(*values, strict=True)):
             try:
-                scores = combine(of_row, weights)
+                combine(of_row, weights)
             except ScoringError as error:
                 error.row = index
                 raise
-            kept = {k: v for k, v in row.items() if k not in ("scores", "games") and not k.startswith("rewards/")}
-            scored.append({**kept, "scores": scores})
-            if len(scorers) > 1:
-                scored[-1] |= {f"rewards/{scorer.name}": value for scorer, value in zip(scorers, of_row, strict=True)}
-            elif games is not None:
-                scored[-1]["games"] = games[index]
     except ScoringError as error:
+        error.prompt = rows[error.row]["prompt"]
         error.row += start
         raise
-    return scored
+    except Exception as error:
+        error.add_note(f"Rows {start} to {start + len(rows) - 1} were being scored.")
+        raise
+    counts = [Counter(getattr(scorer, "counts", {})) - b for scorer, b in zip(scorers, before, strict=True)]
+    return {"values": values, "games": games, "counts": [dict(count) for count in counts]}
+
+
+def _open_scores(folder: Path, rows: list, scorers: Sequence[Scorer], batch_size: int) -> Path:
+    """The subfolder for the scores of these rows by these scorers; the same on all processes."""
+    state, place = process_state(), None
+    if state.is_main_process:
+        said_to_scorers = [
+            {k: v for k, v in row.items() if k in ("prompt", "completions", "completion_ids") or _belongs_to_prompt(k)}
+            for row in rows
+        ]
+        who = [
+            [type(scorer).__name__, scorer.name, *(getattr(scorer, key, None) for key in ("spec", "identity"))]
+            for scorer in scorers
+        ]
+        identity = json.dumps([said_to_scorers, who, batch_size], sort_keys=True, default=str)
+        place = folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
+        code, file = [getattr(scorer, "code", None) for scorer in scorers], place / "code.json"
+        if file.exists() and json.loads(file.read_text()) != code:
+            numbers = range(math.ceil(len(rows) / batch_size))
+            kept = [_scores_file(place, number) for number in numbers if _scores_file(place, number).exists()]
+            if len(kept) == len(numbers):
+                logger.info(f"A reward function has changed since {place} was made: scoring anew.")
+                for portion in kept:
+                    portion.unlink()
+            elif kept:
+                logger.warning(
+                    f"A reward function has changed. What it had scored before is kept, {len(kept)} of {len(numbers)} "
+                    f"portions in {place}; remove that folder to score everything anew."
+                )
+        write_atomically(file, json.dumps(code))
+    return (gather_object([place]) if state.num_processes > 1 else [place])[0]  # the main process's
+
+
+def _scores_file(place: Path, number: int) -> Path:
+    return place / f"{number:05d}.json"
