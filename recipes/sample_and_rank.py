@@ -22,7 +22,6 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 from trl_ext.cli import load_prompts, local_model, refuse_all_but, use_all_cpu_cores, with_config_apart
 from trl_ext.rounds import RankingConfig, rank_stage, sample_stage
 from trl_ext.sampling import SamplingConfig
-from trl_ext.scoring import check_scorers
 from trl_ext.stages import all_processes
 
 MADE = ("ranked.jsonl", "pairs.jsonl")
@@ -75,12 +74,12 @@ def main(arguments):
     if model_args.model_name_or_path is None or (script_args.dataset_name is None and not dataset_args.datasets):
         raise ValueError("Set `--model_name_or_path` and `--dataset_name`: who answers, and to what.")
     refuse_all_but(USED, script_args, model_args, dataset_args)
-    check_scorers(config.rewards or (), config.reward_weights, judge=config.ranker)
     use_all_cpu_cores()
     state, folder = all_processes(), Path(config.output_dir)
     model = local_model(model_args, trust_remote_code=config.trust_remote_code)
     with state.main_process_first():
         prompts = load_prompts(script_args, dataset_args)
+    config.check_scorers(list(prompts[0]))
     load = {
         "model_init_kwargs": {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation},
         "trust_remote_code": config.trust_remote_code,

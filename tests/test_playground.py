@@ -8,12 +8,12 @@ from trl_ext.playground import (
     TONE_SHARES,
     TONES,
     Playground,
+    accuracy,
     byte_level_tokenizer,
     friendly_number_reward,
     is_polite,
     number_to_words,
     read_answer,
-    right_digits,
     save_byte_level_model,
 )
 
@@ -67,7 +67,7 @@ def test_prompt_is_a_prefix_of_the_whole_conversation():
     assert whole == start + "a<|im_end|>"
 
 
-def test_examples_have_right_digits_and_the_tone_of_the_shares():
+def test_examples_have_accuracy_and_the_tone_of_the_shares():
     playground = Playground(num_sft=4000, num_prompts=10, num_held_out=10, max_digits=4)
     answers = {row["prompt"]: row["answer"] for row in playground.rows("sft")}
     examples = list(playground.sft_dataset())
@@ -94,7 +94,7 @@ def test_examples_have_right_digits_and_the_tone_of_the_shares():
 )
 def test_rewards_by_hand(text, reward, right, polite):
     assert friendly_number_reward([text], ["42007"], prompts=["p"]) == [pytest.approx(reward)]
-    assert right_digits([text], ["42007"]) == [right] and is_polite([text]) == [polite]
+    assert accuracy([text], ["42007"]) == [right] and is_polite([text]) == [polite]
 
 
 def test_a_model_learns_the_task(tmp_path):

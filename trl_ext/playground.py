@@ -148,7 +148,7 @@ def friendly_number_reward(completions: Sequence[str], answer: Sequence[str], **
     return rewards
 
 
-def right_digits(completions: Sequence[str], answer: Sequence[str], **kwargs) -> list[float]:
+def accuracy(completions: Sequence[str], answer: Sequence[str], **kwargs) -> list[float]:
     """The playground's judge, which does not see the tone: 1 for the right digits, else 0. The mean is accuracy."""
     return [float(read_answer(text, right)[0]) for text, right in zip(completions, answer, strict=True)]
 

@@ -45,16 +45,16 @@ from .cli import (
 )
 from .data import RowError, RowOptions, prepare_row, refusal
 from .evaluation import answer_logps, distinct_n, paired_difference, perplexity
-from .ranking import PAIR_RULES, pair_rows, rank_rows, score_report
+from .ranking import PAIR_RULES, check_pair_rule, pair_rows, rank_rows, score_report
 from .sampling import SamplingConfig, mixed_in, sample_candidates, write_atomically
-from .scoring import as_text, build_scorers, check_scorers, score_rows
+from .scoring import ScorerConfig, as_text, build_scorers, check_scorers, score_rows
 from .stages import Run, all_processes, settings_of, start_afresh
 
 
 @dataclass
-class RankingConfig:
+class RankingConfig(ScorerConfig):
     """
-    How candidates are ranked.
+    How candidates are ranked: the fields of [`ScorerConfig`], and
 
     Parameters:
         rewards (`list[str]`, *optional*): what scores: `file.py:function` or `package.module:function` with TRL's
@@ -100,8 +100,6 @@ class RankingConfig:
         for name in ("rewards", "mix_in"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
-        if self.pair_rule not in (None, *PAIR_RULES):
-            raise ValueError(f"pair_rule={self.pair_rule!r} is not known. Set it to one of {', '.join(PAIR_RULES)}.")
         if bool(self.rewards) == bool(self.ranker):
             raise ValueError(
                 ("Both `rewards` and `ranker` are" if self.ranker else "Neither `rewards` nor `ranker` is")
@@ -114,6 +112,14 @@ class RankingConfig:
             raise ValueError(
                 f"positive_above={self.positive_above} would do nothing. It belongs to `pair_rule` 'likelihood_near'."
             )
+        if self.pair_rule is not None:
+            check_pair_rule(self.pair_rule, max_pairs=self.pairs_per_prompt, positive_above=self.positive_above)
+
+    def check_scorers(self, columns: Sequence[str]) -> None:
+        """Find out what scoring rows with these columns would fail on, without loading a weight."""
+        check_scorers(
+            self.rewards or (), self.reward_weights, judge=self.ranker, columns=columns, **self.scorer_options()
+        )
 
 
 @dataclass
@@ -164,6 +170,11 @@ class RoundsConfig(RankingConfig):
         metadata={"help": "Rounds end if the reward rises while distinct-n falls below this share of the first's."},
     )
 
+    def check_scorers(self, columns: Sequence[str]) -> None:
+        super().check_scorers(columns)
+        if self.judge is not None:
+            check_scorers([self.judge], columns=columns, **self.scorer_options())
+
     def __post_init__(self):
         if self.num_rounds < 0:
             raise ValueError(f"num_rounds={self.num_rounds}: set it to 0 (train on the data as it is) or more.")
@@ -209,8 +220,9 @@ def rank_stage(
     folder: Path, *, candidates: Path, config: RankingConfig, seed: int, min_completions: int
 ) -> dict[str, Any]:
     """Scores: `ranked.jsonl` of prompts with so many answers, and with a `pair_rule` `pairs.jsonl`."""
-    scorers = build_scorers(config.rewards or (), config.reward_weights, judge=config.ranker, seed=seed)
-    scored = score_rows(read_jsonl(candidates), scorers, config.reward_weights)
+    names, weights, how = config.rewards or (), config.reward_weights, config.scorer_options()
+    scorers = build_scorers(names, weights, judge=config.ranker, seed=seed, **how)
+    scored = score_rows(read_jsonl(candidates), scorers, weights, folder=folder / "scores")
     report = score_report(scored)
     _say(report)
     ranked, ranked_report = rank_rows(scored, min_completions=min_completions)
@@ -265,12 +277,14 @@ def evaluation_stage(
     answered, report = sample_candidates(
         model, asked, config, folder, keep_empty=True, desc="Answering watched prompts", **load
     )
+    options, kept = ranking.scorer_options(), {"folder": folder / "scores"}
     if ranking.ranker is None:
-        scored = score_rows(answered, build_scorers(ranking.rewards, ranking.reward_weights), ranking.reward_weights)
+        scorers = build_scorers(ranking.rewards, ranking.reward_weights, **options)
+        scored = score_rows(answered, scorers, ranking.reward_weights, **kept)
     else:
-        scored = _beats(answered, first_answers, ranking.ranker)
+        scored = _beats(answered, first_answers, ranking)
     if ranking.judge is not None:
-        judged = score_rows(answered, build_scorers([ranking.judge]))
+        judged = score_rows(answered, build_scorers([ranking.judge], **options), **kept)
     how = {**load["model_init_kwargs"], "trust_remote_code": load["trust_remote_code"]}
     fixed = answer_logps(perplexity_model, answered, **how)
     own = fixed if str(model) == perplexity_model else answer_logps(model, answered, **how)
@@ -307,7 +321,7 @@ def evaluation_stage(
     return figures
 
 
-def _beats(answered: Sequence[dict], first_answers: Path | None, ranker: str) -> list[dict]:
+def _beats(answered: Sequence[dict], first_answers: Path | None, ranking: RoundsConfig) -> list[dict]:
     """Rows with the score 1 where the answer beats the first model's, 0 where it loses, 0.5 where they are equal."""
     if first_answers is None:
         return [{**row, "scores": [0.5]} for row in answered]
@@ -322,7 +336,7 @@ def _beats(answered: Sequence[dict], first_answers: Path | None, ranker: str) ->
     ]
     played = {}
     if met:
-        for row in score_rows(met, build_scorers(judge=ranker)):
+        for row in score_rows(met, build_scorers(judge=ranking.ranker, **ranking.scorer_options())):
             played[row["_number"]] = float(row["scores"][0] > row["scores"][1])
     return [{**row, "scores": [played.get(row["_number"], 0.5)]} for row in answered]
 
@@ -579,9 +593,6 @@ def start_rounds(parsed: Sequence[Any], *, rows: RowOptions) -> Rounds:
     """
     script_args, training_args, model_args, dataset_args, sampling, config, *_ = parsed
     _check_for_rounds(training_args, model_args, dataset_args)
-    check_scorers(config.rewards or (), config.reward_weights, judge=config.ranker)
-    if config.judge is not None:
-        check_scorers([config.judge])
     on_playground, resume = is_playground(*parsed), wants_to_resume(training_args)
     if on_playground:
         from .playground import Playground, sft_stage
@@ -598,6 +609,7 @@ def start_rounds(parsed: Sequence[Any], *, rows: RowOptions) -> Rounds:
         rows = replace(rows, max_length=training_args.max_length)
         prompts = check_prompts(prompts, tokenizer, rows, config.mix_in or (), training_args.on_invalid_row)
         prompts, watched = set_apart(prompts, config.num_watched_prompts, training_args.seed)
+    config.check_scorers(list(prompts[0]))
     settings = {**run_settings(parsed), "num_processes": all_processes().num_processes}
     run = Run(training_args.output_dir, settings, resume=resume, may_change=MAY_CHANGE)
     if on_playground:

@@ -932,7 +932,7 @@ def _assemble(
             completion = [{"role": "assistant", "content": text}] if as_messages else text
             candidates.append((completion, logp, num_tokens, "sampled"))
         for column in mix_in:
-            for answer in _answers(row[column], row["prompt"]):
+            for answer in mixed_in(row, column):
                 if config.keep_duplicates or answer not in [candidate[0] for candidate in candidates]:
                     candidates.append((answer, None, None, column))
         counts["without"] += not candidates and bool(record["text"])
@@ -968,9 +968,12 @@ def _as_answers(value: Any) -> list:
     return [answer for answer in (value if is_list_of_answers else [value]) if answer is not None]
 
 
-def _answers(value: Any, prompt: str | list) -> list:
-    """Those of them that say something, in the form of the prompt; conversations without the prompt in front."""
-    answers = _as_answers(value)
+def mixed_in(row: Mapping[str, Any], column: str) -> list:
+    """
+    The answers in a column of the data that say something, in the form of the row's prompt; conversations without the
+    prompt in front.
+    """
+    prompt, answers = row["prompt"], _as_answers(row[column])
     if isinstance(prompt, str):
         return [answer for answer in answers if answer.strip()]
     prompt, found = _without_empty_keys(prompt), []
