@@ -557,7 +557,7 @@ def _wins(answers: dict[int, dict], first: dict[int, dict]) -> str:
 
 
 def _short(text: str | list[dict], width: int = 48) -> Text:
-    text = " ".join(as_text(text).split())
+    text = " ".join(as_text(text if isinstance(text, str) else text[-1:]).split())
     return Text(text if len(text) <= width else text[: width - 1] + "…")
 
 
