@@ -1,6 +1,7 @@
 """The base of every trainer here, and the only file that overrides what is private in `trl.DPOTrainer`."""
 
 import contextlib
+import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,7 +13,6 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftMixedModel, PeftType
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoProcessor,
     BitsAndBytesConfig,
     DataCollator,
@@ -34,7 +34,7 @@ from .execution.forward import score_completions
 from .execution.support import adapter_reason
 from .logps import CompletionLogps, completion_logps
 from .metrics import MetricAccumulator
-from .prefix_sharing import enable_prefix_sharing, refuse_unless_shareable
+from .prefix_sharing import enable_prefix_sharing, load_config, refuse_unless_shareable
 
 REQUIRED_BATCH_KEYS = {
     "prompt_weights",
@@ -42,6 +42,7 @@ REQUIRED_BATCH_KEYS = {
     "candidate_index",
     "reference_index",
     "scores",
+    "has_scores",
     "input_ids",
     "attention_mask",
     "completion_mask",
@@ -149,6 +150,7 @@ class CandidateTrainer(DPOTrainer):
                 pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of
             )
 
+        checkpointing_kwargs = copy.copy(args.activation_checkpointing_kwargs)
         with contextlib.ExitStack() as stack:
             if not args.uses_reference_model:
                 stack.enter_context(without_reference_model(policy_is_loaded_by_trl=isinstance(model, str)))
@@ -180,6 +182,10 @@ class CandidateTrainer(DPOTrainer):
         if args.prefix_sharing is not False:
             enable_prefix_sharing(self, args.prefix_sharing, self_check=args.check_prefix_sharing)
         if args.max_completions_per_forward is not None:
+            # For PEFT under ZeRO-3, `DPOTrainer` sets 'use_reentrant': True, whatever the user says, in the dict that
+            # `Trainer` reads. Then each part would have a backward pass of its own, and ZeRO-3 would take the first
+            # for all; and running the parts again is what makes ZeRO-3 work without it.
+            args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs = checkpointing_kwargs
             policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
             add_chunking(policy, multiple_of=args.pad_to_multiple_of or 1)
         self._metric_sums = {"train": MetricAccumulator(), "eval": MetricAccumulator()}
@@ -233,6 +239,7 @@ class CandidateTrainer(DPOTrainer):
 
     def _check_chunking(self, args, model, peft_config) -> None:
         """Refuse `max_completions_per_forward` where the parts of a batch do not add up to the whole."""
+        args.refuse_reentrant_checkpointing()  # again: the dict may have been changed since
         given = f"max_completions_per_forward={args.max_completions_per_forward}"
         for adapter in [peft_config, *getattr(model, "peft_config", {}).values()]:
             reason = None if adapter is None else adapter_reason(adapter)
@@ -243,11 +250,7 @@ class CandidateTrainer(DPOTrainer):
                 )
         config = getattr(model, "config", None)
         if isinstance(model, str):
-            names = ("revision", "trust_remote_code", "cache_dir", "token", "subfolder")
-            init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-            config = AutoConfig.from_pretrained(
-                model, **{name: value for name, value in init_kwargs.items() if name in names}
-            )
+            config = load_config(model, args)
         config = config.get_text_config()
         coefficient = args.router_aux_loss_coef
         if coefficient is None:
@@ -433,6 +436,11 @@ class CandidateTrainer(DPOTrainer):
             metrics["loss"] = losses
         self._accumulate(metrics, inputs, outputs)
         return (loss, outputs) if return_outputs else loss
+
+    def _prepare_input(self, data):
+        # under DeepSpeed `Trainer` casts what is floating to the model's dtype: scores that differ by less than
+        # bfloat16 can tell would become equal
+        return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
