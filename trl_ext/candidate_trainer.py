@@ -136,7 +136,7 @@ class CandidateTrainer(DPOTrainer):
         args.accelerator_config.dispatch_batches = False
 
         self.data_reports: dict[str, PreparationReport] = {}
-        train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
+        train_dataset = self._prepare(train_dataset, processing_class, args, "train", self._row_options(args))
         if isinstance(eval_dataset, dict):
             eval_dataset = {
                 name: self._prepare_dataset(dataset, processing_class, args, name)
@@ -302,7 +302,12 @@ class CandidateTrainer(DPOTrainer):
         return RowOptions(max_length=args.max_length)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        options = dataclasses.replace(self._row_options(args), eos_token=_tokenizer_of(processing_class).eos_token)
+        """Prepare rows to evaluate on: training rows come here too, from TRL's constructor, but prepared already."""
+        options = dataclasses.replace(self._row_options(args), best_only=False)
+        return self._prepare(dataset, processing_class, args, dataset_name, options)
+
+    def _prepare(self, dataset, processing_class, args, dataset_name, options):
+        options = dataclasses.replace(options, eos_token=_tokenizer_of(processing_class).eos_token)
         if options.eos_token is None:
             warnings.warn(
                 "The tokenizer has no end token, so plain-text answers get none and the model does not learn to stop. "
@@ -472,10 +477,9 @@ class CandidateTrainer(DPOTrainer):
         row_weights = weights[inputs["prompt_index"]].unsqueeze(1)
         scored = inputs["completion_mask"][:, 1:] * row_weights
         sums.add("entropy", outputs.entropy * scored, scored)
-        best_row, worst_row = best_and_worst(inputs)
-        is_pair = (best_row != worst_row).unsqueeze(1)  # the only candidate of a prompt is not a rejected one
+        best_row, worst_row, is_worse = best_and_worst(inputs)
         sums.add("logits/chosen", outputs.mean_logits[best_row] * scored[best_row], scored[best_row])
-        rejected = scored[worst_row] * is_pair
+        rejected = scored[worst_row] * is_worse.unsqueeze(1)
         sums.add("logits/rejected", outputs.mean_logits[worst_row] * rejected, rejected)
         sums.add("mean_token_accuracy", outputs.is_top1[best_row] * scored[best_row], scored[best_row])
         if self.model.training:
@@ -516,10 +520,10 @@ def _check_batch(inputs: dict[str, torch.Tensor]) -> None:
         )
 
 
-def best_and_worst(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def best_and_worst(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Rows of the best and the worst candidate of each prompt, `(B,)` each; of equals the first is the best and the last
-    the worst.
+    the worst. And whether that one scores less, `(B,)`, bool: where it does not, nothing is better than anything.
     """
     candidate_index, scores = inputs["candidate_index"], inputs["scores"]
     absent = candidate_index < 0
@@ -527,4 +531,5 @@ def best_and_worst(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch
     # argmax takes the first of equals: look from the end for the last
     worst = (-scores).masked_fill(absent, float("-inf")).flip(1).argmax(dim=1, keepdim=True)
     worst = scores.size(1) - 1 - worst
-    return candidate_index.gather(1, best).squeeze(1), candidate_index.gather(1, worst).squeeze(1)
+    is_worse = scores.gather(1, worst) < scores.gather(1, best)
+    return tuple(t.squeeze(1) for t in (candidate_index.gather(1, best), candidate_index.gather(1, worst), is_worse))
