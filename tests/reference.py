@@ -114,9 +114,7 @@ def slic_loss(model, rows, *, calibration, delta, reg_weight, reduction="sum", r
     return sum(losses) / len(losses)
 
 
-def rrhf_loss(
-    model, rows, *, rank_weight=1.0, sft_weight=1.0, length_penalty=1.0, sft_reduction="sum", arithmetic="paper"
-):
+def rrhf_loss(model, rows, *, rank_weight=1.0, sft_weight=1.0, length_penalty=1.0, sft_reduction="sum"):
     """Mean RRHF loss over prepared rows (`prompt_ids`, `completion_ids`, `scores`)."""
     losses = []
     for row in rows:
@@ -124,19 +122,48 @@ def rrhf_loss(
         answers = row["completion_ids"][: len(scores)]
         sums = [sequence_logp(model, prompt_ids, ids) for ids in answers]
         lengths = [len(ids) - (0 if prompt_ids else 1) for ids in answers]
-        width = max(len(prompt_ids) + len(ids) for ids in answers)
-        if arithmetic == "official":
-            compared = [s / width**length_penalty for s in sums]
-        else:
-            compared = [s / n**length_penalty for s, n in zip(sums, lengths, strict=True)]
+        compared = [s / n**length_penalty for s, n in zip(sums, lengths, strict=True)]
         best = scores.index(max(scores))
-        sft = -sums[best]
-        if arithmetic == "official":
-            sft = sft / width
-        elif sft_reduction == "mean":
-            sft = sft / lengths[best]
+        sft = -sums[best] / (lengths[best] if sft_reduction == "mean" else 1)
         losses.append(rank_weight * rrhf_rank_loss(compared, scores) + sft_weight * sft)
     return sum(losses) / len(losses)
+
+
+def official_rrhf_loss(model, rows, *, rank_weight=1.0, sft_weight=1.0, length_penalty=1.0):
+    """
+    RRHF as the authors' program goes about it, step by step: one prompt at a time, all its answers as one padded
+    batch, and labels that are overwritten before lengths are read off them.
+    """
+    total = 0
+    for row in rows:
+        reward = torch.tensor(row["scores"])
+        texts = [row["prompt_ids"] + ids for ids in row["completion_ids"][: len(reward)]]
+        columns = max(map(len, texts))
+        tokens = torch.zeros(len(texts), columns, dtype=torch.long)
+        present = torch.zeros_like(tokens)
+        targets = torch.full_like(tokens, -100)  # shifted: at each place the token to be predicted there
+        for line, ids in enumerate(texts):
+            tokens[line, : len(ids)] = torch.tensor(ids)
+            present[line, : len(ids)] = 1
+            first = len(row["prompt_ids"])
+            targets[line, first - 1 : len(ids) - 1] = torch.tensor(ids[first:])
+        log_probabilities = torch.log_softmax(model(input_ids=tokens, attention_mask=present).logits.float(), dim=-1)
+
+        is_answer = (targets != -100).float()
+        targets[targets == -100] = 0  # in place, to have something to gather with
+        token_values = log_probabilities.gather(2, targets[:, :, None])[:, :, 0] * is_answer
+        length = (targets != -100).float().sum(dim=1)  # by now every place counts
+        assert (length == columns).all()
+        value = token_values.sum(dim=1) / length**length_penalty
+
+        ranking = torch.zeros(())
+        for better in range(len(texts)):
+            for worse in range(len(texts)):
+                if reward[better] > reward[worse] and value[better] < value[worse]:
+                    ranking = ranking + value[worse] - value[better]
+        fine_tuning = -token_values[int(reward.argmax())].mean()  # over all places, most of which hold zeros
+        total = total + rank_weight * ranking + sft_weight * fine_tuning
+    return total / len(rows)
 
 
 def rrhf_rank_loss(compared, scores):
@@ -150,13 +177,17 @@ def rrhf_rank_loss(compared, scores):
 
 
 def click_loss(model, rows, *, margin, pair_weight):
-    """Mean CLICK loss over prepared rows: NLL per token of the target + pair_weight * mean hinge over pairs."""
-    losses = []
+    """
+    CLICK loss over prepared rows: mean NLL per token of the targets + pair_weight * mean hinge, over the prompts that
+    have a pair, of its pairs.
+    """
+    lms, hinges = [], []
     for row in rows:
         candidates = [
             sequence_logp(model, row["prompt_ids"], ids) for ids in row["completion_ids"][: len(row["scores"])]
         ]
         target = row["completion_ids"][row["reference_index"]]
-        lm = -sequence_logp(model, row["prompt_ids"], target) / len(target)
-        losses.append(lm + pair_weight * rank_loss(candidates, row["scores"], margin))
-    return sum(losses) / len(losses)
+        lms.append(-sequence_logp(model, row["prompt_ids"], target) / len(target))
+        if len(set(row["scores"])) > 1:
+            hinges.append(rank_loss(candidates, row["scores"], margin))
+    return sum(lms) / len(lms) + pair_weight * (sum(hinges) / len(hinges) if hinges else 0)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoModelForCausalLM
 
 from tests import reference
-from tests.test_slic_trainer import assert_same_gradients, one_batch
+from tests.test_slic_trainer import Losses, assert_same_gradients, copy_of, gradients, one_batch, weights
 from trl_ext import CLICKConfig, CLICKTrainer, losses
 
 ROWS = [
@@ -16,8 +17,10 @@ ROWS = [
 ]
 
 
-def build(model, tokenizer, config_kwargs, rows=ROWS, **settings):
+def build(model, tokenizer, config_kwargs, rows=ROWS, callbacks=None, eval_rows=None, **settings):
     return CLICKTrainer(
+        callbacks=callbacks,
+        eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows),
         model=model,
         args=CLICKConfig(**{**config_kwargs, **settings}),
         train_dataset=Dataset.from_list(rows),
@@ -29,8 +32,7 @@ def build(model, tokenizer, config_kwargs, rows=ROWS, **settings):
 @pytest.mark.parametrize("prefix_sharing", [True, False])
 def test_loss_and_gradients_equal_the_slow_reference(model, tokenizer, config_kwargs, settings, prefix_sharing):
     trainer = build(model, tokenizer, config_kwargs, prefix_sharing=prefix_sharing, **settings)
-    slow = type(model)(model.config)
-    slow.load_state_dict(model.state_dict())
+    slow = copy_of(model)
     weights = {"margin": 15.0, "pair_weight": 0.3, **settings}
     expected = reference.click_loss(slow, list(trainer.train_dataset), **weights)
     expected.backward()
@@ -66,16 +68,84 @@ def test_trains_without_a_reference_model_and_logs_its_parts(model, tokenizer, c
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     for log in logs:
-        assert log["loss"] == pytest.approx(log["loss/lm"] + 0.3 * log["loss/pair"], rel=1e-4)
+        # a step without a pair has nothing to say about pairs
+        assert log["loss"] == pytest.approx(log["loss/lm"] + 0.3 * log.get("loss/pair", 0.0), rel=1e-4)
     for part in ("loss/lm", "loss/pair"):  # two steps are an epoch
-        assert sum(log[part] for log in logs[-2:]) < 0.5 * sum(log[part] for log in logs[:2])
+        start, end = ([log[part] for log in some if part in log] for some in (logs[:2], logs[-2:]))
+        assert sum(end) / len(end) < 0.5 * sum(start) / len(start)
     assert any("hinge/active" in log and "lengths/reference" in log and "logps/rejected" in log for log in logs)
 
 
+def test_any_split_into_micro_batches_gives_the_same_training(model_dir, tokenizer, config_kwargs):
+    """Also with rows that have no pair, which are then not spread evenly: the hinge is a mean over those that have."""
+    rows = [*ROWS, {**ROWS[1], "prompt": "once more "}, {**ROWS[3], "prompt": "task "}]
+    runs = []
+    for batch_size, accumulation in ((6, 1), (1, 6), (2, 3), (4, 2)):
+        kwargs = {**config_kwargs, "per_device_train_batch_size": batch_size, "num_train_epochs": 3}
+        losses = Losses()
+        trainer = build(
+            AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), tokenizer, kwargs, rows, [losses],
+            rows, gradient_accumulation_steps=accumulation, per_device_eval_batch_size=batch_size,
+        )  # fmt: skip
+        before = trainer.evaluate()
+        expected = before["eval_loss/lm"] + 0.3 * before["eval_loss/pair"]
+        assert before["eval_loss"] == pytest.approx(expected, rel=1e-5)
+        trainer.train()
+        runs.append((trainer, losses, before))
+    (first, first_losses, first_before), others = runs[0], runs[1:]
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        slow = reference.click_loss(model, list(first.train_dataset), margin=15.0, pair_weight=0.3)
+    assert first_before["eval_loss"] == pytest.approx(slow.item(), rel=1e-5)
+    assert len(first_losses.series()) == 3 and first_losses.series()[0] == pytest.approx(slow.item(), rel=1e-4)
+    for trainer, losses, before in others:
+        assert before["eval_loss"] == pytest.approx(first_before["eval_loss"], rel=1e-5)
+        for name in ("loss", "loss/lm", "loss/pair", "hinge/active", "rewards/margins", "lengths/rejected"):
+            torch.testing.assert_close(losses.series(name), first_losses.series(name), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(weights(trainer), weights(first), rtol=1e-4, atol=1e-5)
+
+
+def test_task_data_without_samples_does_not_dilute_the_pairs(model, tokenizer, config_kwargs):
+    """What the hinge does to the weights is the same with and without rows of the task beside the pairs."""
+    found = []
+    for rows in (ROWS[:2], [*ROWS[:2], *({**ROWS[3], "prompt": f"{n} "} for n in range(6))]):
+        parts = []
+        for pair_weight in (0.3, 0.0):
+            trainer = build(copy_of(model), tokenizer, config_kwargs, rows, pair_weight=pair_weight)
+            trainer.compute_loss(trainer.model, one_batch(trainer)).backward()
+            parts.append(gradients(trainer.model))
+        found.append({name: parts[0][name] - parts[1][name] for name in parts[0]})
+    assert max(gradient.abs().max() for gradient in found[0].values()) > 1e-2
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)
+
+
+def without_reference(row):
+    return {key: value for key, value in row.items() if key != "reference"}
+
+
 def test_best_candidate_stands_in_for_a_missing_target(model, tokenizer, config_kwargs):
-    rows = [{key: value for key, value in row.items() if key != "reference"} for row in ROWS]
-    prepared = build(model, tokenizer, config_kwargs, rows).train_dataset
-    assert [row["reference_index"] for row in prepared] == [1, 0, 0, 0]
+    rows = [without_reference(ROWS[index]) for index in (0, 1, 3)]
+    trainer = build(model, tokenizer, config_kwargs, rows)
+    assert [row["reference_index"] for row in trainer.train_dataset] == [1, 0, 0]
+    assert trainer.data_reports["train"].num_reference_missing == 3
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"completions": ["bad", "worse"], "scores": [0.0, 0.0]}, "and no candidate is better than another. Add a"),
+        ({"completions": ["good", "nice"], "scores": [1.0, 1.0]}, "and no candidate is better than another"),
+        ({"completions": ["bad"], "scores": [0.0]}, "the only candidate scores 0.0"),
+    ],
+)
+def test_a_sample_that_may_be_bad_is_no_target(row, message, model, tokenizer, config_kwargs):
+    rows = [{"prompt": "e ", **row}, without_reference(ROWS[0])]
+    with pytest.raises(ValueError, match=f"row 0: column 'reference' .*{message}"):
+        build(model, tokenizer, config_kwargs, rows)
+    trainer = build(model, tokenizer, config_kwargs, rows, on_invalid_row="drop")
+    assert len(trainer.train_dataset) == 1 and trainer.data_reports["train"].dropped == {"no target": 1}
+    kept = build(model, tokenizer, config_kwargs, [{**row, "reference": "the task"} for row in rows])
+    assert len(kept.train_dataset) == 2 and kept.data_reports["train"].num_reference_missing == 0
 
 
 @pytest.mark.parametrize(
@@ -83,6 +153,7 @@ def test_best_candidate_stands_in_for_a_missing_target(model, tokenizer, config_
     [
         ({"margin": 0.0}, "margin=0.0 is no margin"),
         ({"pair_weight": -1.0}, "pair_weight=-1.0 would prefer the negatives"),
+        ({"pair_weight": 0.0, "margin": 5.0}, "margin=5.0 has no part in the loss with pair_weight=0"),
         ({"beta": 0.2}, "beta=0.2: set `margin`, in nats"),
     ],
 )

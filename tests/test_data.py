@@ -3,11 +3,12 @@
 import logging
 
 import pytest
+import torch
 from datasets import Dataset, IterableDataset
 from trl import DPOConfig, DPOTrainer, extract_prompt
 
 from tests.conftest import PAIRS, read_jsonl, real_data
-from trl_ext.data import RowOptions, extract_shared_prompt, prepare_dataset, prepare_row, tokenize_candidates
+from trl_ext.data import RowError, RowOptions, extract_shared_prompt, prepare_dataset, prepare_row, tokenize_candidates
 
 
 def prepare(rows, tokenizer, options=None, **kwargs):
@@ -114,6 +115,38 @@ def test_score_values_of_pairs(tokenizer):
         prepare(PAIRS, tokenizer, options)
 
 
+def test_scores_are_what_a_batch_can_hold(tokenizer):
+    """Equal in single precision is equal, from the report to the loss."""
+    rows = [
+        {"prompt": "p ", "completions": ["a", "b"], "scores": [1.0, 1.0 + 1e-12]},
+        {"prompt": "p ", "completions": ["a", "b"], "scores": [0.1, 0.1 + 1e-6]},
+    ]
+    prepared, report = prepare(rows, tokenizer)
+    assert report.num_without_order == 1
+    assert [row["reference_index"] for row in prepared] == [0, 1]
+    for row in prepared:
+        assert torch.tensor(row["scores"], dtype=torch.float32).tolist() == row["scores"]
+    with pytest.raises(RowError, match="too large"):
+        prepare_row({**rows[0], "scores": [0, 10**400]}, tokenizer, RowOptions())
+
+
+def test_scores_of_pairs_where_they_are_given(tokenizer):
+    options = RowOptions(score_columns=True, eos_token=tokenizer.eos_token)
+    row = {**PAIRS[0], "score_chosen": 7, "score_rejected": 2.5}
+    for given, scores, has_scores in (
+        (row, [7.0, 2.5], True),
+        ({**row, "score_rejected": 7}, [7.0, 7.0], True),
+        ({**row, "score_rejected": None}, [1.0, 0.0], False),
+        (PAIRS[0], [1.0, 0.0], False),
+    ):
+        prepared = prepare_row(given, tokenizer, options)
+        assert (prepared["scores"], prepared["has_scores"]) == (scores, has_scores)
+    with pytest.raises(RowError, match="'score_rejected' holds nan"):
+        prepare_row({**row, "score_chosen": 1, "score_rejected": float("nan")}, tokenizer, options)
+    with pytest.raises(RowError, match=r"'score_chosen' \(1.0\) is not above the rejected 2.5"):
+        prepare_row({**row, "score_chosen": 1, "score_rejected": 2.5}, tokenizer, options)
+
+
 GOOD = {"prompt": "p ", "chosen": "good", "rejected": "bad"}
 GOOD_LIST = {"prompt": "p ", "completions": ["a", "b"], "scores": [1.0, 0.0]}
 CHAT = {
@@ -141,6 +174,10 @@ CHAT = {
         ),
         ({**GOOD_LIST, "scores": [1.0, float("nan")]}, r"column 'scores' holds nan, which is not a finite number"),
         ({**GOOD_LIST, "scores": [1.0, float("inf")]}, r"column 'scores' holds inf"),
+        (
+            {**GOOD_LIST, "scores": [1.0, 1e39]},
+            r"column 'scores' holds 1e\+39, which is too large",
+        ),
         ({**GOOD_LIST, "scores": [1.0, None]}, r"column 'scores' holds None"),
         ({**GOOD_LIST, "completions": ["a"], "scores": [1.0]}, r"has 1 entries where 2 are needed. Leave out prompts"),
         ({**GOOD_LIST, "completions": ["a", ""]}, r"column 'completions\[1\]' is empty"),

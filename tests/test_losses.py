@@ -161,22 +161,39 @@ RRHF_SCORES, RRHF_SUMS, RRHF_LENGTHS = [1.0, 0.2, 0.8], [-8.0, -10.0, -18.0], [1
 
 
 @pytest.mark.parametrize(
-    ("divisors", "rank", "sft"),
+    ("arithmetic", "length_penalty", "reduction", "p", "rank", "sft"),
     [
-        (RRHF_LENGTHS, 0.30 + 0.40, 8.0),  # p = -.8, -.5, -.9: the second answer is above both better ones
-        ([40, 40, 40], 0.20, 8.0 / 40),  # the authors' code: p = -.2, -.25, -.45
-        ([1, 1, 1], 8.0, 8.0),  # sums: only the second above the third
+        # the second answer is above both better ones
+        ("paper", 1.0, "sum", [-0.8, -0.5, -0.9], 0.30 + 0.40, 8.0),
+        ("paper", 1.0, "mean", [-0.8, -0.5, -0.9], 0.30 + 0.40, 0.8),
+        ("official", 1.0, "mean", [-0.2, -0.25, -0.45], 0.20, 0.20),
+        ("paper", 0.0, "sum", RRHF_SUMS, 8.0, 8.0),  # sums: only the second above the third
+        ("paper", 2.0, "sum", [-0.08, -0.025, -0.045], 0.055 + 0.035 + 0.02, 8.0),
     ],
 )
-def test_rrhf_by_hand(divisors, rank, sft):
-    candidates = [s / n for s, n in zip(RRHF_SUMS, divisors, strict=True)]
-    logps, scores, mask = batch([(candidates, RRHF_SCORES)])
-    found = losses.rrhf_rank_loss(logps, scores, mask)
-    assert found.item() == pytest.approx(rank)
-    whole = losses.rrhf_loss(found, torch.tensor([sft]), rank_weight=1.0, sft_weight=1.0)
-    assert whole.item() == pytest.approx(rank + sft)
-    weighted = losses.rrhf_loss(found, torch.tensor([sft]), rank_weight=10.0, sft_weight=0.5)
-    assert weighted.item() == pytest.approx(10 * rank + 0.5 * sft)
+def test_rrhf_by_hand(arithmetic, length_penalty, reduction, p, rank, sft):
+    # and next to it a prompt with one candidate, whose padding would be noticed
+    sums, scores, mask = batch([(RRHF_SUMS, RRHF_SCORES), ([-3.0], [0.5])])
+    lengths, widths = torch.tensor([RRHF_LENGTHS, [6, 900, 900]]), torch.tensor([[25, 40, 33], [12, 900, 900]])
+    if arithmetic == "official":
+        lengths = losses.rrhf_official_lengths(widths, mask)
+        assert lengths.tolist() == [[40] * 3, [12] * 3]
+    found_p = losses.rrhf_likelihoods(sums, lengths, length_penalty=length_penalty)
+    assert found_p[0].tolist() == pytest.approx(p)
+    found = losses.rrhf_rank_loss(found_p, scores, mask)
+    assert found.tolist() == pytest.approx([rank, 0.0])
+    found_sft = losses.rrhf_sft_loss(sums, lengths, scores, mask, reduction=reduction)
+    assert found_sft.tolist() == pytest.approx([sft, 3.0 / {"sum": 1, "mean": int(lengths[1, 0])}[reduction]])
+    whole = losses.rrhf_loss(found, found_sft, rank_weight=1.0, sft_weight=1.0)
+    assert whole[0].item() == pytest.approx(rank + sft)
+    weighted = losses.rrhf_loss(found, found_sft, rank_weight=10.0, sft_weight=0.5)
+    assert weighted[0].item() == pytest.approx(10 * rank + 0.5 * sft)
+
+
+def test_rrhf_fine_tunes_on_the_first_of_equally_good_candidates():
+    sums, scores, mask = batch([([-1.0, -2.0, -4.0], [0.0, 1.0, 1.0])])
+    losses.rrhf_sft_loss(sums, torch.ones_like(sums), scores, mask, reduction="sum").sum().backward()
+    assert sums.grad.tolist() == [[0.0, -1.0, 0.0]]
 
 
 @settings(max_examples=50, deadline=None)

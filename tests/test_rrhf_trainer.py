@@ -1,5 +1,6 @@
 """RRHFTrainer against the slow reference, and as its users use it."""
 
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,18 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig
 
 from tests import reference
-from tests.conftest import PAIRS
-from tests.test_slic_trainer import Losses, assert_same_gradients, counting, gradients, one_batch, weights
+from tests.conftest import PAIRS, read_jsonl, real_data
+from tests.test_slic_trainer import (
+    Losses,
+    assert_same_gradients,
+    copy_of,
+    counting,
+    gradients,
+    one_batch,
+    weights,
+)
 from trl_ext import RRHFConfig, RRHFTrainer
+from trl_ext.playground import save_byte_level_model
 
 WORDS = ["no", "yes it is", "42", "perhaps so", "certainly not", "ask again", "x", "a rather long answer"]
 # one row for each K from 1 to 8: all different, with ties, and all equal
@@ -55,12 +65,6 @@ def build(model, tokenizer, dataset, config_kwargs, **settings):
     )
 
 
-def copy_of(model):
-    copy = type(model)(model.config)
-    copy.load_state_dict(model.state_dict())
-    return copy
-
-
 # The loss
 
 
@@ -82,14 +86,17 @@ def test_compute_loss_equals_slow_reference(form, settings, model, tokenizer, li
     trainer = build(model, tokenizer, rows, config_kwargs, **settings)
     prepared = list(trainer.train_dataset)
     slow_model = copy_of(model)
-    slow = reference.rrhf_loss(slow_model, prepared, **settings)
+    settings = dict(settings)
+    arithmetic = settings.pop("arithmetic", "paper")
+    slow_loss = reference.official_rrhf_loss if arithmetic == "official" else reference.rrhf_loss
+    slow = slow_loss(slow_model, prepared, **settings)
     fast = trainer.compute_loss(trainer.model, one_batch(trainer))
     slow.backward()
     fast.backward()
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
     assert_same_gradients(trainer.model, slow_model)
     with torch.no_grad():
-        without_rank = reference.rrhf_loss(model, prepared, **{**settings, "rank_weight": 0.0})
+        without_rank = slow_loss(model, prepared, **{**settings, "rank_weight": 0.0})
     assert slow > without_rank + 1e-3, "some pairs are the wrong way round"
 
 
@@ -230,7 +237,8 @@ def test_logged_metrics_are_the_plain_averages(model, tokenizer, lists, config_k
         return mean(v[b] for v, b in zip(values, best, strict=True))
 
     def rejected(values):
-        return mean(v[w] for v, w in zip(values, worst, strict=True) if len(v) > 1)
+        of_each = zip(values, worst, rows, strict=True)
+        return mean(v[w] for v, w, row in of_each if min(row["scores"]) < max(row["scores"]))
 
     ranks = [
         reference.rrhf_rank_loss(torch.tensor(p), row["scores"]).item() for row, p in zip(rows, means, strict=True)
@@ -257,6 +265,44 @@ def test_logged_metrics_are_the_plain_averages(model, tokenizer, lists, config_k
         assert logged[f"eval_{name}"] == pytest.approx(value, rel=1e-4), name
     for name in ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"):
         assert f"eval_{name}" in logged
+
+
+@pytest.mark.slow
+def test_real_ranked_lists_are_ranked_better_on_rows_not_trained_on(tmp_path):
+    """
+    611 prompts with 5 or 6 answers of as many models and a judge's scores, of which 150 rows are held out.
+
+    The model reads bytes, and most answers are longer than it can afford to read: prompt and answer are cut at 384
+    bytes, which cuts about half of the answers and drops the prompts that are longer than that by themselves. What it
+    can learn in three epochs is how good answers sound and how early bad ones end, not what they say.
+    """
+    rows = [
+        {name: row[name] for name in ("prompt", "completions", "scores")}
+        for row in read_jsonl(real_data("ranked.jsonl"))
+    ]
+    assert len(rows) == 611
+    random.Random(0).shuffle(rows)
+    model_dir = save_byte_level_model(
+        tmp_path / "model", hidden_size=32, num_layers=2, max_position_embeddings=384, seed=0
+    )
+    trainer = RRHFTrainer(
+        model=str(model_dir),
+        args=RRHFConfig(
+            str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
+            activation_checkpointing=False, max_length=384, on_invalid_row="drop", seed=0,
+            per_device_train_batch_size=4, num_train_epochs=3, learning_rate=1e-2, warmup_steps=5,
+            rank_weight=10.0, sft_weight=0.01,
+        ),
+        train_dataset=Dataset.from_list(rows[:-150]),
+        eval_dataset=Dataset.from_list(rows[-150:]),
+    )  # fmt: skip
+    assert trainer.data_reports["eval"].num_prompts > 120
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    names = ("eval_rank/kendall_tau", "eval_rewards/accuracies", "eval_loss/sft")
+    print({name: (round(before[name], 4), round(after[name], 4)) for name in names})
+    assert after["eval_rank/kendall_tau"] > max(before["eval_rank/kendall_tau"], 0.0) + 0.05
 
 
 def test_stream_trains_like_the_same_rows_in_a_list(model_dir, tokenizer, config_kwargs):
@@ -298,19 +344,31 @@ def test_without_rank_term_only_the_best_is_computed(
         config_kwargs["max_steps"] = 4
     settings = {"rank_weight": 0.0, "prefix_sharing": False}
     with counting() as counts:
-        trainer = build(model_dir, tokenizer, rows, config_kwargs, **settings)
+        held_out = Dataset.from_list(LISTS)
+        trainer = build(model_dir, tokenizer, rows, config_kwargs, eval_dataset=held_out, **settings)
         trainer.train()
     assert counts == {"models": 1, "forwards": 4, "rows": 8}
     compares = ("rank", "rewards", "rejected", "scores/mean")
     assert not [name for log in trainer.state.log_history for name in log if any(word in name for word in compares)]
-    assert any("logps/chosen" in log and "scores/best" in log for log in trainer.state.log_history)
+    assert any("logps/chosen" in log for log in trainer.state.log_history)
+    assert any("scores/best" in log for log in trainer.state.log_history) == (form in ("lists", "stream"))
+    # where the baseline is measured, all candidates are looked at
+    evaluation = trainer.evaluate()
+    with_rank = build(trainer.model, tokenizer, held_out, config_kwargs, eval_dataset=held_out).evaluate()
+    for name in ("loss/rank", "loss/sft", "rank/kendall_tau", "rewards/accuracies", "scores/mean", "logps/rejected"):
+        assert evaluation[f"eval_{name}"] == pytest.approx(with_rank[f"eval_{name}"], rel=1e-4), name
+    assert evaluation["eval_loss"] == pytest.approx(evaluation["eval_loss/sft"], rel=1e-5)
+    for name in ("train", "held_out"):  # whatever an evaluation set is called
+        trainer = build(model_dir, tokenizer, rows, config_kwargs, eval_dataset={name: held_out}, **settings)
+        assert trainer.evaluate()[f"eval_{name}_scores/mean"] == pytest.approx(with_rank["eval_scores/mean"])
 
     # fine-tuning on the best alone, of equals the first
     trainer = build(model, tokenizer, rows, config_kwargs, **settings)
     best = Dataset.from_list([best_of(row) for row in (rows if form != "stream" else LISTS)])
     alone = build(copy_of(model), tokenizer, best, config_kwargs)
     prepared = list(trainer.train_dataset)
-    assert prepared == list(alone.train_dataset) and all(len(row["completion_ids"]) == 1 for row in prepared)
+    assert [{**row, "has_scores": True} for row in prepared] == list(alone.train_dataset)
+    assert all(len(row["completion_ids"]) == 1 for row in prepared)
     slow = -sum(reference.sequence_logp(model, row["prompt_ids"], row["completion_ids"][0]) for row in prepared) / 8
     found = [t.compute_loss(t.model, t.data_collator(prepared)) for t in (trainer, alone)]
     torch.testing.assert_close(found, [slow, slow], rtol=1e-5, atol=1e-5)
@@ -333,6 +391,35 @@ def test_rows_that_are_left_out_are_still_checked(model_dir, tokenizer, config_k
     for rank_weight in (0.0, 1.0):
         with pytest.raises(ValueError, match=message):
             build(model_dir, tokenizer, Dataset.from_list(rows), config_kwargs, rank_weight=rank_weight)
+
+
+def test_pairs_are_scored_by_their_columns_or_not_at_all(model, tokenizer, config_kwargs):
+    """Scores that were made up to order a pair are nobody's scores; equal ones make a tie."""
+    given = [(0.9, 0.2), (0.7, 0.7), (None, 0.1), (None, None)]
+    rows = [
+        {**pair, "score_chosen": chosen, "score_rejected": rejected}
+        for pair, (chosen, rejected) in zip(PAIRS, given, strict=False)
+    ]
+    trainer = build(model, tokenizer, Dataset.from_list(rows), config_kwargs, eval_dataset=Dataset.from_list(rows))
+    prepared = list(trainer.train_dataset)
+    assert [row["has_scores"] for row in prepared] == [True, True, False, False]
+    assert [row["scores"] for row in prepared[2:]] == [[1.0, 0.0]] * 2
+    assert trainer.data_reports["train"].num_without_order == 1
+    logged = trainer.evaluate()
+    assert logged["eval_scores/best"] == pytest.approx((0.9 + 0.7) / 2)
+    assert logged["eval_scores/mean"] == pytest.approx((0.55 + 0.7) / 2)
+    loss = trainer.compute_loss(trainer.model, one_batch(trainer))
+    torch.testing.assert_close(loss, reference.rrhf_loss(model, prepared), rtol=1e-5, atol=1e-5)
+    # the tie has no rejected answer
+    lengths = [len(row["completion_ids"][1]) for row in (prepared[0], *prepared[2:])]
+    assert logged["eval_lengths/rejected"] == pytest.approx(sum(lengths) / 3)
+
+    plain = build(model, tokenizer, Dataset.from_list(PAIRS), config_kwargs, eval_dataset=Dataset.from_list(PAIRS))
+    logged = plain.evaluate()
+    assert "eval_rank/kendall_tau" in logged and not [name for name in logged if "scores/" in name]
+    turned = Dataset.from_list([{**rows[0], "score_chosen": 0.1}])
+    with pytest.raises(ValueError, match=r"'score_chosen' \(0.1.*\) is not above the rejected 0.2"):
+        build(model, tokenizer, turned, config_kwargs)
 
 
 def test_one_answer_without_its_prompt_is_refused(model_dir, tokenizer, config_kwargs):
@@ -366,6 +453,7 @@ def test_one_answer_without_its_prompt_is_refused(model_dir, tokenizer, config_k
         ({"length_penalty": 2.0, "rank_weight": 0}, r"length_penalty=2.0 has no part in the loss with rank_weight=0"),
         ({"sft_reduction": "avg"}, r"sft_reduction='avg' is not known. Set it to one of sum, mean"),
         ({"arithmetic": "code"}, r"arithmetic='code' is not known. Set it to one of paper, official"),
+        ({"rank_weight": 0, "arithmetic": "official"}, r"with rank_weight=0 only the best one is computed"),
         ({"sft_reduction": "mean", "arithmetic": "official"}, r"sft_reduction='mean' has no part in arithmetic="),
         ({"sft_reduction": "mean", "sft_weight": 0}, r"sft_reduction='mean' has no part in the loss with sft_weight"),
     ],

@@ -159,12 +159,50 @@ def test_an_architecture_that_is_not_verified_is_checked_if_it_has_to_share(unve
         run(shared, batch)
 
 
-def test_the_self_check_does_not_wait_for_a_batch_that_pays():
-    # under ZeRO-3 all processes have to check the same batch
-    _, shared, prefix_sharing = two_of(mode="auto", self_check=True)
-    run(shared, batch_of(random_sequences(2, 1, (40, 40), (40, 40))))
-    run(shared, batch_of(random_sequences(2, 1, (40, 40), (40, 40), seed=1)))
-    assert (prefix_sharing.statistics.batches_shared, prefix_sharing.statistics.batches_padded) == (1, 1)
+@pytest.mark.parametrize("mode", ["auto", True])
+def test_the_self_check_waits_for_sequences_that_share_and_not_for_a_batch_that_pays(mode, monkeypatch):
+    monkeypatch.setattr(CostModel, "pays", lambda *_: False)
+    _, shared, prefix_sharing = two_of(mode=mode, self_check=True)
+    checked = []
+    compare = sharing.compare
+    monkeypatch.setattr(sharing, "compare", lambda *args, **kwargs: checked.append(1) or compare(*args, **kwargs))
+    one = batch_of(random_sequences(1, 1, (40, 40), (40, 40)))
+    nothing_in_common = batch_of([([3, 4, 5], [6, 7]), ([8, 9, 10], [11, 12])])
+    for batch in (one, nothing_in_common):
+        run(shared, batch)
+    statistics = prefix_sharing.statistics
+    assert not checked and statistics.batches_shared == (2 if mode is True else 0)
+    for _ in range(2):
+        run(shared, batch_of(random_sequences(1, 2, (40, 40), (40, 40))))
+    assert checked == [1] and statistics.batches_shared == (4 if mode is True else 1)
+
+
+def test_a_wrong_mask_is_noticed_after_batches_that_share_nothing(monkeypatch):
+    visibility = masks.visibility
+    monkeypatch.setattr(
+        masks, "visibility", lambda layout, window, device: torch.ones_like(visibility(layout, window, device)).tril()
+    )
+    _, shared, _ = two_of(self_check=True)
+    run(shared, batch_of(random_sequences(1, 1, (12, 20), (3, 6))))
+    with pytest.raises(RuntimeError, match="log-probabilities differ by"):
+        run(shared, batch_of(random_sequences(2, 2, (12, 20), (3, 6))))
+
+
+def test_under_zero_3_all_processes_check_when_one_can(monkeypatch):
+    """The one that has nothing to compare takes part all the same, and none checks again."""
+    _, shared, _ = two_of(self_check=True)
+    next(shared.parameters()).ds_id = 0  # as DeepSpeed marks what it has split
+    others, checked = iter([0.0, 1.0]), []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda can, op: can.fill_(max(can.item(), next(others))))
+    compare = sharing.compare
+    monkeypatch.setattr(sharing, "compare", lambda *args, slots: checked.append(slots) or compare(*args, slots=slots))
+    one = batch_of(random_sequences(1, 1, (12, 20), (3, 6)))
+    run(shared, one)
+    assert checked == []
+    run(shared, batch_of(random_sequences(1, 1, (12, 20), (3, 6), seed=1)))
+    assert checked == [None]
+    run(shared, batch_of(random_sequences(2, 2, (12, 20), (3, 6))))  # asks nobody
+    assert checked == [None]
 
 
 def test_another_attention_implementation_later_on():

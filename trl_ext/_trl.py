@@ -74,6 +74,7 @@ BORROWED = {
     "trl.trainer.dpo_trainer:DPOTrainer.predict": ("self", "test_dataset", "ignore_keys", "metric_key_prefix"),
     "trl.trainer.dpo_trainer:DPOTrainer.log": ("self", "logs", "start_time"),
     # overridden, inherited by TRL from transformers.Trainer
+    "trl.trainer.dpo_trainer:DPOTrainer._prepare_input": ("self", "data"),
     "trl.trainer.dpo_trainer:DPOTrainer.get_batch_samples": ("self", "epoch_iterator", "num_batches", "device"),
     "trl.trainer.dpo_trainer:DPOTrainer.evaluation_loop": (
         "self",

@@ -45,16 +45,17 @@ class CandidateConfig(DPOConfig):
             batches where that is expected to be faster. `True`: always; a model that cannot is an error. `False`:
             never, TRL's padded forward is used as it is.
         check_prefix_sharing (`bool`, *optional*, defaults to `False`):
-            Whether to run two sequences of the first batch both ways and stop if log-probabilities or gradients
-            disagree. Not under FSDP.
+            Whether to run two sequences of the first batch that shares anything both ways and stop if
+            log-probabilities or gradients disagree. Not under FSDP.
         max_completions_per_forward (`int`, *optional*):
             Most completions that go through the model at once; at least 1. A batch with more is run in parts, with the
             same results, so that the memory for activations depends on this number instead of on the number of
             completions per prompt. The price is a second forward through the backbone, since each part is run again
-            for its backward pass (with `activation_checkpointing`, a third). `None`: the whole batch at once. Not for
-            mixtures of experts with a balancing loss, and only with adapters that treat all tokens alike (LoRA and its
-            kin). Under ZeRO-3 leave `activation_checkpointing` on: without it a part holds the trained weights of all
-            layers at once.
+            for its backward pass (with `activation_checkpointing`, a third), and a prompt with more completions than
+            this is computed once for each of its parts. With dropout (LoRA's, say) the results differ, as the noise is
+            drawn for each part. `None`: the whole batch at once. Not for mixtures of experts with a balancing loss,
+            and only with adapters that treat all tokens alike (LoRA and its kin). Under ZeRO-3 leave
+            `activation_checkpointing` on: without it a part holds the trained weights of all layers at once.
 
     One default differs from `DPOConfig`: `bf16`, if not set, is `False` on a machine without accelerator. `DPOConfig`
     would stop there and ask for `use_cpu`.
@@ -124,6 +125,10 @@ class CandidateConfig(DPOConfig):
         if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
             self.bf16 = False
         super().__post_init__()
+        self.refuse_reentrant_checkpointing()
+
+    def refuse_reentrant_checkpointing(self) -> None:
+        """Parts of a batch and 'use_reentrant': True do not go together."""
         if self.max_completions_per_forward is not None and (self.activation_checkpointing_kwargs or {}).get(
             "use_reentrant"
         ):

@@ -1,6 +1,7 @@
 """The base of every trainer here, and the only file that overrides what is private in `trl.DPOTrainer`."""
 
 import contextlib
+import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,7 +13,6 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftMixedModel, PeftType
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoProcessor,
     BitsAndBytesConfig,
     DataCollator,
@@ -34,7 +34,7 @@ from .execution.forward import score_completions
 from .execution.support import adapter_reason
 from .logps import CompletionLogps, completion_logps
 from .metrics import MetricAccumulator
-from .prefix_sharing import enable_prefix_sharing, refuse_unless_shareable
+from .prefix_sharing import enable_prefix_sharing, load_config, refuse_unless_shareable
 
 REQUIRED_BATCH_KEYS = {
     "prompt_weights",
@@ -42,6 +42,7 @@ REQUIRED_BATCH_KEYS = {
     "candidate_index",
     "reference_index",
     "scores",
+    "has_scores",
     "input_ids",
     "attention_mask",
     "completion_mask",
@@ -135,7 +136,7 @@ class CandidateTrainer(DPOTrainer):
         args.accelerator_config.dispatch_batches = False
 
         self.data_reports: dict[str, PreparationReport] = {}
-        train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
+        train_dataset = self._prepare(train_dataset, processing_class, args, "train", self._row_options(args))
         if isinstance(eval_dataset, dict):
             eval_dataset = {
                 name: self._prepare_dataset(dataset, processing_class, args, name)
@@ -149,6 +150,7 @@ class CandidateTrainer(DPOTrainer):
                 pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of
             )
 
+        checkpointing_kwargs = copy.copy(args.activation_checkpointing_kwargs)
         with contextlib.ExitStack() as stack:
             if not args.uses_reference_model:
                 stack.enter_context(without_reference_model(policy_is_loaded_by_trl=isinstance(model, str)))
@@ -180,6 +182,10 @@ class CandidateTrainer(DPOTrainer):
         if args.prefix_sharing is not False:
             enable_prefix_sharing(self, args.prefix_sharing, self_check=args.check_prefix_sharing)
         if args.max_completions_per_forward is not None:
+            # For PEFT under ZeRO-3, `DPOTrainer` sets 'use_reentrant': True, whatever the user says, in the dict that
+            # `Trainer` reads. Then each part would have a backward pass of its own, and ZeRO-3 would take the first
+            # for all; and running the parts again is what makes ZeRO-3 work without it.
+            args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs = checkpointing_kwargs
             policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
             add_chunking(policy, multiple_of=args.pad_to_multiple_of or 1)
         self._metric_sums = {"train": MetricAccumulator(), "eval": MetricAccumulator()}
@@ -233,6 +239,7 @@ class CandidateTrainer(DPOTrainer):
 
     def _check_chunking(self, args, model, peft_config) -> None:
         """Refuse `max_completions_per_forward` where the parts of a batch do not add up to the whole."""
+        args.refuse_reentrant_checkpointing()  # again: the dict may have been changed since
         given = f"max_completions_per_forward={args.max_completions_per_forward}"
         for adapter in [peft_config, *getattr(model, "peft_config", {}).values()]:
             reason = None if adapter is None else adapter_reason(adapter)
@@ -243,11 +250,7 @@ class CandidateTrainer(DPOTrainer):
                 )
         config = getattr(model, "config", None)
         if isinstance(model, str):
-            names = ("revision", "trust_remote_code", "cache_dir", "token", "subfolder")
-            init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-            config = AutoConfig.from_pretrained(
-                model, **{name: value for name, value in init_kwargs.items() if name in names}
-            )
+            config = load_config(model, args)
         config = config.get_text_config()
         coefficient = args.router_aux_loss_coef
         if coefficient is None:
@@ -299,7 +302,12 @@ class CandidateTrainer(DPOTrainer):
         return RowOptions(max_length=args.max_length)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        options = dataclasses.replace(self._row_options(args), eos_token=_tokenizer_of(processing_class).eos_token)
+        """Prepare rows to evaluate on: training rows come here too, from TRL's constructor, but prepared already."""
+        options = dataclasses.replace(self._row_options(args), best_only=False)
+        return self._prepare(dataset, processing_class, args, dataset_name, options)
+
+    def _prepare(self, dataset, processing_class, args, dataset_name, options):
+        options = dataclasses.replace(options, eos_token=_tokenizer_of(processing_class).eos_token)
         if options.eos_token is None:
             warnings.warn(
                 "The tokenizer has no end token, so plain-text answers get none and the model does not learn to stop. "
@@ -434,6 +442,11 @@ class CandidateTrainer(DPOTrainer):
         self._accumulate(metrics, inputs, outputs)
         return (loss, outputs) if return_outputs else loss
 
+    def _prepare_input(self, data):
+        # under DeepSpeed `Trainer` casts what is floating to the model's dtype: scores that differ by less than
+        # bfloat16 can tell would become equal
+        return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         self._ignore_repeated_prompts(inputs)
@@ -464,10 +477,9 @@ class CandidateTrainer(DPOTrainer):
         row_weights = weights[inputs["prompt_index"]].unsqueeze(1)
         scored = inputs["completion_mask"][:, 1:] * row_weights
         sums.add("entropy", outputs.entropy * scored, scored)
-        best_row, worst_row = best_and_worst(inputs)
-        is_pair = (best_row != worst_row).unsqueeze(1)  # the only candidate of a prompt is not a rejected one
+        best_row, worst_row, is_worse = best_and_worst(inputs)
         sums.add("logits/chosen", outputs.mean_logits[best_row] * scored[best_row], scored[best_row])
-        rejected = scored[worst_row] * is_pair
+        rejected = scored[worst_row] * is_worse.unsqueeze(1)
         sums.add("logits/rejected", outputs.mean_logits[worst_row] * rejected, rejected)
         sums.add("mean_token_accuracy", outputs.is_top1[best_row] * scored[best_row], scored[best_row])
         if self.model.training:
@@ -508,10 +520,10 @@ def _check_batch(inputs: dict[str, torch.Tensor]) -> None:
         )
 
 
-def best_and_worst(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def best_and_worst(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Rows of the best and the worst candidate of each prompt, `(B,)` each; of equals the first is the best and the last
-    the worst.
+    the worst. And whether that one scores less, `(B,)`, bool: where it does not, nothing is better than anything.
     """
     candidate_index, scores = inputs["candidate_index"], inputs["scores"]
     absent = candidate_index < 0
@@ -519,4 +531,5 @@ def best_and_worst(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch
     # argmax takes the first of equals: look from the end for the last
     worst = (-scores).masked_fill(absent, float("-inf")).flip(1).argmax(dim=1, keepdim=True)
     worst = scores.size(1) - 1 - worst
-    return candidate_index.gather(1, best).squeeze(1), candidate_index.gather(1, worst).squeeze(1)
+    is_worse = scores.gather(1, worst) < scores.gather(1, best)
+    return tuple(t.squeeze(1) for t in (candidate_index.gather(1, best), candidate_index.gather(1, worst), is_worse))

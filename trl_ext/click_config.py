@@ -21,6 +21,13 @@ class CLICKConfig(CandidateConfig):
             Weight of the hinge; at least 0. 0.5 for detoxification, 0.1 for sentiment, 0.3 for repetition. At 0 what
             is left is the language-modelling loss.
 
+        > Rows and memory
+
+        max_completions_per_forward (`int`, *optional*):
+            Most completions that go through the model at once, see [`CandidateConfig`].
+        on_invalid_row (`str`, *optional*, defaults to `"error"`):
+            `"error"` or `"drop"`, see [`CandidateConfig`].
+
     Defaults are those of `DPOConfig`, but for `bf16` on a CPU (see [`CandidateConfig`]); in particular `learning_rate`
     stays at 1e-6, while the authors use 5e-5.
     """
@@ -46,5 +53,10 @@ class CLICKConfig(CandidateConfig):
         if not 0 <= self.pair_weight < float("inf"):
             raise ValueError(
                 f"pair_weight={self.pair_weight} would prefer the negatives. Set pair_weight >= 0; 0 switches it off."
+            )
+        if self.pair_weight == 0 and self.margin != 15.0:
+            raise ValueError(
+                f"margin={self.margin} has no part in the loss with pair_weight=0, which leaves the pairs out. Leave "
+                "it out, or set pair_weight > 0."
             )
         super().__post_init__()

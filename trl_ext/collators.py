@@ -22,6 +22,7 @@ class CandidateCollator(DataCollatorMixin):
 
     - `prompt_ids` (`list[int]`) and `completion_ids` (`list[list[int]]`, at least as long as `scores`),
     - `scores` (`list[float]`), one per candidate; completions beyond `len(scores)` are targets, not candidates,
+    - `has_scores` (`bool`, *optional*, defaults to `True`): False where the scores only tell better from worse,
     - `reference_index` (`int`): which of `completion_ids` the regulariser looks at.
 
     The returned batch holds, with L the longest row:
@@ -33,6 +34,7 @@ class CandidateCollator(DataCollatorMixin):
     - `candidate_index` `(B, K)`, int64: row of each candidate, -1 where a prompt has fewer than K.
     - `reference_index` `(B,)`, int64: row of the regulariser's target.
     - `scores` `(B, K)`, float32: 0 where there is no candidate.
+    - `has_scores` `(B,)`, bool: whether the scores mean more than better and worse.
     - `input_ids`, `attention_mask`, `completion_mask` `(N, L)`, int64, and `position_ids` when padding is on the left.
 
     Args:
@@ -62,6 +64,7 @@ class CandidateCollator(DataCollatorMixin):
      'reference_index': tensor([0, 4]),
      'scores': tensor([[1., 0.],
                        [0., 2.]]),
+     'has_scores': tensor([True, True]),
      'input_ids': tensor([[1, 2, 3, 4],
                           [1, 2, 5, 0],
                           [6, 7, 0, 0],
@@ -108,6 +111,7 @@ class CandidateCollator(DataCollatorMixin):
             "candidate_index": pad(candidate_index, padding_value=-1),
             "reference_index": torch.tensor(reference_index),
             "scores": pad([torch.tensor(example["scores"], dtype=torch.float32) for example in examples]),
+            "has_scores": torch.tensor([example.get("has_scores", True) for example in examples]),
             "input_ids": padded(input_ids, self.pad_token_id),
             "attention_mask": padded([torch.ones_like(ids) for ids in input_ids], 0),
             "completion_mask": padded(completion_mask, 0),

@@ -13,8 +13,9 @@ Accepted rows, plain text or conversational, in TRL's words:
 Conversations that repeat the prompt in front of every answer are understood too, with the prompt as messages or as the
 text of the first user message. `tools` and `chat_template_kwargs` are passed to the chat template, as TRL does.
 
-A prepared row has `prompt_ids`, `completion_ids` (list of lists), `scores` (one per candidate) and `reference_index`
-(which of `completion_ids` is the regulariser's target). A target that differs from all candidates is appended to
+A prepared row has `prompt_ids`, `completion_ids` (list of lists), `scores` (one per candidate), `has_scores` (False
+where the scores only say that `chosen` is better than `rejected`) and `reference_index` (which of `completion_ids` is
+the regulariser's target). A target that differs from all candidates is appended to
 `completion_ids`, one that equals a candidate is not stored, and so not computed, twice.
 """
 
@@ -28,6 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -49,6 +51,7 @@ PREPARED_FEATURES = Features(
         "prompt_ids": List(Value("int64")),
         "completion_ids": List(List(Value("int64"))),
         "scores": List(Value("float64")),
+        "has_scores": Value("bool"),
         "reference_index": Value("int64"),
     }
 )
@@ -76,9 +79,13 @@ REMEDIES = {
     "too few": "Leave out prompts with fewer completions.",
     "not a number": "Scores must be finite numbers; leave out completions that could not be scored.",
     "out of order": "Let `chosen` be the one with the higher score.",
+    "no target": "Add a `reference`, the task's own answer, or leave the row out.",
     "too long": "Raise `max_length` (None: no limit), or shorten the prompt.",
     "not renderable": "Check the row against the chat template.",
 }
+
+
+LARGEST_SCORE = float(np.finfo(np.float32).max)
 
 
 class RowError(ValueError):
@@ -106,11 +113,18 @@ class RowOptions:
         score_values (`bool`, defaults to `False`):
             Whether the size of the scores matters, not only their order. A preference row then needs `score_chosen`
             and `score_rejected`; otherwise `chosen` simply counts as better.
+        score_columns (`bool`, defaults to `False`):
+            Whether a preference row that has both `score_chosen` and `score_rejected` is scored by them. Where they
+            are equal, `chosen` is no better than `rejected`.
         reference (`bool`, defaults to `False`):
             Whether a `reference` column is used. If not, it is ignored and never computed.
+        expect_reference (`bool`, defaults to `False`):
+            Whether rows should have a `reference`. Those without are counted, also where the whole column is missing,
+            and the best candidate stands in only if it is better than another, or is the only one and scores above 0.
         best_only (`bool`, defaults to `False`):
-            Whether only the best candidate of each row (of equals the first) is kept, so that no other is computed.
-            The others are still checked.
+            Whether only the best candidate of each row (of equals the first) is kept, so that no other is computed. Of
+            the others is still checked what can be without tokenising them: that they are text or messages of the
+            row's form that say something, have a score, and are not the same as `chosen`.
         max_length (`int`, *optional*):
             Most tokens of prompt + completion; completions are cut at the end.
         eos_token (`str`, *optional*):
@@ -120,7 +134,9 @@ class RowOptions:
 
     min_completions: int = 2
     score_values: bool = False
+    score_columns: bool = False
     reference: bool = False
+    expect_reference: bool = False
     best_only: bool = False
     max_length: int | None = None
     eos_token: str | None = None
@@ -261,22 +277,40 @@ def _check_scores(scores: Any, column: str, num_completions: int) -> list[float]
         raise RowError("not a number", column, f"is {type(scores).__name__}, not a list of numbers")
     if len(scores) != num_completions:
         raise RowError("length", column, f"has {len(scores)} entries for {num_completions} completions")
-    for score in scores:
-        _check_number(score, column)
-    return [float(score) for score in scores]
+    return [_check_number(score, column) for score in scores]
 
 
-def _check_number(score: Any, column: str) -> None:
-    if not isinstance(score, int | float) or not math.isfinite(score):
+def _check_number(score: Any, column: str) -> float:
+    """The number as a batch holds it, in single precision, so that what is equal there is seen to be equal here."""
+    if not isinstance(score, int | float) or not -math.inf < score < math.inf:
         raise RowError("not a number", column, f"holds {score!r:.40}, which is not a finite number")
+    if abs(score) > LARGEST_SCORE:
+        raise RowError("not a number", column, f"holds {score!r:.40}, which is too large for single precision")
+    return float(np.float32(score))
 
 
-def parse_row(row: Mapping[str, Any], options: RowOptions) -> tuple[Any, list, list[float], Any]:
+def _pair_scores(row: Mapping[str, Any], options: RowOptions) -> tuple[list[float], bool]:
+    """Scores of a preference row's two answers, and whether they are its own."""
+    columns = ("score_chosen", "score_rejected")
+    scores = [row.get(column) for column in columns]
+    if not (options.score_values or options.score_columns) or (not options.score_values and None in scores):
+        return [1.0, 0.0], False
+    for score, column in zip(scores, columns, strict=True):
+        if score is None:
+            raise RowError("missing", column, "is missing, and this loss needs the size of the scores")
+    scores = [_check_number(score, column) for score, column in zip(scores, columns, strict=True)]
+    if scores[0] < scores[1] or (options.score_values and scores[0] == scores[1]):
+        raise RowError("out of order", "score_chosen", f"({scores[0]}) is not above the rejected {scores[1]}")
+    return scores, True
+
+
+def parse_row(row: Mapping[str, Any], options: RowOptions) -> tuple[Any, list, list[float], bool, Any]:
     """
     Read a row of any accepted format.
 
     Returns:
-        `tuple`: prompt, the K candidates, their K scores, and the regulariser's own target or `None`.
+        `tuple`: prompt, the K candidates, their K scores, whether these are the row's own, and the regulariser's own
+        target or `None`.
 
     Raises:
         RowError: naming the column and what is wrong with it.
@@ -286,25 +320,22 @@ def parse_row(row: Mapping[str, Any], options: RowOptions) -> tuple[Any, list, l
         if not isinstance(candidates, list):
             raise RowError("not text", "completions", f"is {type(candidates).__name__}, not a list")
         columns = [f"completions[{index}]" for index in range(len(candidates))]
-        scores = _check_scores(row.get("scores"), "scores", len(candidates))
+        scores, has_scores = _check_scores(row.get("scores"), "scores", len(candidates)), True
     else:
         candidates = [row.get("chosen"), row.get("rejected")]
         columns = ["chosen", "rejected"]
-        scores = [1.0, 0.0]
-        if options.score_values:
-            scores = [row.get("score_chosen"), row.get("score_rejected")]
-            for score, column in zip(scores, ("score_chosen", "score_rejected"), strict=True):
-                if score is None:
-                    raise RowError("missing", column, "is missing, and this loss needs the size of the scores")
-                _check_number(score, column)
-            if not scores[0] > scores[1]:
-                raise RowError("out of order", "score_chosen", f"({scores[0]}) is not above the rejected {scores[1]}")
+        scores, has_scores = _pair_scores(row, options)
     if len(candidates) < options.min_completions:
         raise RowError(
             "too few", "completions", f"has {len(candidates)} entries where {options.min_completions} are needed"
         )
 
     reference = row.get("reference") if options.reference else None
+    if options.expect_reference and reference is None and max(scores) == min(scores):
+        if len(scores) > 1:
+            raise RowError("no target", "reference", "is missing, and no candidate is better than another")
+        if scores[0] <= 0:
+            raise RowError("no target", "reference", f"is missing, and the only candidate scores {scores[0]}")
     texts = list(candidates) + ([reference] if reference is not None else [])
     columns = columns + ["reference"] * (reference is not None)
     for text, column in zip(texts, columns, strict=True):
@@ -324,7 +355,7 @@ def parse_row(row: Mapping[str, Any], options: RowOptions) -> tuple[Any, list, l
     texts = [*candidates, *([] if reference is None else [reference])]
     for text, column in zip(texts, columns, strict=True):
         _check_text(text, column, is_completion=True)  # again: there may be nothing behind the prompt
-    return prompt, candidates, scores, reference
+    return prompt, candidates, scores, has_scores, reference
 
 
 def _split_text(prompt: Any, candidates: list[str], reference: str | None, columns: list[str]):
@@ -436,7 +467,7 @@ def prepare_row(row: Mapping[str, Any], processing_class, options: RowOptions) -
     Raises:
         RowError: the row cannot be used.
     """
-    prompt, candidates, scores, reference = parse_row(row, options)
+    prompt, candidates, scores, has_scores, reference = parse_row(row, options)
     names = ["chosen", "rejected"] if "completions" not in row else [f"completions[{i}]" for i in range(len(scores))]
     if options.best_only:
         best = max(range(len(scores)), key=scores.__getitem__)
@@ -481,12 +512,15 @@ def prepare_row(row: Mapping[str, Any], processing_class, options: RowOptions) -
         "prompt_ids": prompt_ids,
         "completion_ids": completion_ids,
         "scores": scores,
+        "has_scores": has_scores,
         "reference_index": reference_index,
         "_problem": None,
         "_detail": None,
         "_num_truncated": num_truncated,
         "_boundary_moved": boundary_moved,
-        "_reference_missing": options.reference and "reference" in row and reference is None,
+        "_reference_missing": options.reference
+        and ("reference" in row or options.expect_reference)
+        and reference is None,
     }
 
 
@@ -494,6 +528,7 @@ _NOTHING = {
     "prompt_ids": [],
     "completion_ids": [],
     "scores": [],
+    "has_scores": True,
     "reference_index": 0,
     "_num_truncated": 0,
     "_boundary_moved": False,

@@ -192,6 +192,68 @@ def slic_loss(
     return calibration_losses + reg_weight * regularization_losses
 
 
+def rrhf_likelihoods(logps: torch.Tensor, lengths: torch.Tensor, *, length_penalty: float) -> torch.Tensor:
+    """
+    What RRHF compares: `p_i = S_i / |y_i| ** length_penalty` (RRHF eq. 1, with a penalty of 1).
+
+    Args:
+        logps (`torch.Tensor` of shape `(B, K)`):
+            Summed log-likelihood of each candidate.
+        lengths (`torch.Tensor` of shape `(B, K)`):
+            |y| in scored tokens, or what [`rrhf_official_lengths`] puts in its place.
+        length_penalty (`float`):
+            1 is the average per token, 0 the sum.
+
+    Returns:
+        `torch.Tensor` of shape `(B, K)`.
+    """
+    return logps / lengths.clamp(min=1) ** length_penalty
+
+
+def rrhf_official_lengths(widths: torch.Tensor, candidate_mask: torch.Tensor) -> torch.Tensor:
+    """
+    What the authors' code divides by instead of |y|: the width W of the prompt's batch, for all its candidates alike.
+
+    The code gathers log-probabilities with labels whose masked positions it has overwritten, and reads lengths off the
+    same labels afterwards, so that prompt and padding count too. Its second term is a mean over the same W positions:
+    [`rrhf_sft_loss`] of these lengths with the reduction `"mean"`.
+
+    Args:
+        widths (`torch.Tensor` of shape `(B, K)`):
+            Tokens of prompt + completion of each candidate.
+        candidate_mask (`torch.Tensor` of shape `(B, K)`, bool):
+            See the module docstring.
+
+    Returns:
+        `torch.Tensor` of shape `(B, K)`: the largest width of each prompt.
+    """
+    return widths.masked_fill(~candidate_mask, 0).amax(dim=1, keepdim=True).expand_as(widths)
+
+
+def rrhf_sft_loss(
+    logps: torch.Tensor, lengths: torch.Tensor, scores: torch.Tensor, candidate_mask: torch.Tensor, *, reduction: str
+) -> torch.Tensor:
+    """
+    RRHF's second term: the negative log-likelihood of the best candidate, of equals the first (RRHF eq. 3 and 4).
+
+    Args:
+        logps (`torch.Tensor` of shape `(B, K)`):
+            Summed log-likelihood of each candidate.
+        lengths (`torch.Tensor` of shape `(B, K)`):
+            As in [`rrhf_likelihoods`].
+        scores, candidate_mask:
+            See the module docstring.
+        reduction (`str`):
+            `"sum"`, as in the paper, or `"mean"`: divided by the candidate's length.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`.
+    """
+    best = scores.masked_fill(~candidate_mask, float("-inf")).argmax(dim=1, keepdim=True)  # of equals the first
+    losses = -logps.gather(1, best).squeeze(1)
+    return losses if reduction == "sum" else losses / lengths.gather(1, best).squeeze(1).clamp(min=1)
+
+
 def rrhf_rank_loss(logps: torch.Tensor, scores: torch.Tensor, candidate_mask: torch.Tensor) -> torch.Tensor:
     """
     RRHF's ranking loss: `sum over s_i < s_j of relu(p_i - p_j)` (RRHF eq. 2). A sum over pairs, not a mean, and no
@@ -199,8 +261,8 @@ def rrhf_rank_loss(logps: torch.Tensor, scores: torch.Tensor, candidate_mask: to
 
     Args:
         logps (`torch.Tensor` of shape `(B, K)`):
-            p of each candidate: the log-likelihood divided by a power of its length (eq. 1), or whatever else is to be
-            brought into the order of the scores.
+            p of each candidate: output of [`rrhf_likelihoods`], or whatever else is to be brought into the order of
+            the scores.
         scores, candidate_mask:
             See the module docstring.
 
@@ -215,13 +277,13 @@ def rrhf_loss(
     rank_losses: torch.Tensor, sft_losses: torch.Tensor, *, rank_weight: float, sft_weight: float
 ) -> torch.Tensor:
     """
-    `rank_weight * rank + sft_weight * sft`, per prompt (RRHF eq. 4, with both weights 1).
+    `rank_weight * rank + sft_weight * sft`, per prompt (RRHF eq. 5, with both weights 1).
 
     Args:
         rank_losses (`torch.Tensor` of shape `(B,)`):
             Output of [`rrhf_rank_loss`].
         sft_losses (`torch.Tensor` of shape `(B,)`):
-            Negative log-likelihood of the best candidate (eq. 3).
+            Output of [`rrhf_sft_loss`].
         rank_weight, sft_weight (`float`):
             The paper found weights of 10 and 100 on the rank term worse than 1.
 
@@ -239,7 +301,7 @@ def click_loss(pair_losses: torch.Tensor, lm_losses: torch.Tensor, *, pair_weigh
 
     Args:
         pair_losses (`torch.Tensor` of shape `(B,)`):
-            Mean hinge over the prompt's pairs.
+            Mean hinge over the prompt's pairs; times prompts per prompt with a pair, for a mean over the latter.
         lm_losses (`torch.Tensor` of shape `(B,)`):
             Negative log-likelihood per token of the task's own target.
         pair_weight (`float`):

@@ -3,7 +3,8 @@
 import torch
 from accelerate import Accelerator
 
-from .losses import ordered_pairs
+from .logps import CompletionLogps
+from .losses import ordered_pairs, pair_gaps
 
 
 def kendall_tau(
@@ -26,6 +27,61 @@ def kendall_tau(
     # each pair that is not equal counts once
     norm = (better.sum(dim=(1, 2)) * likelier.sum(dim=(1, 2))).sqrt()
     return agreement / norm.clamp(min=1), norm > 0
+
+
+def pair_metrics(
+    logps: torch.Tensor,
+    scores: torch.Tensor,
+    candidate_mask: torch.Tensor,
+    margins: torch.Tensor | None = None,
+    *,
+    active: str = "hinge/active",
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """
+    How well the strictly ordered pairs are told apart.
+
+    Args:
+        logps, scores (`torch.Tensor` of shape `(B, K)`): what the loss compares, and what it should be ordered by.
+        candidate_mask (`torch.Tensor` of shape `(B, K)`, bool): True where there is a candidate.
+        margins (`torch.Tensor` of shape `(B, K, K)`, *optional*): the gap that the loss wants between two candidates.
+        active (`str`): name of the share of pairs whose gap is smaller than that.
+
+    Returns:
+        `dict`: numerators and denominators `(B,)` of `rewards/margins` (mean gap), `rewards/accuracies` (share of
+        pairs in the right order) and, with `margins`, of `active`.
+    """
+    pairs = ordered_pairs(scores, candidate_mask)
+    gaps = pair_gaps(logps, candidate_mask)
+    num_pairs = pairs.sum(dim=(1, 2))
+    metrics = {
+        "rewards/margins": ((gaps * pairs).sum(dim=(1, 2)), num_pairs),
+        "rewards/accuracies": (((gaps > 0) & pairs).sum(dim=(1, 2)), num_pairs),
+    }
+    if margins is not None:
+        metrics[active] = (((gaps < margins) & pairs).sum(dim=(1, 2)), num_pairs)
+    return metrics
+
+
+def row_metrics(
+    name: str, rows: torch.Tensor, logps: CompletionLogps, counts: torch.Tensor | None = None
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """
+    Log-likelihood and length of one completion of each prompt.
+
+    Args:
+        name (`str`): what the completion is called, such as `"chosen"`.
+        rows (`torch.Tensor` of shape `(B,)`, int64): its row in the batch.
+        logps ([`CompletionLogps`]): of all rows.
+        counts (`torch.Tensor` of shape `(B,)`, *optional*): 1, or 0 where a prompt has no such completion.
+
+    Returns:
+        `dict`: numerators and denominators `(B,)` of `logps/<name>` and `lengths/<name>`.
+    """
+    counts = torch.ones_like(logps.sums[rows]) if counts is None else counts.to(logps.sums.dtype)
+    return {
+        f"logps/{name}": (logps.sums[rows] * counts, counts),
+        f"lengths/{name}": (logps.lengths[rows] * counts, counts),
+    }
 
 
 class MetricAccumulator:

@@ -8,7 +8,7 @@ import torch
 import transformers
 from accelerate.utils import is_peft_model
 from peft import PeftConfig
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 from ._trl import after_fused_lm_head
@@ -41,8 +41,9 @@ def enable_prefix_sharing(
             cannot share, with one warning that says why. `True` rearranges every batch, and what cannot be is an
             error. `False` undoes an earlier call.
         self_check (`bool`, *optional*, defaults to `False`):
-            Run two sequences of the first batch both ways, compare their per-token log-probabilities and the gradients
-            that reach their embedded tokens, and stop with the difference if they disagree. Not under FSDP.
+            Run two sequences of the first batch that shares anything both ways, compare their per-token
+            log-probabilities and the gradients that reach their embedded tokens, and stop with the difference if they
+            disagree. Not under FSDP.
 
     Returns:
         [`PrefixSharing`], also kept as `trainer.prefix_sharing`: `shares` tells whether the model can, `statistics`
@@ -144,6 +145,15 @@ def settings_reason(args: DPOConfig) -> str | None:
     return None
 
 
+def load_config(model_id: str, args: DPOConfig) -> PreTrainedConfig:
+    """The config of the model that the trainer will load, without its weights."""
+    names = ("revision", "trust_remote_code", "cache_dir", "token", "subfolder", "attn_implementation")
+    init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    return AutoConfig.from_pretrained(
+        model_id, **{name: value for name, value in init_kwargs.items() if name in names}
+    )
+
+
 def refuse_unless_shareable(model: str | PreTrainedModel, args: DPOConfig, peft_config: PeftConfig | None) -> None:
     """
     Refuse `prefix_sharing=True` for a model that cannot, before its weights are loaded.
@@ -156,15 +166,11 @@ def refuse_unless_shareable(model: str | PreTrainedModel, args: DPOConfig, peft_
     Raises:
         ValueError: it cannot share prefixes; the message says why and what to set.
     """
-    model_init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     reason = settings_reason(args)
     if reason is None and peft_config is not None:
         reason = adapter_reason(peft_config)
     if reason is None and isinstance(model, str):
-        names = ("revision", "trust_remote_code", "cache_dir", "token", "subfolder", "attn_implementation")
-        config = AutoConfig.from_pretrained(
-            model, **{name: value for name, value in model_init_kwargs.items() if name in names}
-        )
+        config = load_config(model, args)
         model_class = getattr(transformers, (config.architectures or ["?"])[0], None)
         if model_class is None:  # code from the Hub, looked at once it is loaded
             return

@@ -20,7 +20,7 @@ class RRHFConfig(CandidateConfig):
 
         rank_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the rank term; at least 0. At 0 what is left is fine-tuning on the best candidate of each prompt
-            (rejection sampling, best of n), and the others are not computed at all.
+            (rejection sampling, best of n), and in training the others are not computed at all.
         sft_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the likelihood of the best candidate; at least 0, and not 0 together with `rank_weight`.
         length_penalty (`float`, *optional*, defaults to `1.0`):
@@ -113,6 +113,11 @@ class RRHFConfig(CandidateConfig):
             raise ValueError(
                 f"length_penalty={self.length_penalty} has no part in the loss with rank_weight=0, which compares "
                 "nothing. Leave it out, or set rank_weight > 0."
+            )
+        if self.rank_weight == 0 and self.arithmetic == "official":
+            raise ValueError(
+                "arithmetic='official' divides by the longest of a prompt's candidates, and with rank_weight=0 only "
+                "the best one is computed. Leave it out, or set rank_weight > 0."
             )
         if self.arithmetic == "official" and self.sft_reduction != "sum":
             raise ValueError(

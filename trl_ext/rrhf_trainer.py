@@ -8,15 +8,22 @@ import torch
 from .candidate_trainer import CandidateTrainer, best_and_worst
 from .data import RowOptions
 from .logps import CompletionLogps, by_prompt
-from .losses import ordered_pairs, pair_gaps, rrhf_loss, rrhf_rank_loss
-from .metrics import kendall_tau
+from .losses import (
+    rank_margins,
+    rrhf_likelihoods,
+    rrhf_loss,
+    rrhf_official_lengths,
+    rrhf_rank_loss,
+    rrhf_sft_loss,
+)
+from .metrics import kendall_tau, pair_metrics, row_metrics
 from .rrhf_config import RRHFConfig
 
 
 class RRHFTrainer(CandidateTrainer):
     r"""
     Trainer for RRHF, rank responses to align language models with human feedback
-    (https://huggingface.co/papers/2304.05302), eq. 4:
+    (https://huggingface.co/papers/2304.05302), eq. 5:
 
         loss = sum over r_i < r_j of relu(p_i - p_j) - S(y_best)
         p_i = S(y_i) / |y_i|,        S(y) = sum_t log P(y_t | x, y_<t)
@@ -24,12 +31,14 @@ class RRHFTrainer(CandidateTrainer):
     as a mean over prompts. It takes `DPOTrainer`'s place and arguments; only the loss, its config and the rows it
     accepts differ. There is no reference model and there is no margin: a pair in the right order is left alone.
 
-    Rows are ranked lists of any length, which may differ from row to row, or preference pairs. Equal scores make no
-    pair, and of equally good candidates the first is the best. A row without a pair (one candidate, or all scores
-    equal) is fine-tuned on its best candidate.
+    Rows are ranked lists of any length, which may differ from row to row, or preference pairs, whose `score_chosen`
+    and `score_rejected` are their scores where they have both. Equal scores make no pair, and of equally good
+    candidates the first is the best. A row without a pair (one candidate, or all scores equal) is fine-tuned on its
+    best candidate.
 
-    `rank_weight=0` is fine-tuning on the best of each row (rejection sampling). The other candidates are then neither
-    tokenised nor computed, and what compares candidates is not logged.
+    `rank_weight=0` is fine-tuning on the best of each row (rejection sampling). The other candidates of the training
+    data are then neither tokenised nor computed, and nothing that compares candidates is logged of it. Evaluation
+    still looks at all of them.
 
     Departures from the paper: none with the default settings. Where the paper leaves it open, the log-likelihood and
     the length count the end token, where there is one.
@@ -47,10 +56,11 @@ class RRHFTrainer(CandidateTrainer):
     Logged besides `Trainer`'s own: `loss/rank` and `loss/sft` (before their weights), `rank/violations` (share of
     ordered pairs whose worse answer has the higher p; these make up the rank term), `rank/kendall_tau` (tau-b between
     p and score, over prompts that have one), `rewards/margins` and `rewards/accuracies` (over all ordered pairs; the
-    reward of an answer is its p), `scores/best` and `scores/mean` (over prompts), `logps/{chosen,rejected}` (summed,
-    whatever `length_penalty`), `logps_per_token/{chosen,rejected}`, `lengths/{chosen,rejected}` in tokens,
-    `logits/{chosen,rejected}`, `entropy`, `mean_token_accuracy`, `num_tokens`. "chosen" is the best candidate and
-    "rejected" the worst; a prompt with one candidate has no rejected one.
+    reward of an answer is its p), `scores/best` and `scores/mean` (over prompts whose row has scores),
+    `logps/{chosen,rejected}` (summed, whatever `length_penalty`), `logps_per_token/{chosen,rejected}`,
+    `lengths/{chosen,rejected}` in tokens, `logits/{chosen,rejected}`, `entropy`, `mean_token_accuracy`, `num_tokens`.
+    "chosen" is the best candidate and "rejected" the worst; a prompt whose candidates are all equally good has no
+    rejected one.
 
     Example:
     ```python
@@ -90,8 +100,8 @@ class RRHFTrainer(CandidateTrainer):
     def _row_options(self, args: RRHFConfig) -> RowOptions:
         return RowOptions(
             min_completions=1,
-            # the official second term is divided by the longest candidate, so it needs all of them
-            best_only=args.rank_weight == 0 and args.arithmetic == "paper",
+            score_columns=True,
+            best_only=args.rank_weight == 0,
             max_length=args.max_length,
         )
 
@@ -101,38 +111,32 @@ class RRHFTrainer(CandidateTrainer):
         args = self.args
         scores, candidate_index = inputs["scores"], inputs["candidate_index"]
         candidate_mask = candidate_index >= 0
-        best_row, worst_row = best_and_worst(inputs)
         sums, lengths = (by_prompt(values, candidate_index) for values in (logps.sums, logps.lengths))  # (B, K)
-
-        if args.arithmetic == "paper":
-            candidates = sums / lengths.clamp(min=1) ** args.length_penalty
-            sft = -(logps.sums if args.sft_reduction == "sum" else logps.means)[best_row]
-        else:
-            widths = by_prompt(inputs["attention_mask"].sum(dim=1), candidate_index).amax(dim=1)  # (B,)
-            candidates = sums / widths.unsqueeze(1) ** args.length_penalty
-            sft = -logps.sums[best_row] / widths
+        reduction = args.sft_reduction
+        if args.arithmetic == "official":
+            widths = by_prompt(inputs["attention_mask"].sum(dim=1), candidate_index)  # (B, K)
+            lengths, reduction = rrhf_official_lengths(widths, candidate_mask), "mean"
+        candidates = rrhf_likelihoods(sums, lengths, length_penalty=args.length_penalty)
         rank = rrhf_rank_loss(candidates, scores, candidate_mask)
+        sft = rrhf_sft_loss(sums, lengths, scores, candidate_mask, reduction=reduction)
         losses = rrhf_loss(rank, sft, rank_weight=args.rank_weight, sft_weight=args.sft_weight)
 
         with torch.no_grad():
-            best_scores = scores.masked_fill(~candidate_mask, float("-inf")).amax(dim=1)
-            metrics = {"loss/sft": sft, "scores/best": best_scores}
+            best_row, worst_row, is_worse = best_and_worst(inputs)
             described = [("chosen", best_row, torch.ones_like(sft))]
-            if args.rank_weight > 0:
-                described.append(("rejected", worst_row, (worst_row != best_row).float()))
-                pairs = ordered_pairs(scores, candidate_mask)
-                gaps = pair_gaps(candidates, candidate_mask)
-                num_pairs = pairs.sum(dim=(1, 2))
-                metrics |= {
+            has_scores = inputs["has_scores"].to(sft.dtype)
+            best_scores = scores.masked_fill(~candidate_mask, float("-inf")).amax(dim=1)
+            metrics = {"loss/sft": sft, "scores/best": (best_scores * has_scores, has_scores)}
+            if args.rank_weight > 0 or not self.model.training:  # else there is only the best
+                described.append(("rejected", worst_row, is_worse.to(sft.dtype)))
+                no_margins = rank_margins(scores, candidate_mask, delta=0.0)
+                mean_scores = scores.sum(dim=1) / candidate_mask.sum(dim=1)
+                metrics |= pair_metrics(candidates, scores, candidate_mask, no_margins, active="rank/violations") | {
                     "loss/rank": rank,
-                    "rank/violations": (((gaps < 0) & pairs).sum(dim=(1, 2)), num_pairs),
                     "rank/kendall_tau": kendall_tau(candidates, scores, candidate_mask),
-                    "rewards/margins": ((gaps * pairs).sum(dim=(1, 2)), num_pairs),
-                    "rewards/accuracies": (((gaps > 0) & pairs).sum(dim=(1, 2)), num_pairs),
-                    "scores/mean": scores.sum(dim=1) / candidate_mask.sum(dim=1),
+                    "scores/mean": (mean_scores * has_scores, has_scores),
                 }
             for name, rows, counts in described:
-                metrics[f"logps/{name}"] = (logps.sums[rows] * counts, counts)
+                metrics |= row_metrics(name, rows, logps, counts)
                 metrics[f"logps_per_token/{name}"] = (logps.means[rows] * counts, counts)
-                metrics[f"lengths/{name}"] = (logps.lengths[rows] * counts, counts)
         return losses, metrics

@@ -44,8 +44,10 @@ class SLiCConfig(CandidateConfig):
             `"sum"`: S adds up the token log-probabilities, as in the paper. `"mean"`: their average per token, in the
             calibration and in the regulariser alike; `delta` is then nats per token.
 
-        > Rows
+        > Rows and memory
 
+        max_completions_per_forward (`int`, *optional*):
+            Most completions that go through the model at once, see [`CandidateConfig`]. Not with `reg_type="kl"`.
         on_invalid_row (`str`, *optional*, defaults to `"error"`):
             `"error"` or `"drop"`, see [`CandidateConfig`].
 

@@ -15,8 +15,6 @@ from .data import RowOptions
 from .execution.forward import MODEL_KEYS, add_kl_head, score_completions
 from .logps import CompletionLogps, by_prompt
 from .losses import (
-    ordered_pairs,
-    pair_gaps,
     place_margins,
     rank_margins,
     score_margins,
@@ -26,6 +24,7 @@ from .losses import (
     slic_margin_loss,
     slic_rank_loss,
 )
+from .metrics import pair_metrics, row_metrics
 from .slic_config import SCORE_VALUE_CALIBRATIONS, SLiCConfig
 
 # calibration -> its loss, and the gap it wants between two candidates
@@ -63,7 +62,8 @@ class SLiCTrainer(CandidateTrainer):
     (share of pairs still inside the margin), `rewards/margins` and `rewards/accuracies` (over all ordered pairs; the
     reward of an answer is its S), `logps/{chosen,rejected,reference}` (summed, whatever `logps_reduction`),
     `lengths/{chosen,rejected,reference}` in tokens, `logits/{chosen,rejected}`, `entropy`, `mean_token_accuracy`,
-    `num_tokens`. With lists, "chosen" is the best candidate and "rejected" the worst.
+    `num_tokens`. With lists, "chosen" is the best candidate and "rejected" the worst, which a prompt whose candidates
+    are all equally good does not have.
 
     Example:
     ```python
@@ -130,22 +130,18 @@ class SLiCTrainer(CandidateTrainer):
         losses = slic_loss(calibration, regularization, reg_weight=args.reg_weight)
 
         with torch.no_grad():
-            pairs = ordered_pairs(scores, candidate_mask)
-            gaps = pair_gaps(candidates, candidate_mask)
-            num_pairs = pairs.sum(dim=(1, 2))
-            best_row, worst_row = best_and_worst(inputs)
+            best_row, worst_row, is_worse = best_and_worst(inputs)
+            margins = None
+            if args.calibration != "expected_reward":
+                margins = wanted_gaps(scores, candidate_mask, delta=args.delta)
             metrics = {
                 "loss/calibration": calibration,
                 "loss/regularization": regularization,
-                "rewards/margins": ((gaps * pairs).sum(dim=(1, 2)), num_pairs),
-                "rewards/accuracies": (((gaps > 0) & pairs).sum(dim=(1, 2)), num_pairs),
+                **pair_metrics(candidates, scores, candidate_mask, margins),
+                **row_metrics("chosen", best_row, logps),
+                **row_metrics("rejected", worst_row, logps, is_worse),
+                **row_metrics("reference", reference_row, logps),
             }
-            if args.calibration != "expected_reward":
-                active = (gaps < wanted_gaps(scores, candidate_mask, delta=args.delta)) & pairs
-                metrics["hinge/active"] = (active.sum(dim=(1, 2)), num_pairs)
-            for name, rows in (("chosen", best_row), ("rejected", worst_row), ("reference", reference_row)):
-                metrics[f"logps/{name}"] = logps.sums[rows]
-                metrics[f"lengths/{name}"] = logps.lengths[rows].float()
         return losses, metrics
 
     # The KL regulariser, and with it everything that has to do with a reference model

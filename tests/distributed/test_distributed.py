@@ -61,6 +61,29 @@ COMPARED_RRHF = (
     "logits/rejected",
     "num_tokens",
 )
+# two prompts with pairs, one with a tie, and two that are the task's data alone
+TASK = [
+    {"prompt": "a? ", "completions": ["x", "yy", "zzz"], "scores": [0.0, 1.0, 0.0], "reference": "the task"},
+    {"prompt": "bb? ", "completions": ["one", "two"], "scores": [1.0, 0.0], "reference": "one"},
+    {"prompt": "c ", "completions": ["p", "qq"], "scores": [1.0, 1.0], "reference": "both are good"},
+    {"prompt": "dd ", "completions": ["alone"], "scores": [1.0], "reference": "no sample"},
+    {"prompt": "eee ", "completions": ["the task alone"], "scores": [1.0], "reference": None},
+]
+COMPARED_CLICK = (
+    "loss",
+    "loss/lm",
+    "loss/pair",
+    "hinge/active",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "logps/reference",
+    "lengths/rejected",
+    "entropy",
+    "mean_token_accuracy",
+    "num_tokens",
+)
 
 
 def launch(command, folder, model_dir, rows, lora=False, method="slic", enable_prefix_sharing=False, **settings):
@@ -137,6 +160,13 @@ def assert_shared(one, two):
         assert computed < 0.9 * padded
 
 
+def assert_in_parts(one, two):
+    """RAGGED in 3 epochs of 3 steps: 9 forwards, and with at most 2 completions at a time at least 24."""
+    assert one[2][0]["forwards"] == 9
+    counts = {process["forwards"] for process in two[2]}
+    assert min(counts) >= 24, counts
+
+
 @pytest.mark.parametrize("data", ["even pairs", "uneven lists"])
 def test_two_processes_equal_one(data, model_dir, tmp_path):
     """
@@ -157,6 +187,26 @@ def test_rrhf_on_two_processes_equals_one(model_dir, tmp_path):
     assert [(p["world"], p["models"], p["reference"]) for p in two[2]] == [(2, 1, "None")] * 2
     assert_shared(one, two)
     assert_same_run(one, two, compared=COMPARED_RRHF)
+
+
+def test_rrhf_in_parts_under_zero_3_equals_one_process(model_dir, tmp_path):
+    """
+    The processes have different numbers of parts, and under ZeRO-3 have to keep step all the same: the rows are
+    ragged, and each process has one of them at a time.
+    """
+    pytest.importorskip("deepspeed", reason="needs the extra trl_ext[deepspeed]")
+    one = launch([sys.executable], tmp_path / "one", model_dir, RAGGED, method="rrhf", **ALONE)
+    two = launch(zero(3), tmp_path / "two", model_dir, RAGGED, method="rrhf", **SHARED, max_completions_per_forward=2)
+    assert [(p["world"], p["models"], p["reference"]) for p in two[2]] == [(2, 1, "None")] * 2
+    assert_in_parts(one, two)
+    assert_same_run(one, two, rtol=1e-3, atol=1e-4, compared=COMPARED_RRHF)
+
+
+def test_click_on_two_processes_equals_one(model_dir, tmp_path):
+    """The hinge is a mean over the prompts with a pair, which the processes have different numbers of."""
+    one = launch([sys.executable], tmp_path / "one", model_dir, TASK, method="click", **ALONE)
+    two = launch(torchrun(2), tmp_path / "two", model_dir, TASK, method="click", **SHARED)
+    assert_same_run(one, two, compared=COMPARED_CLICK)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -211,34 +261,48 @@ def test_more_settings_on_two_processes(strategy, lora, settings, model_dir, tmp
     assert [process["models"] for process in two[2]] == [expected_models] * 2
 
 
+TWO_AT_A_TIME = {"max_completions_per_forward": 2}
+PADDED = {"prefix_sharing": False, "check_prefix_sharing": False}
+# what differs in kind: how weights and gradients are spread, which of them are trained, and what a step is made of
+RRHF_RUNS = [
+    ("ddp", "all", TWO_AT_A_TIME),
+    ("ddp", "lora", {**TWO_AT_A_TIME, "gradient_accumulation_steps": 2}),
+    ("ddp", "all", {"arithmetic": "official"}),
+    ("ddp", "all", {"rank_weight": 0.0}),
+    ("zero2", "lora", {}),
+    ("zero2", "all", {**TWO_AT_A_TIME, **PADDED}),
+    ("zero2", "all", {**TWO_AT_A_TIME, "gradient_accumulation_steps": 2}),
+    ("zero3", "lora", {}),
+    ("zero3", "lora", {**TWO_AT_A_TIME, **PADDED}),
+    ("zero3", "all", {**TWO_AT_A_TIME, "gradient_accumulation_steps": 2}),
+    ("zero3", "all", {**TWO_AT_A_TIME, "activation_checkpointing": True}),
+    # TRL would have this checkpointed with 'use_reentrant': True
+    (
+        "zero3",
+        "lora",
+        {
+            **TWO_AT_A_TIME,
+            "activation_checkpointing": True,
+            "activation_checkpointing_kwargs": {"use_reentrant": False},
+        },
+    ),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"max_completions_per_forward": 2},
-        {"max_completions_per_forward": 2, "prefix_sharing": False, "check_prefix_sharing": False},
-        {"max_completions_per_forward": 1, "activation_checkpointing": True},
-        {"max_completions_per_forward": 2, "gradient_accumulation_steps": 2},
-        {"arithmetic": "official"},
-        {"rank_weight": 0.0},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("lora", [True, False])
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
-def test_more_settings_of_rrhf_on_two_processes(strategy, lora, settings, model_dir, tmp_path):
-    """
-    Where batches run in parts, the processes have different numbers of them: the rows are ragged, and each process has
-    one of them at a time.
-    """
+@pytest.mark.parametrize(("strategy", "trained", "settings"), RRHF_RUNS, ids=str)
+def test_more_settings_of_rrhf_on_two_processes(strategy, trained, settings, model_dir, tmp_path):
     if strategy != "ddp":
         pytest.importorskip("deepspeed", reason="needs the extra trl_ext[deepspeed]")
     command = torchrun(2) if strategy == "ddp" else zero(int(strategy[-1]))
+    lora = trained == "lora"
     loss = {k: v for k, v in settings.items() if k in ("arithmetic", "rank_weight", "gradient_accumulation_steps")}
     one = launch([sys.executable], tmp_path / "one", model_dir, RAGGED, lora, method="rrhf", **{**ALONE, **loss})
     two = launch(command, tmp_path / "two", model_dir, RAGGED, lora, method="rrhf", **{**SHARED, **settings})
     assert [(p["world"], p["models"], p["reference"]) for p in two[2]] == [(2, 1, "None")] * 2
+    if "max_completions_per_forward" in settings and "gradient_accumulation_steps" not in settings:
+        assert_in_parts(one, two)
+    assert not any(process["reentrant"] for process in two[2])
     compared = COMPARED_RRHF
     if settings.get("rank_weight") == 0:
         compared = [

@@ -3,10 +3,11 @@ Train on this process's share and write down what came out; run under torchrun o
 
     worker.py JOB.json
 
-The job names the model, the rows, and the settings. The main process writes `logs.json` and `weights.pt` to the job's
-folder, and every process its own `process-<rank>.json`.
+The job names the method, the model, the rows, and the settings. The main process writes `logs.json` and the folder
+`model` to the job's folder, and every process its own `process-<rank>.json`.
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -14,12 +15,21 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import LlamaForCausalLM, TrainerCallback
+from transformers import LlamaForCausalLM, LlamaModel, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from trl_ext import RRHFConfig, RRHFTrainer, SLiCConfig, SLiCTrainer, enable_prefix_sharing
+from trl_ext import (
+    CLICKConfig,
+    CLICKTrainer,
+    RRHFConfig,
+    RRHFTrainer,
+    SLiCConfig,
+    SLiCTrainer,
+    enable_prefix_sharing,
+)
 
 METHODS = {
+    "click": (CLICKTrainer, CLICKConfig),
     "dpo": (DPOTrainer, DPOConfig),
     "rrhf": (RRHFTrainer, RRHFConfig),
     "slic": (SLiCTrainer, SLiCConfig),
@@ -37,7 +47,15 @@ class Logs(TrainerCallback):
 def main(job_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
     folder = Path(job_file).parent
-    models_loaded = 0
+    models_loaded = forwards = 0
+    forward = LlamaModel.forward
+
+    def counted_forward(*args, **kwargs):
+        nonlocal forwards
+        forwards += 1
+        return forward(*args, **kwargs)
+
+    LlamaModel.forward = functools.wraps(forward)(counted_forward)
     load = LlamaForCausalLM.from_pretrained.__func__
 
     def counted_load(cls, *args, **kwargs):
@@ -62,11 +80,14 @@ def main(job_file: str) -> None:
     if job["enable_prefix_sharing"]:
         enable_prefix_sharing(trainer, True, self_check=True)
     trainer.train()
+    training_forwards = forwards
     evaluation = trainer.evaluate()
     trainer.save_model(str(folder / "model"))
     sharing = getattr(trainer, "prefix_sharing", None)
     process = {
         "models": models_loaded,
+        "forwards": training_forwards,
+        "reentrant": (trainer.args.activation_checkpointing_kwargs or {}).get("use_reentrant"),
         "world": trainer.accelerator.num_processes,
         "reference": str(trainer.ref_model),
         "positions": [sharing.statistics.positions_computed, sharing.statistics.positions_padded] if sharing else None,

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import count, groupby
 from types import MethodType
 from typing import Any
 
@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .._trl import FusedCausalLMOutput
-from .forward import IGNORE_INDEX, MODEL_KEYS, unbound
+from .forward import IGNORE_INDEX, MODEL_KEYS, PER_TOKEN_FIELDS, unbound
 from .support import length_dependent_positions
 
 BY_ROW = (*MODEL_KEYS, "labels")
-PER_TOKEN_FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
+RETURNED = (*PER_TOKEN_FIELDS, "label_mask")
+_KEYS = count()
 
 
 def chunk_sizes(prompt_index: list[int], most: int) -> list[int]:
@@ -53,17 +54,18 @@ def add_chunking(model: PreTrainedModel, multiple_of: int = 1) -> None:
     the largest part and not with the batch.
 
     One extra argument of `forward` is understood afterwards: `chunk_sizes` (`list[int]`), how many of the N rows to
-    run at a time. The per-token outputs are those of the whole batch, up to rounding. Where gradients are on, a part
-    keeps of its backbone nothing but the tokens that went in and the hidden states that came out, and is run again
-    when the backward pass comes to it: a second forward, in exchange for the activations of one part at a time. The
-    LM head is not run again. All of it happens inside one call of the model, so DDP and DeepSpeed see one forward and
-    one backward.
+    run at a time. The per-token outputs are those of the whole batch, up to rounding; with dropout, whose noise is
+    drawn for each part, they are not. Where gradients are on, a part keeps of its backbone nothing but what went in
+    (tokens, positions, masks: with prefix sharing `(R, 1, T, T)`) and the hidden states that came out, and is run
+    again when the backward pass comes to it: a second forward, in exchange for the activations of one part at a time.
+    The LM head is not run again. All of it happens inside one call of the model, so DDP and DeepSpeed see one forward
+    and one backward.
 
     Sizes of 0 at the end run the last row once more and drop the result. Where weights are spread over processes,
     those with fewer parts keep step with the others in this way.
 
-    Columns that are padding in all rows of a part are not computed. What adds up over the whole batch is not returned
-    (`loss`, `aux_loss`).
+    Columns at the end that are padding in all rows of a part are not computed (padding on the left is). What adds up
+    over the whole batch is not returned (`loss`, `aux_loss`).
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -71,11 +73,14 @@ def add_chunking(model: PreTrainedModel, multiple_of: int = 1) -> None:
         multiple_of (`int`, *optional*, defaults to 1):
             Cut columns off only down to a multiple of this.
     """
-    call_on = unbound(model.forward, model)
+    # kept on the model, so that what is inside can be exchanged, for a deep copy of the model by itself
+    key = next(_KEYS)
+    vars(model).setdefault("_inside_chunking", {})[key] = unbound(model.forward, model)
     longest_to_trim = length_dependent_positions(model.config.get_text_config())
 
     @functools.wraps(type(model).forward)
     def forward(module, *args, chunk_sizes=None, **kwargs):
+        call_on = module._inside_chunking[key]
         if chunk_sizes is None:
             return call_on(module, *args, **kwargs)
         num_rows, num_columns = kwargs["labels"].shape
@@ -86,7 +91,7 @@ def add_chunking(model: PreTrainedModel, multiple_of: int = 1) -> None:
         with _recomputing(module.base_model) if torch.is_grad_enabled() else contextlib.nullcontext():
             for chunk in chunks:
                 output = call_on(module, **chunk, **settings)
-                outputs.append({name: output[name] for name in PER_TOKEN_FIELDS if output.get(name) is not None})
+                outputs.append({name: output[name] for name in RETURNED if output.get(name) is not None})
         return FusedCausalLMOutput(
             **{
                 name: torch.cat([pad(o[name], (0, num_columns - 1 - o[name].size(1))) for o in outputs])[:num_rows]
@@ -94,23 +99,30 @@ def add_chunking(model: PreTrainedModel, multiple_of: int = 1) -> None:
             }
         )
 
-    forward.inside_chunking = (call_on, multiple_of)
+    forward.chunking_key = key
     model.forward = MethodType(forward, model)
 
 
 @contextlib.contextmanager
 def chunking_outermost(model: PreTrainedModel) -> Iterator[None]:
-    """What wraps the model's `forward` inside the block gets inside of [`add_chunking`]'s wrapper, if there is one."""
-    inside = getattr(getattr(model.forward, "__func__", None), "inside_chunking", None)
-    if inside is None:
+    """
+    What wraps the model's `forward` inside the block gets inside of [`add_chunking`]'s wrapper, if there is one, be it
+    under other wrappers: accelerate's for mixed precision lies on top of it once `train` was called.
+    """
+    outermost = model.forward
+    wrapper = getattr(outermost, "__func__", outermost)
+    while wrapper is not None and not hasattr(wrapper, "chunking_key"):
+        wrapper = getattr(wrapper, "__wrapped__", None)
+    if wrapper is None:
         yield
         return
-    call_on, multiple_of = inside
-    model.forward = MethodType(call_on, model)
+    key = wrapper.chunking_key
+    model.forward = MethodType(model._inside_chunking[key], model)
     try:
         yield
     finally:
-        add_chunking(model, multiple_of)
+        model._inside_chunking[key] = unbound(model.forward, model)
+        model.forward = outermost
 
 
 @contextlib.contextmanager

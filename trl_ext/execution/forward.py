@@ -15,6 +15,8 @@ from .._trl import ChunkedDivergenceFunction, FusedCausalLMOutput
 IGNORE_INDEX = -100
 # keys of a canonical batch that the model itself understands
 MODEL_KEYS = ("input_ids", "attention_mask", "position_ids")
+# what TRL's fused LM head returns for each token
+PER_TOKEN_FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 def completion_labels(inputs: dict[str, torch.Tensor]) -> torch.Tensor:

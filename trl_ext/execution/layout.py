@@ -51,6 +51,12 @@ class Layout:
         return self.source.shape[0]
 
     @property
+    def shares(self) -> bool:
+        """Whether any slot computes a token of more than one sequence."""
+        used = self.slots[self.slots >= 0]
+        return len(np.unique(used)) < len(used)
+
+    @property
     def row_length(self) -> int:
         return self.source.shape[1]
 

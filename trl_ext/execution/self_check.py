@@ -74,9 +74,9 @@ def compare(module: nn.Module, padded: Callable, shared: Callable, slots: torch.
     return None
 
 
-def closest_pair(slots: np.ndarray) -> list[int]:
-    """The two sequences (or the only one) that share most slots, given the slot of each token `(N, L)`."""
-    best, pair = -1, [0]
+def closest_pair(slots: np.ndarray) -> list[int] | None:
+    """The two sequences that share most slots, given the slot of each token `(N, L)`; `None` if no two share any."""
+    best, pair = 0, None
     for i in range(len(slots)):
         for j in range(i + 1, len(slots)):
             shared = int(((slots[i] == slots[j]) & (slots[i] >= 0)).sum())

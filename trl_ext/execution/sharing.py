@@ -15,7 +15,7 @@ from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 
 from .cost import CostModel
-from .forward import IGNORE_INDEX, MODEL_KEYS, unbound
+from .forward import IGNORE_INDEX, MODEL_KEYS, PER_TOKEN_FIELDS, unbound
 from .layout import Layout, plan_layout
 from .masks import FLEX_BLOCK_SIZE, attention_mask
 from .self_check import closest_pair, compare
@@ -31,7 +31,6 @@ SETTINGS = {
     "reference_hidden",
     "return_dict",
 }
-PER_TOKEN_FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 @dataclass
@@ -118,9 +117,9 @@ class PrefixSharing:
             `"auto"`: rearrange a batch when the cost model expects it to be faster; models that cannot share are left
             alone, with one warning that says why. `True`: always; what cannot is an error.
         self_check (`bool`, *optional*, defaults to `False`):
-            Run two sequences of the first batch both ways, with gradients, and stop if they disagree. With
-            `mode=True`, architectures that are not in `support.VERIFIED` are checked in any case; with `"auto"` they
-            are left alone.
+            Run two sequences of the first batch that shares anything both ways, with gradients, and stop if they
+            disagree. With `mode=True`, architectures that are not in `support.VERIFIED` are checked in any case; with
+            `"auto"` they are left alone.
 
     Attributes:
         statistics ([`SharingStatistics`]): what was saved so far.
@@ -229,7 +228,6 @@ class PrefixSharing:
                 )
             plan = self._plan(kwargs, labels, state)
         if state.must_check:
-            state.must_check = False
             difference = self._self_check(module, inner, state, plan, labels, kwargs)
             if difference is not None:
                 raise RuntimeError(
@@ -243,20 +241,30 @@ class PrefixSharing:
     def _self_check(self, module, inner, state: "_ModelState", plan: _Plan | None, labels, kwargs) -> str | None:
         """
         Compare two sequences of a batch both ways; what differs, or `None`. Two keep the memory this takes small. A
-        batch without a plan is run padded twice, because under ZeRO-3 every process has to take part.
+        batch whose sequences share nothing has nothing to check, and the check waits for another.
+
+        Under ZeRO-3 weights are collected by all processes together, so all check as soon as one can; the others run a
+        sequence of theirs padded twice.
         """
         kwargs = {name: value for name, value in kwargs.items() if name not in ("hidden_mask", "reference_hidden")}
-        if plan is not None and plan.layout is not None:
-            rows = closest_pair(plan.layout.slots)
+        pair = None if plan is None or plan.layout is None else closest_pair(plan.layout.slots)
+        rows = [0] if pair is None else pair
+        if kwargs.get("input_ids") is not None:
             kwargs |= {name: kwargs[name][rows] for name in KNOWN_INPUTS if kwargs.get(name) is not None}
             labels = labels[rows]
+        shares = False
+        if pair is not None:
             tensors = [kwargs["input_ids"], labels, kwargs.get("attention_mask"), kwargs.get("position_ids")]
             plan = PrefixSharing(True)._make_plan(tensors, _PlanSettings.of(state, kwargs, labels), state)
+            shares = plan is not None and plan.layout is not None and plan.layout.shares
+        if not _one_can_check(module, shares):
+            return None
+        state.must_check = False
 
         def padded():
             return inner(**kwargs, labels=labels, fused_lm_head=True)
 
-        if plan is None or plan.layout is None:
+        if not shares:
             return compare(module, padded, padded, slots=None)
         return compare(
             module,
@@ -312,7 +320,7 @@ class PrefixSharing:
             except ValueError as error:
                 self.cannot(str(error))
                 return None
-            is_forced = self.mode is True or state.must_check
+            is_forced = self.mode is True or (state.must_check and layout.shares)
             if not is_forced and not cost.pays(layout, *input_ids.shape, not on_host[1].all()):
                 layout = None
         self.statistics.add(input_ids.numel(), layout)
@@ -324,6 +332,16 @@ class PrefixSharing:
             predictors=torch.from_numpy(slots[:, :-1][scored_on_host]).to(device),
             source=None if layout is None else torch.from_numpy(layout.source).to(device),
         )
+
+
+def _one_can_check(module: torch.nn.Module, this_one_can: bool) -> bool:
+    """Whether this process can check, or under ZeRO-3 any process."""
+    if not any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+        return this_one_can
+    device = next(module.parameters()).device
+    can = torch.tensor(float(this_one_can), device=device)
+    torch.distributed.all_reduce(can, op=torch.distributed.ReduceOp.MAX)
+    return bool(can)
 
 
 def cannot_be_honoured(reason: str) -> str:
