@@ -405,7 +405,8 @@ def local_model(model_args, *, trust_remote_code: bool = False) -> str:
         return name
     if name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"model_name_or_path={name!r} looks like a local folder, and there is none.")
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken", *(["*.py"] if trust_remote_code else [])]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
+    patterns += ["*.py"] if trust_remote_code else []
     with PartialState().local_main_process_first():
         folder = snapshot_download(name, revision=model_args.model_revision, allow_patterns=patterns)
         if not any(Path(folder).glob("*.safetensors")):
