@@ -479,5 +479,6 @@ def train_and_save(
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.accelerator.wait_for_everyone()  # or one tears the group down while another still uses it
-    trainer.end()
+    if output_dir is None:  # a stage has to wait for all processes itself, when it has written what it found
+        trainer.end()
     return results
