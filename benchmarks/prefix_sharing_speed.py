@@ -8,7 +8,8 @@ the mean over the batches, `times_padded` the median over the batches of how man
 Rows are appended to `benchmarks/results/prefix_sharing_speed.csv`; `benchmarks/plot.py` draws them.
 
 Ways:
-- `padded`: TRL's forward, K rows per prompt (`trl.DPOTrainer`; for SLiC, our trainer over that forward).
+- `padded`: TRL's forward, K rows per prompt (`trl.DPOTrainer`; for SLiC and RRHF, our trainer over that
+  forward).
 - `auto`, `always`: `prefix_sharing="auto"` and `True`.
 - `scored head`: the padded batch, but only scored positions reach the LM head. What lies between this and `always` is
   the sharing itself; what lies between `padded` and this is the head, which TRL restricts on GPUs only.
@@ -30,7 +31,7 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 import torch
 from common import MODELS, RESULTS, Shape, append, circumstances, make_model
 
-from tests.equivalence.baseline import padded_dpo_trainer, padded_slic_trainer
+from tests.equivalence.baseline import padded_dpo_trainer, padded_rrhf_trainer, padded_slic_trainer
 from trl_ext import enable_prefix_sharing
 from trl_ext._trl import add_fused_lm_head
 from trl_ext.execution.cost import CostModel
@@ -177,6 +178,8 @@ def ways_of(shape: Shape, options, directory: str):
 
     if shape.k == 2 and "DPO" in options.methods:
         yield from trainer_ways("DPO", padded_dpo_trainer(model(), dataset, settings, ref_model=model()))
+    if shape.k > 2 and "RRHF" in options.methods:
+        yield from trainer_ways("RRHF", padded_rrhf_trainer(model(), dataset, settings))
     if "SLiC-HF" not in options.methods:
         return
     slic = padded_slic_trainer(model(), dataset, {**settings, "reg_weight": 0.0})
@@ -253,7 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="30M", choices=list(MODELS))
     parser.add_argument("--shapes", nargs="+", default=[shape.name for shape in SHAPES])
-    parser.add_argument("--methods", nargs="+", default=["DPO", "SLiC-HF"])
+    parser.add_argument("--methods", nargs="+", default=["DPO", "SLiC-HF", "RRHF"])
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds over all ways, after one that warms up")
     parser.add_argument("--batches", type=int, default=3, help="different batches, used in turn")

@@ -2,7 +2,7 @@
 
 from trl import DPOConfig, DPOTrainer
 
-from trl_ext import SLiCConfig, SLiCTrainer
+from trl_ext import RRHFConfig, RRHFTrainer, SLiCConfig, SLiCTrainer
 from trl_ext.playground import byte_level_tokenizer
 
 
@@ -22,6 +22,17 @@ def padded_slic_trainer(model, train_dataset, settings, **arguments) -> SLiCTrai
     return SLiCTrainer(
         model=model,
         args=SLiCConfig(**settings, prefix_sharing=False),
+        train_dataset=train_dataset,
+        processing_class=byte_level_tokenizer(),
+        **arguments,
+    )
+
+
+def padded_rrhf_trainer(model, train_dataset, settings, **arguments) -> RRHFTrainer:
+    """The same with RRHF's loss."""
+    return RRHFTrainer(
+        model=model,
+        args=RRHFConfig(**settings, prefix_sharing=False),
         train_dataset=train_dataset,
         processing_class=byte_level_tokenizer(),
         **arguments,
