@@ -272,9 +272,10 @@ def test_real_ranked_lists_are_ranked_better_on_rows_not_trained_on(tmp_path):
     """
     611 prompts with 5 or 6 answers of as many models and a judge's scores, of which 150 rows are held out.
 
-    The model reads bytes, and most answers are longer than it can afford to read: prompt and answer are cut at 384
-    bytes, which cuts about half of the answers and drops the prompts that are longer than that by themselves. What it
-    can learn in three epochs is how good answers sound and how early bad ones end, not what they say.
+    The model reads bytes, and many answers are longer than it can afford to read: prompt and answer are cut at 512
+    bytes, which cuts about half of the answers and drops the few prompts that fill that by themselves. What a small
+    model can learn in three epochs is how good answers sound and how early bad ones end, not what they say. For that
+    the rank term has to outweigh the likelihood, a sum over hundreds of bytes.
     """
     rows = [
         {name: row[name] for name in ("prompt", "completions", "scores")}
@@ -283,25 +284,27 @@ def test_real_ranked_lists_are_ranked_better_on_rows_not_trained_on(tmp_path):
     assert len(rows) == 611
     random.Random(0).shuffle(rows)
     model_dir = save_byte_level_model(
-        tmp_path / "model", hidden_size=32, num_layers=2, max_position_embeddings=384, seed=0
+        tmp_path / "model", hidden_size=64, num_layers=2, max_position_embeddings=512, seed=0
     )
     trainer = RRHFTrainer(
         model=str(model_dir),
         args=RRHFConfig(
             str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
-            activation_checkpointing=False, max_length=384, on_invalid_row="drop", seed=0,
-            per_device_train_batch_size=4, num_train_epochs=3, learning_rate=1e-2, warmup_steps=5,
+            activation_checkpointing=False, max_length=512, on_invalid_row="drop", seed=0,
+            per_device_train_batch_size=4, num_train_epochs=3, learning_rate=3e-3, warmup_steps=5,
             rank_weight=10.0, sft_weight=0.01,
         ),
         train_dataset=Dataset.from_list(rows[:-150]),
         eval_dataset=Dataset.from_list(rows[-150:]),
     )  # fmt: skip
-    assert trainer.data_reports["eval"].num_prompts > 120
+    report = trainer.data_reports["eval"]
+    assert report.num_prompts > 130 and report.num_truncated < 0.6 * report.num_completions
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
     names = ("eval_rank/kendall_tau", "eval_rewards/accuracies", "eval_loss/sft")
     print({name: (round(before[name], 4), round(after[name], 4)) for name in names})
+    # measured: 0.11 -> 0.26, and with another split, weights and order (seed 2) 0.01 -> 0.16
     assert after["eval_rank/kendall_tau"] > max(before["eval_rank/kendall_tau"], 0.0) + 0.05
 
 
