@@ -113,8 +113,10 @@ def test_two_processes_equal_one(model_dir, prompts_file, tmp_path):
     run(command("rrhf.py", model_dir, prompts_file, one))
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29637")
     run(command("rrhf.py", model_dir, prompts_file, two, launcher, per_device_train_batch_size=1))
-    for name in ("round-1/candidates/candidates.jsonl", "round-1/ranked/ranked.jsonl"):
-        assert (one / name).read_text() == (two / name).read_text()
+    name = "round-1/ranked/ranked.jsonl"
+    for expected, found in zip(read_jsonl(one / name), read_jsonl(two / name), strict=True):
+        assert found["logps"] == pytest.approx(expected["logps"], rel=1e-5)  # computed in batches of another shape
+        assert {**found, "logps": None} == {**expected, "logps": None}
     expected, found = weights(one / "round-1" / "model"), weights(two / "round-1" / "model")
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-4)
