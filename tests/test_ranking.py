@@ -248,7 +248,7 @@ def test_ranked_rows_by_hand():
         "tools": None,
     }  # fmt: skip
     assert len(ranked) == 2 and report.dropped == {"no usable candidate": 1} and report.num_empty == 3
-    assert str(report).startswith("3 rows -> 2 ranked rows from 2 rows\n  3 candidates left out: empty")
+    assert str(report).startswith("3 rows -> 2 ranked rows\n  3 candidates left out: empty")
     ranked, report = rank_rows([row, row_of([3]), row_of([1, 2])], min_completions=2)
     assert len(ranked) == 2 and report.dropped == {"only one candidate": 1}
     with pytest.raises(ValueError, match=r"None of the 1 rows has 2 usable candidates: only one candidate \(1\)"):

@@ -80,7 +80,7 @@ class ScoreReport:
         )  # fmt: skip
         for name in names:
             figures.add_column(name, justify="right")
-        figures.add_row(*(f"{value:.4g}" for value in values), f"{self.all_equal:.1%}")
+        figures.add_row(*(f"{value:.3g}" for value in values), f"{self.all_equal:.1%}")
         console.print(figures)
         bars = Table.grid(padding=(0, 1))
         for justify in ("right", "right", "left"):
@@ -88,7 +88,7 @@ class ScoreReport:
         for count, lower in zip(self.histogram, self.bin_edges, strict=False):
             # something is shown where there is something
             length = max(round(40 * count / max(self.histogram)), int(count > 0))
-            bars.add_row(f"{lower:.4g}", str(count), "█" * length)
+            bars.add_row(f"{lower:.3g}", str(count), "█" * length)
         console.print(bars)
 
 
@@ -165,7 +165,8 @@ class RankingReport:
     dropped: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
-        lines = [f"{self.num_rows} rows -> {self.num_made} {self.made} from {self.num_used} rows"]
+        of_rows = f" from {self.num_used} rows" if self.made.startswith("pairs") else ""
+        lines = [f"{self.num_rows} rows -> {self.num_made} {self.made}{of_rows}"]
         for count, what in (
             (self.num_empty, "candidates left out: empty"),
             (self.num_identical, "candidates repeat another one of their prompt"),
