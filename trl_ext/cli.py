@@ -472,7 +472,7 @@ def train_and_save(
         picture = plot_training_curves(
             trainer.state.log_history,
             folder / "training_curves.png",
-            title=f"{trainer._name}, {folder.name}",
+            title=f"{trainer._name}, {folder.name if output_dir is None else folder.parent.name}",
             panels=panels,
         )
         print(f"Model, all_results.json and {picture.name} are in {folder}")
