@@ -209,7 +209,7 @@ def test_click_on_two_processes_equals_one(model_dir, tmp_path):
     assert_same_run(one, two, compared=COMPARED_CLICK)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_zero_equals_one_process(stage, model_dir, tmp_path):
     pytest.importorskip("deepspeed", reason="needs the extra trl_ext[deepspeed]")
     one = launch([sys.executable], tmp_path / "one", model_dir, PAIRS, **ALONE)
@@ -219,7 +219,7 @@ def test_zero_equals_one_process(stage, model_dir, tmp_path):
     assert_same_run(one, two, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
 def test_plain_dpo_trainer_on_two_processes(strategy, model_dir, tmp_path):
     """TRL's own trainer, padded and sharing prefixes, with a live reference, under the same launcher."""
     if strategy != "ddp":
