@@ -20,13 +20,12 @@ Best-of-n (rejection sampling): `--rank_weight 0`. LoRA: `--use_peft`. To go on 
 and `--resume_from_checkpoint true`. All values of a run in one file: `--config recipes/configs/rrhf_hh.yaml`.
 """
 
-import sys
 from pathlib import Path
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from trl_ext import RRHFConfig
-from trl_ext.cli import is_playground, parse_recipe_args, train_and_save
+from trl_ext.cli import is_playground, parse_recipe_args, run_recipe, train_and_save
 from trl_ext.data import RowOptions
 from trl_ext.rounds import RoundsConfig, in_rounds, start_rounds
 from trl_ext.sampling import SamplingConfig
@@ -61,4 +60,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_recipe(main)

@@ -13,13 +13,12 @@ The same command again goes on where it was interrupted, with any number of proc
 join in with `--mix_in chosen rejected`.
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
-from trl_ext.cli import load_prompts, local_model, refuse_all_but, use_all_cpu_cores, with_config_apart
+from trl_ext.cli import load_prompts, local_model, refuse_all_but, run_recipe, use_all_cpu_cores, with_config_apart
 from trl_ext.rounds import RankingConfig, rank_stage, sample_stage
 from trl_ext.sampling import SamplingConfig
 from trl_ext.stages import all_processes
@@ -95,4 +94,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_recipe(main)

@@ -24,13 +24,12 @@ The same with LoRA: add `--use_peft`. To go on after an interruption: the same c
 All values of a run in one file: `--config recipes/configs/slic_ultrafeedback.yaml`.
 """
 
-import sys
 from pathlib import Path
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from trl_ext import SLiCConfig
-from trl_ext.cli import parse_recipe_args, train_and_save
+from trl_ext.cli import parse_recipe_args, run_recipe, train_and_save
 from trl_ext.data import RowOptions
 from trl_ext.rounds import RoundsConfig, in_rounds, start_rounds
 from trl_ext.sampling import SamplingConfig
@@ -59,4 +58,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_recipe(main)

@@ -24,13 +24,12 @@ LoRA: `--use_peft`. To go on after an interruption: the same command and `--resu
 (Not called `click.py`: that would hide the package `click` from whatever the recipes import.)
 """
 
-import sys
 from pathlib import Path
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from trl_ext import CLICKConfig
-from trl_ext.cli import parse_recipe_args, train_and_save
+from trl_ext.cli import parse_recipe_args, run_recipe, train_and_save
 from trl_ext.data import RowOptions
 from trl_ext.rounds import RoundsConfig, in_rounds, start_rounds
 from trl_ext.sampling import SamplingConfig
@@ -59,4 +58,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_recipe(main)

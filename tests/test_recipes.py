@@ -436,3 +436,30 @@ def test_sampled_and_ranked_data_train_any_recipe(model_dir, tmp_path):
         run = small_run(model_dir, data / f"{rows}.jsonl", tmp_path / recipe, max_steps=2)
         launch([*run[:3], str(REPOSITORY / "recipes" / f"{recipe}.py"), *run[4:]])
         assert json.loads((tmp_path / recipe / "all_results.json").read_text())["train_loss"] > 0
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_process_of_several_ends_before_the_interpreter_is_torn_down(processes, fails):
+    """Exit handlers and threads of the recipe still come to their end, and a failed recipe has failed."""
+    script = (
+        "import atexit, threading, time\n"
+        "from trl_ext.cli import run_recipe\n"
+        "class Last:\n"
+        "    def __del__(self): print('torn down', flush=True)\n"
+        "def main(arguments):\n"
+        "    global last\n"
+        "    last = Last()\n"
+        "    atexit.register(print, 'handled', arguments)\n"
+        "    threading.Thread(target=lambda: (time.sleep(0.2), print('thread through'))).start()\n"
+        f"    if {fails}: raise ValueError('for a reason')\n"
+        "run_recipe(main)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "--beta", "1"], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "WORLD_SIZE": str(processes)},
+    )  # fmt: skip
+    torn_down = ["torn down"] if fails or processes == 1 else []
+    assert done.stdout.splitlines() == ["thread through", "handled ['--beta', '1']", *torn_down]
+    assert done.returncode == fails
+    assert ("for a reason" in done.stderr) == fails

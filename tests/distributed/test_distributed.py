@@ -161,10 +161,14 @@ def assert_shared(one, two):
 
 
 def assert_in_parts(one, two):
-    """RAGGED in 3 epochs of 3 steps: 9 forwards, and with at most 2 completions at a time at least 24."""
+    """
+    RAGGED in 3 epochs of 3 steps: 9 forwards of one process. In parts of at most 2 completions, each computed twice,
+    for the loss and for the gradient, the five rows take 1, 1, 4, 1 and 6 forwards, and a row that fills up the last
+    step of an epoch takes one more or several.
+    """
     assert one[2][0]["forwards"] == 9
-    counts = {process["forwards"] for process in two[2]}
-    assert min(counts) >= 24, counts
+    counts = [process["forwards"] for process in two[2]]
+    assert min(counts) > 9 and sum(counts) >= 3 * (13 + 1), counts
 
 
 @pytest.mark.parametrize("data", ["even pairs", "uneven lists"])

@@ -9,7 +9,6 @@ The job names the method, the model, the rows, and the settings. The main proces
 
 import functools
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -27,6 +26,7 @@ from trl_ext import (
     SLiCTrainer,
     enable_prefix_sharing,
 )
+from trl_ext.cli import run_recipe
 
 METHODS = {
     "click": (CLICKTrainer, CLICKConfig),
@@ -102,4 +102,4 @@ def main(job_file: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1])
+    run_recipe(lambda arguments: main(*arguments))
