@@ -77,6 +77,7 @@ REMEDIES = {
     "not a number": "Scores must be finite numbers; leave out completions that could not be scored.",
     "out of order": "Let `chosen` be the one with the higher score.",
     "too long": "Raise `max_length` (None: no limit), or shorten the prompt.",
+    "outside the window": "Lower `max_new_tokens`, or shorten the prompt.",
     "not renderable": "Check the row against the chat template.",
 }
 
