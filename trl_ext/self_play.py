@@ -169,7 +169,8 @@ def _split(messages: Any, first_turn_only: bool) -> tuple[list, list]:
 def generate_stage(folder: Path, *, model: Path, rows: Path, config: SamplingConfig, load: dict) -> dict[str, Any]:
     """
     The opponent's answer to every prompt. `pairs.jsonl`: `prompt`, `chosen` (the real answer) and `rejected` (the
-    generated one), without those that are empty or equal the real one.
+    generated one), without those that are empty or equal the real one. An answer of `max_new_tokens` is marked as cut
+    (`rejected_is_cut`), so that the end it did not come to is not trained away.
     """
     answered, report = sample_candidates(
         model, read_jsonl(rows), config, folder, keep_empty=True, desc="Generating answers", **load
@@ -184,7 +185,8 @@ def generate_stage(folder: Path, *, model: Path, rows: Path, config: SamplingCon
             num_equal += 1
         else:
             kept = {key: row[key] for key in ("prompt", *TEMPLATE_COLUMNS) if key in row}
-            pairs.append({**kept, "chosen": real, "rejected": generated})
+            is_cut = row["num_tokens"][0] >= config.max_new_tokens
+            pairs.append({**kept, "chosen": real, "rejected": generated, "rejected_is_cut": is_cut})
     if not pairs:
         raise ValueError(
             f"Of {len(answered)} generated answers {num_equal} equal the real one and {num_empty} are empty, so there "

@@ -57,7 +57,8 @@ class SPINTrainer(CandidateTrainer):
 
     Departures from the paper: none with the default settings. Departures from the authors' code: prompts go through
     the same chat template in generation and in training; the end token is scored once; both are what the code gets
-    wrong. Answers that are empty or equal the real one are left out, as they would weigh nothing in the loss.
+    wrong. Answers that are empty or equal the real one are left out, as they would teach nothing. A generated answer
+    that reached `max_new_tokens` gets no end token, which it did not say: pushing that down made answers ever longer.
 
     Logged besides `Trainer`'s own: `rewards/{chosen,rejected}` (beta times the log-ratio), `rewards/margins`,
     `rewards/accuracies`, `logps/{chosen,rejected}` (summed, in nats), `lengths/{chosen,rejected}` in tokens,
