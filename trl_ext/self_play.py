@@ -251,9 +251,7 @@ def train_stage(
         "train_loss": results["train_loss"],
         **{name: logged[-1][f"rewards/{name}"] for name in ("margins", "accuracies")},
     }
-    trainer.accelerator.wait_for_everyone()  # or one tears the group down while another still uses it
-    trainer.end()
-    return figures
+    return figures  # without `trainer.end()`: the stage itself still has to wait for all processes
 
 
 def evaluate_stage(
