@@ -191,3 +191,17 @@ def click_loss(model, rows, *, margin, pair_weight):
         if len(set(row["scores"])) > 1:
             hinges.append(rank_loss(candidates, row["scores"], margin))
     return sum(lms) / len(lms) + pair_weight * (sum(hinges) / len(hinges) if hinges else 0)
+
+
+def spin_loss(model, opponent, rows, *, beta, loss="sigmoid"):
+    """Mean SPIN loss over prepared rows, the real answer first: l(beta * h), h the difference of the log-ratios."""
+    losses = []
+    for row in rows:
+        ratios = []
+        for ids in row["completion_ids"]:
+            with torch.no_grad():
+                opponents = sequence_logp(opponent, row["prompt_ids"], ids)
+            ratios.append(sequence_logp(model, row["prompt_ids"], ids) - opponents)
+        gap = beta * (ratios[0] - ratios[1])
+        losses.append(torch.log(1 + torch.exp(-gap)) if loss == "sigmoid" else torch.relu(1 - gap))
+    return sum(losses) / len(losses)

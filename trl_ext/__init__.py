@@ -21,6 +21,8 @@ _PUBLIC_NAMES = {
     "RRHFTrainer": "rrhf_trainer",
     "SLiCConfig": "slic_config",
     "SLiCTrainer": "slic_trainer",
+    "SPINConfig": "spin_config",
+    "SPINTrainer": "spin_trainer",
     "enable_prefix_sharing": "prefix_sharing",
     "share_prefixes": "prefix_sharing",
 }
@@ -33,6 +35,8 @@ __all__ = [
     "RRHFTrainer",
     "SLiCConfig",
     "SLiCTrainer",
+    "SPINConfig",
+    "SPINTrainer",
     "enable_prefix_sharing",
     "share_prefixes",
 ]
@@ -47,6 +51,8 @@ if TYPE_CHECKING:
     from .rrhf_trainer import RRHFTrainer
     from .slic_config import SLiCConfig
     from .slic_trainer import SLiCTrainer
+    from .spin_config import SPINConfig
+    from .spin_trainer import SPINTrainer
 
 
 def __getattr__(name: str):

@@ -27,6 +27,7 @@ BORROWED = {
     "trl.trainer.utils:use_adapter": ("model", "adapter_name"),
     "trl.trainer.utils:get_config_model_id": ("config",),
     "trl.models.utils:disable_gradient_checkpointing": ("model", "gradient_checkpointing_kwargs"),
+    "trl.models.utils:prepare_deepspeed": ("model", "accelerator"),
     "trl.kernels.chunked_divergence:ChunkedDivergenceFunction": (),
     "trl.kernels.chunked_divergence:ChunkedDivergenceFunction.forward": (
         "ctx",

@@ -13,6 +13,9 @@ Accepted rows, plain text or conversational, in TRL's words:
 Conversations that repeat the prompt in front of every answer are understood too, with the prompt as messages or as the
 text of the first user message. `tools` and `chat_template_kwargs` are passed to the chat template, as TRL does.
 
+A preference row with a true `rejected_is_cut` has a sampled answer that was ended by its length alone: it gets no end
+token.
+
 A prepared row has `prompt_ids`, `completion_ids` (list of lists), `scores` (one per candidate), `has_scores` (False
 where the scores only say that `chosen` is better than `rejected`) and `reference_index` (which of `completion_ids` is
 the regulariser's target). A target that differs from all candidates is appended to
@@ -81,6 +84,7 @@ REMEDIES = {
     "out of order": "Let `chosen` be the one with the higher score.",
     "no target": "Add a `reference`, the task's own answer, or leave the row out.",
     "too long": "Raise `max_length` (None: no limit), or shorten the prompt.",
+    "outside the window": "Lower `max_new_tokens`, or shorten the prompt.",
     "not renderable": "Check the row against the chat template.",
 }
 
@@ -482,6 +486,11 @@ def prepare_row(row: Mapping[str, Any], processing_class, options: RowOptions) -
         )
     except Exception as error:  # a chat template raises what it likes
         raise RowError("not renderable", "prompt", f"could not be tokenised: {error}") from error
+
+    if row.get("rejected_is_cut"):  # it reached the longest length it was given and did not end
+        end_id = getattr(processing_class, "tokenizer", processing_class).eos_token_id
+        if end_id in completion_ids[1]:
+            completion_ids[1] = completion_ids[1][: len(completion_ids[1]) - 1 - completion_ids[1][::-1].index(end_id)]
 
     num_truncated = 0
     if options.max_length is not None:

@@ -13,10 +13,12 @@ Conventions, the same for every function here:
 
 Papers: SLiC-HF (https://huggingface.co/papers/2305.10425); its predecessor SLiC
 (https://huggingface.co/papers/2210.00045), from which the other calibration losses come; RRHF
-(https://huggingface.co/papers/2304.05302); CLICK (https://huggingface.co/papers/2306.03350).
+(https://huggingface.co/papers/2304.05302); CLICK (https://huggingface.co/papers/2306.03350); SPIN
+(https://huggingface.co/papers/2401.01335).
 """
 
 import torch
+from torch.nn.functional import logsigmoid
 
 
 def ordered_pairs(scores: torch.Tensor, candidate_mask: torch.Tensor) -> torch.Tensor:
@@ -311,3 +313,23 @@ def click_loss(pair_losses: torch.Tensor, lm_losses: torch.Tensor, *, pair_weigh
         `torch.Tensor` of shape `(B,)`.
     """
     return lm_losses + pair_weight * pair_losses
+
+
+def spin_loss(real: torch.Tensor, generated: torch.Tensor, *, beta: float, loss: str = "sigmoid") -> torch.Tensor:
+    """
+    SPIN, eq. 4.7 of https://huggingface.co/papers/2401.01335, whose lambda is `beta` here: l(beta * h) with
+    h = `real - generated`, and l(t) = log(1 + exp(-t)) for `"sigmoid"`, relu(1 - t) for `"hinge"`.
+
+    Args:
+        real, generated (`torch.Tensor` of shape `(B,)`):
+            Log-ratio in nats of the real and of the generated answer: S under the model less S under the opponent.
+        beta (`float`):
+            Above 0; the smaller, the further the optimum is from the opponent.
+        loss (`str`, defaults to `"sigmoid"`):
+            `"sigmoid"` or `"hinge"`.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: ln 2 or 1 where the model is the opponent.
+    """
+    margins = beta * (real - generated)
+    return -logsigmoid(margins) if loss == "sigmoid" else torch.relu(1 - margins)

@@ -164,6 +164,14 @@ def sft_stage(folder: Path, *, playground: "Playground") -> dict[str, float]:
     return {}
 
 
+def continue_sft_stage(
+    folder: Path, *, model: Path, playground: "Playground", num_steps: int, batch_size: int
+) -> dict:
+    """SFT going on from a model, for as many updates of as many prompts each as another training had; a stage."""
+    playground.train_sft(folder, start=model, num_steps=num_steps, batch_size=batch_size)
+    return {}
+
+
 @dataclass
 class Playground:
     """
@@ -178,6 +186,7 @@ class Playground:
         max_digits (`int`): length of the longest number, at most 6. Every length is equally likely to be drawn, but
             each number once only, so most have four digits or more.
         sft_batch_size (`int`), sft_learning_rate (`float`): of the SFT.
+        with_tone (`bool`): whether the examples have a tone; if not, there is one right answer to each prompt.
     """
 
     seed: int = 42
@@ -187,6 +196,7 @@ class Playground:
     max_digits: int = 5
     sft_batch_size: int = 32
     sft_learning_rate: float = 2e-3
+    with_tone: bool = True
 
     def __post_init__(self):
         generator = random.Random(self.seed)
@@ -205,7 +215,8 @@ class Playground:
         self._answers = {self._prompt(number): str(number) for number in drawn}
         tones = generator.choices(TONES, TONE_SHARES, k=len(drawn))
         self._examples = {
-            prompt: f"{digits} {tone}" for (prompt, digits), tone in zip(self._answers.items(), tones, strict=True)
+            prompt: f"{digits} {tone}" if self.with_tone else digits
+            for (prompt, digits), tone in zip(self._answers.items(), tones, strict=True)
         }
 
     @staticmethod
@@ -230,14 +241,31 @@ class Playground:
             for p in self.prompts(split)
         ]
 
-    def train_sft(self, directory: str | Path) -> Path:
-        """Make the byte-level model, train it on the SFT rows with TRL's `SFTTrainer`, and save it to `directory`."""
+    def train_sft(
+        self,
+        directory: str | Path,
+        *,
+        start: str | Path | None = None,
+        num_steps: int | None = None,
+        batch_size: int | None = None,
+    ) -> Path:
+        """
+        Train on the SFT rows with TRL's `SFTTrainer`, and save to `directory`.
+
+        Args:
+            directory (`str` or `Path`): where to.
+            start (`str` or `Path`, *optional*): the model to begin with; by default a new byte-level one.
+            num_steps (`int`, *optional*): updates; by default those of one epoch.
+            batch_size (`int`, *optional*): examples per update; by default `sft_batch_size`.
+        """
         from trl import SFTConfig, SFTTrainer
 
-        state, start = PartialState(), Path(directory) / "untrained"
-        if state.is_main_process:
-            save_byte_level_model(start, max_position_embeddings=256, seed=self.seed)
-        state.wait_for_everyone()
+        state, batch_size = PartialState(), batch_size or self.sft_batch_size
+        if start is None:
+            start = Path(directory) / "untrained"
+            if state.is_main_process:
+                save_byte_level_model(start, max_position_embeddings=256, seed=self.seed)
+            state.wait_for_everyone()
         trainer = SFTTrainer(
             model=str(start),
             args=SFTConfig(
@@ -245,8 +273,9 @@ class Playground:
                 seed=self.seed,
                 # arguments made without it would end a distributed run on CPUs: they set the process's state anew
                 use_cpu=state.device.type == "cpu",
-                per_device_train_batch_size=max(self.sft_batch_size // state.num_processes, 1),
+                per_device_train_batch_size=max(batch_size // state.num_processes, 1),
                 num_train_epochs=1,
+                max_steps=num_steps or -1,
                 learning_rate=self.sft_learning_rate,
                 lr_scheduler_type="cosine",
                 warmup_steps=0.1,
@@ -262,6 +291,14 @@ class Playground:
         trainer.train()
         trainer.save_model(str(directory))
         return Path(directory)
+
+
+def spin_playground(seed: int) -> Playground:
+    """
+    The task for SPIN: fewer examples, from which the model learns only in part, and no tone: where the answers in the
+    data are themselves drawn at random, every pair of equal digits with another tone would be noise.
+    """
+    return Playground(seed=seed, num_sft=6400, num_prompts=0, num_held_out=1000, with_tone=False)
 
 
 def main() -> None:

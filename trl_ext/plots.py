@@ -39,6 +39,15 @@ CLICK_PANELS = {
     "learning rate": {"learning_rate": "learning rate"},
 }
 
+SPIN_PANELS = {
+    "loss": {"loss": "loss"},
+    "log-likelihood, nats per answer": {"logps/chosen": "real", "logps/rejected": "generated"},
+    "reward, beta times the log-ratio": {"rewards/chosen": "real", "rewards/rejected": "generated"},
+    "share of pairs": {"rewards/accuracies": "real above generated", "hinge/active": "inside the margin"},
+    "length, tokens": {"lengths/chosen": "real", "lengths/rejected": "generated"},
+    "learning rate": {"learning_rate": "learning rate"},
+}
+
 
 def plot_training_curves(
     log_history: Sequence[dict], path: str | Path, *, title: str, panels: dict[str, dict[str, str]] = SLIC_PANELS
@@ -155,6 +164,75 @@ def plot_rounds(
         axis.plot(range(len(rounds)), [candidates[name][key] for name in rounds], "o-", label=label)
     axis.set_title("reward of the candidates", fontsize=10)
     axis.set_xticks(range(len(rounds)), rounds, fontsize=8)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return Path(path)
+
+
+SELF_PLAY_PANELS = {
+    "reward of held-out prompts": {"reward": "reward"},
+    "NLL of held-out real answers, nats per token": {"nll": "NLL"},
+    "margin over the opponent, nats per answer": {"margin": "margin"},
+    "share of answers": {"equal": "generated = real", "margin_accuracy": "margin > 0"},
+    "tokens per answer": {"length": "generated", "real_length": "real"},
+}
+
+
+def plot_self_play(
+    models: dict[str, dict[str, float]], training: dict[str, dict[str, float]], path: str | Path
+) -> Path:
+    """
+    Draw what became of a model over iterations of self-play: each held-out figure by model, with the models beside the
+    iterations as diamonds, and the share of its opponent's answers that each iteration was trained on.
+
+    Args:
+        models (`dict`): figures of each model, in order.
+        training (`dict`): figures of each iteration's answers and training.
+        path (`str` or `Path`): picture to write.
+
+    Returns:
+        `Path`: `path`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(13.8, 6.4), layout="constrained")
+    names = [name for name in models if name == "start" or name in training]
+    places = {name: number for number, name in enumerate(names)}
+    # a model that stands beside an iteration is named after it: "control-1" stands beside "iteration-1"
+    for name in models:
+        beside = f"iteration-{name.rpartition('-')[2]}"
+        places.setdefault(name, places.get(beside, len(places)))
+    panels = list(SELF_PLAY_PANELS.items())
+    for axis, (title, metrics) in zip(axes.flat, panels, strict=False):
+        for key, label in metrics.items():
+            points = [(places[name], models[name][key]) for name in names if key in models[name]]
+            if not points:
+                continue
+            (line,) = axis.plot(*zip(*points, strict=True), "o-", label=label)
+            others = [(places[n], models[n][key]) for n in models if n not in names and key in models[n]]
+            if others:
+                axis.plot(
+                    *zip(*others, strict=True),
+                    "D",
+                    color=line.get_color(),
+                    fillstyle="none",
+                    label=f"{label}, control",
+                )
+        axis.set_title(title, fontsize=10)
+        axis.set_xticks(range(len(names)), [name.replace("iteration-", "it. ") for name in names], fontsize=8)
+        axis.grid(alpha=0.3)
+        if len(axis.lines) > 1:
+            axis.legend(fontsize=8)
+    axis, played = axes.flat[-1], list(training)
+    for key, label in (("equal", "equal to the real one"), ("empty", "empty"), ("truncated", "truncated")):
+        axis.plot(range(len(played)), [training[name][key] for name in played], "o-", label=label)
+    axis.set_title("share of the opponent's answers", fontsize=10)
+    axis.set_xticks(range(len(played)), [name.replace("iteration-", "it. ") for name in played], fontsize=8)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)

@@ -514,8 +514,8 @@ class Rounds:
 
         row("reward", "reward", ".3f")
         pairs = zip(names, list(names)[1:], strict=False)
-        table.add_row("change from the left", "", *(_change(answers[b], answers[a]) for a, b in pairs))
-        table.add_row("wins over the first", *(_wins(answers[name], first) for name in names))
+        table.add_row("change from the left", "", *(change(answers[b], answers[a]) for a, b in pairs))
+        table.add_row("wins over the first", *(wins(answers[name], first) for name in names))
         row(f"judge: {str(self.config.judge).rpartition(':')[2]}", "judge", ".3f")
         row("perplexity, fixed model", "perplexity", ".2f")
         row("KL to it, nats per answer", "kl", ".2f")
@@ -538,14 +538,14 @@ class Rounds:
         print(f"The model is {self.model_to_take}; rounds.json and rounds.png are in {self.run.folder}")
 
 
-def _change(answers: dict[int, dict], before: dict[int, dict]) -> str:
+def change(answers: dict[int, dict], before: dict[int, dict]) -> str:
     """Mean change of the reward on the same prompts, with its 95 % interval."""
     both = [number for number in answers if number in before]
     change = paired_difference([answers[n]["reward"] for n in both], [before[n]["reward"] for n in both])
     return f"{change.mean:+.3f}\n{change.low:+.3f} to {change.high:+.3f}"
 
 
-def _wins(answers: dict[int, dict], first: dict[int, dict]) -> str:
+def wins(answers: dict[int, dict], first: dict[int, dict]) -> str:
     """Share of wins among decided comparisons of the same prompts, with its 95 % Wilson interval."""
     gains = [answers[n]["reward"] - first[n]["reward"] for n in answers if n in first]
     decided = sum(gain != 0 for gain in gains)

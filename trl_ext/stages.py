@@ -65,7 +65,7 @@ class Run:
             problem = self._check(settings, resume, may_change)
             if problem is None:
                 write_atomically(file, json.dumps({"settings": settings}, indent=2, default=str))
-        problem = self._first(problem)
+        problem = self.first(problem)
         if problem is not None:
             kind, message = problem
             raise kind(message)
@@ -148,12 +148,12 @@ class Run:
                     f"Stage {name!r} was made from another {' and '.join(changed)} than there is now in {where}. "
                     f"Remove {folder} and what follows it to make it anew, or set another `--output_dir`."
                 )
-        problem = self._first(problem)
+        problem = self.first(problem)
         if problem is not None:
             raise RuntimeError(problem)
         if manifest is not None:
             return manifest["figures"]
-        port = self._first(_free_port() if self.state.is_main_process else None)
+        port = self.first(_free_port() if self.state.is_main_process else None)
         exit_code = _run_in_fresh_process(
             port, shards_models, (str(folder), name, function, {**inputs, **arguments}, hashes)
         )
@@ -191,7 +191,7 @@ class Run:
         self.state.wait_for_everyone()
         return folder
 
-    def _first(self, problem: Any) -> Any:
+    def first(self, problem: Any) -> Any:
         """What went wrong on the first process that has something to say; the same on all."""
         problems = gather_object([problem]) if self.state.num_processes > 1 else [problem]
         return next(filter(None, problems), None)

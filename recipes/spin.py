@@ -1,0 +1,78 @@
+"""
+Train a model with SPIN: self-play against itself, with nothing but the answers of SFT.
+
+With no arguments, an offline playground runs on a CPU: a small model half learns to read numbers; then three
+iterations of SPIN on the same examples. Beside them, SFT goes on for as many updates.
+
+    accelerate launch recipes/spin.py
+
+All iterations, on SFT data (one row: `prompt` and `completion`, or `messages`; a Hub name, a file or a folder):
+
+    accelerate launch recipes/spin.py --model_name_or_path MODEL --dataset_name sft.jsonl --output_dir runs/spin
+
+A single iteration, on answers you have generated (one row: `prompt`, `chosen` for the real one, `rejected` for the
+generated one) with the same model:
+
+    accelerate launch recipes/spin.py --model_name_or_path MODEL --dataset_name pairs.jsonl --output_dir runs/spin
+
+LoRA: `--use_peft`, one adapter per iteration, merged after it. To go on after an interruption: the same command and
+`--resume_from_checkpoint true`. All values of a run in one file: `--config recipes/configs/spin_ultrachat.yaml`.
+"""
+
+from pathlib import Path
+
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+
+from trl_ext import SPINConfig
+from trl_ext.cli import is_playground, load_datasets, parse_recipe_args, run_recipe, train_and_save
+from trl_ext.self_play import is_sft_data, start_self_play
+
+DATACLASSES = (ScriptArguments, SPINConfig, ModelConfig, DatasetMixtureConfig)
+PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "spin_playground.yaml"
+
+
+def play_on_the_playground(parsed):
+    """Three iterations, and SFT going on for as many updates as they have had."""
+    from trl_ext.playground import continue_sft_stage, spin_playground
+
+    config = parsed[1]
+    game = start_self_play(parsed)
+    game.play()
+    model, names = game.model, {}
+    for number in range(config.num_iterations):
+        name = f"control-{number}"
+        game.run.stage(
+            f"{name}/model",
+            continue_sft_stage,
+            inputs={"model": model},
+            shards_models=True,
+            playground=spin_playground(config.seed),
+            num_steps=game.training[f"iteration-{number}"]["steps"],
+            batch_size=config.train_batch_size,
+        )
+        model = game.run.path(name, "model")
+        game.evaluate(name, model)
+        names[name] = f"SFT going on, {number}"
+    game.report(names)
+
+
+def main(arguments):
+    from trl_ext import SPINTrainer
+    from trl_ext.plots import SPIN_PANELS
+
+    parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
+    if is_playground(*parsed):
+        play_on_the_playground(parsed)
+        return
+    script_args, config, _, dataset_args = parsed
+    rows, _ = load_datasets(script_args, dataset_args, with_eval=config.eval_strategy != "no", seed=config.seed)
+    if is_sft_data(rows):
+        game = start_self_play(parsed)
+        game.play()
+        game.report()
+    else:
+        train_and_save(SPINTrainer, parsed, panels=SPIN_PANELS)
+
+
+if __name__ == "__main__":
+    run_recipe(main)

@@ -1,0 +1,770 @@
+"""
+The loop of SPIN: generate, train, and again with the model just trained.
+
+Each step is a stage of a [`Run`], in fresh processes; iterations are counted from 0, as in the paper
+(https://huggingface.co/papers/2401.01335, section 6.1).
+
+    OUTPUT_DIR/
+      run.json                        settings the run was begun with
+      rows/                           train.jsonl: to train on; watched.jsonl: set apart to evaluate each model with
+      start/model/                    the first model, if it was given as an object
+      start/evaluation/               how it does on the watched rows
+      iteration-0/generated/          its answer to every prompt; pairs.jsonl: real and generated answers
+      iteration-0/model/              the model trained on them, the next opponent
+      iteration-0/merged/             with LoRA: the adapter merged into its base, which then is the next opponent
+      iteration-0/evaluation/         how it does on the watched rows
+      spin.json, spin.png             the figures side by side, and which model to take
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import TrainOutput
+from trl import ModelConfig
+
+from ._trl import get_config_model_id
+from .cli import (
+    MAY_CHANGE,
+    RESUME_LAST,
+    checkpoint_to_resume,
+    is_playground,
+    load_datasets,
+    local_model,
+    model_init_kwargs,
+    run_settings,
+    use_all_cpu_cores,
+    wants_to_resume,
+)
+from .data import RowError, RowOptions, parse_row, prepare_row, refusal
+from .evaluation import answer_logps
+from .rounds import as_jsonl, change, merge_stage, read_jsonl, set_apart, wins, write_jsonl
+from .sampling import (
+    SamplingConfig,
+    context_window,
+    model_fingerprint,
+    prompt_token_ids,
+    sample_candidates,
+    write_atomically,
+)
+from .scoring import as_text, build_scorers, check_scorers, score_rows
+from .spin_config import SPINConfig
+from .stages import MARK, Run, all_processes, settings_of, start_afresh
+
+# settings with one value for each iteration
+BY_ITERATION = ("beta", "learning_rate")
+# columns that go to the chat template
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+
+
+# Rows
+
+
+def is_sft_data(dataset: Dataset | IterableDataset) -> bool:
+    """Whether rows hold real answers alone, on which all iterations are played."""
+    columns = set(dataset.column_names or next(iter(dataset), {}))
+    return bool(columns & {"completion", "messages"}) and not columns & {"chosen", "rejected", "prompt_ids"}
+
+
+def sft_rows(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: SPINConfig, window: int | None, name: str
+) -> list[dict[str, Any]]:
+    """
+    Check rows of SFT, and give them one form.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): rows of `prompt` and `completion`, text or messages, or of `messages`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the model's.
+        config ([`SPINConfig`]): for `max_length`, `max_new_tokens`, `first_turn_only` and `on_invalid_row`.
+        window (`int`, *optional*): longest sequence of the model, in tokens.
+        name (`str`): how messages call the dataset.
+
+    Returns:
+        `list[dict]`: the rows that can be used, with `prompt` and `completion`, both text or both messages, and
+        whatever other columns there are.
+
+    Raises:
+        ValueError: a column is missing, or rows cannot be used, unless `on_invalid_row="drop"`; nothing is left.
+    """
+    columns = set(dataset.column_names)
+    if "messages" not in columns and not {"prompt", "completion"} <= columns:
+        raise ValueError(
+            f"The {name} dataset has the columns {sorted(columns)}. SPIN needs `prompt` and `completion` (the real "
+            "answer), or `messages` that end with it: rename or add the columns."
+        )
+    if "messages" not in columns and config.first_turn_only:
+        raise ValueError(
+            "first_turn_only=True would do nothing: it cuts `messages`, and the rows have `prompt` and `completion`. "
+            "Leave it out."
+        )
+    options = RowOptions(min_completions=1, max_length=config.max_length, eos_token=tokenizer.eos_token)
+    rows, problems = [], {}
+    for index, row in enumerate(dataset):
+        try:
+            rows.append(_sft_row(row, tokenizer, config, options, window))
+        except RowError as error:
+            answer = "messages" if "messages" in columns else "completion"
+            detail = str(error).replace("'completions[0]'", repr(answer))
+            problems.setdefault(error.problem, []).append((index, detail))
+    if not rows or (problems and config.on_invalid_row == "error"):
+        raise ValueError(refusal(name, len(dataset), problems) if problems else f"The {name} dataset has no rows.")
+    if problems:
+        count = sum(map(len, problems.values()))
+        PartialState().print(
+            f"{name} data: {len(dataset)} rows, {count} dropped: "
+            + ", ".join(f"{problem} {len(found)}" for problem, found in sorted(problems.items()))
+        )
+    return rows
+
+
+def _sft_row(row, tokenizer, config: SPINConfig, options: RowOptions, window: int | None) -> dict[str, Any]:
+    row = {key: value for key, value in row.items() if value is not None or key not in TEMPLATE_COLUMNS}
+    if "messages" in row:
+        row["prompt"], row["completion"] = _split(row.pop("messages"), config.first_turn_only)
+    if not row.get("prompt"):
+        raise RowError("missing", "prompt", "is missing or empty")
+    candidate = {**row, "completions": [row["completion"]], "scores": [0.0]}
+    row["prompt"], (row["completion"],), *_ = parse_row(candidate, options)
+    if isinstance(row["completion"], list) and len(row["completion"]) > 1:
+        raise RowError("not an answer", "completion", f"has {len(row['completion'])} messages, where one is wanted")
+    prepare_row(candidate, tokenizer, options)
+    length = len(prompt_token_ids(tokenizer, row))
+    if window is not None and length + config.max_new_tokens > window:
+        raise RowError(
+            "outside the window",
+            "prompt",
+            f"has {length} tokens and with max_new_tokens={config.max_new_tokens} exceeds the model's window of "
+            f"{window}",
+        )
+    return row
+
+
+def _split(messages: Any, first_turn_only: bool) -> tuple[list, list]:
+    """Prompt and answer of a conversation."""
+    if not isinstance(messages, list) or not messages:
+        raise RowError("missing", "messages", "is missing or empty")
+    roles = [message.get("role") for message in messages]
+    if first_turn_only and "assistant" in roles:
+        messages = messages[: roles.index("assistant") + 1]
+    last = messages[-1].get("role")
+    if last != "assistant":
+        raise RowError("not an answer", "messages", f"ends with a message of the {last}, not with an answer")
+    if len(messages) == 1:
+        raise RowError("missing", "messages", "has an answer and no question before it")
+    return messages[:-1], messages[-1:]
+
+
+# Stages
+
+
+def generate_stage(folder: Path, *, model: Path, rows: Path, config: SamplingConfig, load: dict) -> dict[str, Any]:
+    """
+    The opponent's answer to every prompt. `pairs.jsonl`: `prompt`, `chosen` (the real answer) and `rejected` (the
+    generated one), without those that are empty or equal the real one. An answer of `max_new_tokens` is marked as cut
+    (`rejected_is_cut`), so that the end it did not come to is not trained away.
+    """
+    answered, report = sample_candidates(
+        model, read_jsonl(rows), config, folder, keep_empty=True, desc="Generating answers", **load
+    )
+    PartialState().print(str(report))
+    pairs, num_empty, num_equal = [], 0, 0
+    for row in answered:
+        real, generated = row["completion"], row["completions"][0]
+        if not as_text(generated).strip():
+            num_empty += 1
+        elif _same(real, generated):
+            num_equal += 1
+        else:
+            kept = {key: row[key] for key in ("prompt", *TEMPLATE_COLUMNS) if key in row}
+            is_cut = row["num_tokens"][0] >= config.max_new_tokens
+            pairs.append({**kept, "chosen": real, "rejected": generated, "rejected_is_cut": is_cut})
+    if not pairs:
+        raise ValueError(
+            f"Of {len(answered)} generated answers {num_equal} equal the real one and {num_empty} are empty, so there "
+            "is nothing to tell apart. A model that repeats its data has nothing to learn from it: use other rows, or "
+            "take the model as it is."
+        )
+    write_jsonl(folder / "pairs.jsonl", pairs)
+    PartialState().print(f"{len(pairs)} pairs; left out: {num_equal} equal to the real answer, {num_empty} empty")
+    return {
+        "num_prompts": len(answered),
+        "num_pairs": len(pairs),
+        "equal": num_equal / len(answered),
+        "empty": num_empty / len(answered),
+        "truncated": report.truncated,
+        "length": report.mean_tokens,
+    }
+
+
+def train_stage(
+    folder: Path,
+    *,
+    model: Path,
+    trainer_class: type,
+    settings: dict[str, Any],
+    trainer_kwargs: dict[str, Any],
+    initial: Path | None = None,
+    **generated: Path,
+) -> dict[str, Any]:
+    """
+    One iteration of [`SPINTrainer`] on the pairs of one or more files, going on where an interrupted attempt stopped.
+
+    The rows stay in memory: nothing of them can be found in a cache by another iteration.
+    """
+    from .plots import SPIN_PANELS, plot_training_curves
+
+    use_all_cpu_cores()
+    config = SPINConfig(**{**settings, "output_dir": str(folder), "resume_from_checkpoint": "true"})
+    resume_from = checkpoint_to_resume(config)
+    trainer = trainer_class(
+        model=str(model),
+        ref_model=None if initial is None else str(initial),
+        args=config,
+        train_dataset=Dataset.from_list([row for name in sorted(generated) for row in read_jsonl(generated[name])]),
+        **trainer_kwargs,
+    )
+    results = trainer.train(resume_from_checkpoint=resume_from).metrics
+    trainer.save_model(str(folder))
+    trainer.save_state()
+    trainer.save_metrics("all", results, combined=False)
+    logged = [log for log in trainer.state.log_history if "loss" in log]
+    if trainer.is_world_process_zero():
+        plot_training_curves(
+            trainer.state.log_history,
+            folder / "training_curves.png",
+            title=f"SPIN, {folder.parent.name}",
+            panels=SPIN_PANELS,
+        )
+    figures = {
+        "num_pairs": len(trainer.train_dataset),
+        "steps": trainer.state.global_step,
+        "first_loss": logged[0]["loss"],
+        "train_loss": results["train_loss"],
+        **{name: logged[-1][f"rewards/{name}"] for name in ("margins", "accuracies")},
+    }
+    return figures  # without `trainer.end()`: the stage itself still has to wait for all processes
+
+
+def evaluate_stage(
+    folder: Path,
+    *,
+    model: Path,
+    rows: Path,
+    config: SamplingConfig,
+    rewards: Sequence[str],
+    scorer_options: dict,
+    load: dict,
+    batch_size: int,
+    opponent: Path | None = None,
+) -> dict[str, Any]:
+    """
+    A model on the watched rows: `answers.jsonl`, one row each.
+
+    `opponent` is that file of the opponent. The margin is, in nats, how much more likely the model finds the real
+    answer than the opponent does, less the same for the opponent's own answer: h of the loss, on rows it was not
+    trained on.
+    """
+    asked = [{**row, "_number": number} for number, row in enumerate(read_jsonl(rows))]
+    answered, report = sample_candidates(
+        model, asked, config, folder, keep_empty=True, desc="Answering watched prompts", **load
+    )
+    before = {one["number"]: one for one in read_jsonl(opponent)} if opponent is not None else {}
+    answers = [
+        {
+            "number": row["_number"],
+            "prompt": row["prompt"],
+            "answer": row["completions"][0],
+            "real": row["completion"],
+            "equal": _same(row["completion"], row["completions"][0]),
+        }
+        for row in answered
+    ]
+    compared = []
+    for row, one in zip(answered, answers, strict=True):
+        of_opponent = [before[one["number"]]["answer"]] if before else []
+        compared.append({**row, "completions": [one["real"], one["answer"], *of_opponent]})
+    loading = {**load["model_init_kwargs"], "trust_remote_code": load["trust_remote_code"]}
+    for one, found in zip(answers, answer_logps(model, compared, batch_size=batch_size, **loading), strict=True):
+        one["real_logp"], one["real_tokens"] = found[0]
+        one["logp"], one["num_tokens"] = found[1]
+        if before:
+            then = before[one["number"]]
+            one["margin"] = (one["real_logp"] - then["real_logp"]) - (found[2][0] - then["logp"])
+    if rewards:
+        scored = score_rows(answered, build_scorers(rewards, **scorer_options), folder=folder / "scores")
+        for one, row in zip(answers, scored, strict=True):
+            one["reward"] = row["scores"][0]
+    write_jsonl(folder / "answers.jsonl", answers)
+    figures = {
+        "nll": -sum(one["real_logp"] for one in answers) / sum(one["real_tokens"] for one in answers),
+        "real_logp": fmean(one["real_logp"] for one in answers),
+        "equal": fmean(one["equal"] for one in answers),
+        "length": fmean(one["num_tokens"] for one in answers),
+        "real_length": fmean(one["real_tokens"] for one in answers),
+        "truncated": report.truncated,
+        "num_answers": len(answers),
+    }
+    if before:
+        figures["margin"] = fmean(one["margin"] for one in answers)
+        figures["margin_accuracy"] = fmean(one["margin"] > 0 for one in answers)
+    if rewards:
+        figures["reward"] = fmean(one["reward"] for one in answers)
+    return figures
+
+
+def _same(real: str | list, generated: str | list) -> bool:
+    return as_text(real).strip() == as_text(generated).strip()
+
+
+# The loop
+
+
+class SelfPlay:
+    """
+    All iterations of SPIN.
+
+    Args:
+        config ([`SPINConfig`]): how.
+        rows, watched (`Sequence[dict]`): what [`sft_rows`] returned: rows to train on, and rows to evaluate with.
+        trainer_class (`type`): [`SPINTrainer`], or a subclass that can be imported.
+        trainer_kwargs (`dict`, *optional*): further arguments of it: `peft_config`, `quantization_config`.
+    """
+
+    def __init__(
+        self,
+        config: SPINConfig,
+        rows: Sequence[dict],
+        watched: Sequence[dict],
+        *,
+        trainer_class: type,
+        trainer_kwargs: dict[str, Any] | None = None,
+    ):
+        if config.early_stop != "none" and not watched:
+            raise ValueError(
+                f"early_stop={config.early_stop!r} watches held-out rows, and there are none. Set "
+                "`num_watched_prompts`, or give an eval dataset."
+            )
+        if config.push_to_hub:
+            raise ValueError(
+                "push_to_hub would push the model of every iteration, each over the one before. Leave it out, and "
+                "push the model to take at the end: `hf upload NAME OUTPUT_DIR/iteration-N/model`."
+            )
+        if (trainer_kwargs or {}).get("quantization_config") is not None:
+            raise ValueError(
+                "Self-play samples from whole models, and merges adapters into them, which is not what a quantised "
+                "model would answer. Leave the quantisation out; LoRA works."
+            )
+        if config.rewards and not watched:
+            raise ValueError(
+                f"rewards={config.rewards} would do nothing: there are no held-out rows whose answers they could "
+                "score. Set `num_watched_prompts`, or give an eval dataset."
+            )
+        if config.rewards:
+            check_scorers(config.rewards, columns=list(watched[0]), **config.scorer_options())
+        self.config, self.rows, self.watched = config, rows, watched
+        self.trainer_class, self.trainer_kwargs = trainer_class, trainer_kwargs or {}
+        self.start_name = "start"
+        self.figures: dict[str, dict[str, Any]] = {}
+        self.training: dict[str, dict[str, Any]] = {}
+        self.stopped: str | None = None
+        kwargs = {key: value for key, value in (config.model_init_kwargs or {}).items() if key != "revision"}
+        self._settings = {entry.name: getattr(config, entry.name) for entry in fields(config) if entry.init}
+        self._settings.update(
+            model_init_kwargs=dict(kwargs) or None,
+            logging_first_step=True,
+            eval_strategy="no",  # each model is evaluated after its iteration
+            on_invalid_row="drop",  # rows were checked; what is left are pairs that are equal once they are cut
+        )
+        if config.bf16:
+            kwargs["dtype"] = "bfloat16"
+        self._load = {"model_init_kwargs": kwargs, "trust_remote_code": config.trust_remote_code}
+
+    def settings(self, **others: Any) -> dict[str, Any]:
+        """What determines the results, for [`Run`]."""
+        data = hashlib.sha256(json.dumps([self.rows, self.watched], default=str).encode()).hexdigest()
+        kwargs = {
+            name: value.to_dict() if hasattr(value, "to_dict") else value
+            for name, value in self.trainer_kwargs.items()
+        }
+        processes = {"num_processes": all_processes().num_processes}
+        settings = {**run_settings([self.config]), **kwargs, **processes, "data": data, **others}
+        for name in BY_ITERATION:  # by iteration, so that a finished run can be given more of them
+            del settings[name]
+            for number in range(self.config.num_iterations):
+                settings[f"{name} of iteration {number}"] = getattr(self.config.for_iteration(number), name)
+        return settings
+
+    def may_change(self) -> list[str]:
+        """
+        Settings that may be different in a run that goes on: what has no effect on results, and how many iterations
+        there are, with what only those have that were not to be played before, or are no longer.
+        """
+        before = (settings_of(self.config.output_dir) or {}).get("num_iterations", 0)
+        fewer, more = sorted((before, self.config.num_iterations))
+        others = [f"{name} of iteration {number}" for name in BY_ITERATION for number in range(fewer, more)]
+        return [*MAY_CHANGE, "num_iterations", *others]
+
+    def open(self, run: Run, model: str | Path) -> "SelfPlay":
+        """Begin in a run's folder, or go on there, from the model in a folder of its own."""
+        self.run, self.model = run, str(model)
+        self.model_to_take, self.iteration_to_take = self.model, None
+        run.keep("rows", {"train.jsonl": as_jsonl(self.rows), "watched.jsonl": as_jsonl(self.watched)})
+        return self
+
+    def generate(self, number: int, model: str | Path) -> Path:
+        """Let the opponent answer all prompts; returns the file of pairs. Every iteration draws other numbers."""
+        sampling = self.config.sampling()
+        sampling.sampling_seed += number
+        self.training[f"iteration-{number}"] = self.run.stage(
+            f"iteration-{number}/generated",
+            generate_stage,
+            inputs={"model": Path(model), "rows": self.run.path("rows", "train.jsonl")},
+            config=sampling,
+            load=self._load,
+        )
+        return self._pairs(number)
+
+    def _pairs(self, number: int) -> Path:
+        return self.run.path(f"iteration-{number}", "generated", "pairs.jsonl")
+
+    def train(self, number: int, model: str | Path) -> Path:
+        """Train against the opponent on its answers and those of `history` earlier ones; returns the new model."""
+        name = f"iteration-{number}"
+        used = range(max(number - self.config.history, 0), number + 1)
+        inputs = {f"generated_{earlier:03d}": self._pairs(earlier) for earlier in used}
+        if self.config.reference == "initial" and number > 0:
+            inputs["initial"] = Path(self.model)
+        each = {key: getattr(self.config.for_iteration(number), key) for key in BY_ITERATION}
+        figures = self.run.stage(
+            f"{name}/model",
+            train_stage,
+            inputs={"model": Path(model), **inputs},
+            shards_models=True,
+            trainer_class=self.trainer_class,
+            settings={**self._settings, **each},
+            trainer_kwargs=self.trainer_kwargs,
+        )
+        self.training[name] = {**self.training[name], **figures}
+        trained = self.run.path(name, "model")
+        if not (trained / "adapter_config.json").is_file():
+            return trained
+        self.run.stage(
+            f"{name}/merged",
+            merge_stage,
+            inputs={"adapter": trained},
+            trust_remote_code=self._load["trust_remote_code"],
+        )
+        return self.run.path(name, "merged")
+
+    def evaluate(self, name: str, model: str | Path, opponent: str | None = None) -> dict[str, Any]:
+        """Let a model answer the watched prompts; its figures are kept as `name`. `opponent` was evaluated before."""
+        if not self.watched:
+            return {}
+        inputs = {"model": Path(model), "rows": self.run.path("rows", "watched.jsonl")}
+        if opponent is not None:
+            inputs["opponent"] = self._answers_file(opponent)
+        self.figures[name] = self.run.stage(
+            f"{name}/evaluation",
+            evaluate_stage,
+            inputs=inputs,
+            config=self.config.sampling(),  # the same random numbers for every model: what differs is the model
+            rewards=self.config.rewards or (),
+            scorer_options=self.config.scorer_options(),
+            load=self._load,
+            batch_size=self.config.per_device_eval_batch_size,
+        )
+        return self.figures[name]
+
+    def play(self) -> Path:
+        """Play all iterations, or as many as improve the figure of `early_stop`; returns the model to take."""
+        model, before = self.model, "start"
+        self.evaluate("start", model)
+        for number in range(self.config.num_iterations):
+            name = f"iteration-{number}"
+            self.generate(number, model)
+            model = self.train(number, model)
+            self.evaluate(name, model, opponent=before)
+            self.stopped = self._no_better(before, name)
+            if self.stopped is None:
+                self.model_to_take, self.iteration_to_take, before = str(model), number, name
+            self.write_report()
+            if self.stopped is not None:
+                PartialState().print(
+                    f"The game ends here, and the model before {name} is the one to take: {self.stopped}"
+                )
+                break
+        return Path(self.model_to_take)
+
+    def _no_better(self, before: str, now: str) -> str | None:
+        figure = self.config.early_stop
+        if figure == "none":
+            return None
+        old, new = self.figures[before][figure], self.figures[now][figure]
+        improved = new < old if figure == "nll" else new > old
+        return None if improved else f"held-out {figure} went from {old:.4f} to {new:.4f}"
+
+    # What came out
+
+    def _answers_file(self, name: str) -> Path:
+        return self.run.path(name, "evaluation", "answers.jsonl")
+
+    def write_report(self) -> None:
+        """`spin.json`, and `spin.png` if there are figures to draw."""
+        if not PartialState().is_main_process:
+            return
+        from .plots import plot_self_play
+
+        report = {
+            "model": self.model_to_take,
+            "stopped": self.stopped,
+            "models": self.figures,
+            "training": self.training,
+        }
+        write_atomically(self.run.path("spin.json"), json.dumps(report, indent=2))
+        if self.figures:
+            plot_self_play(self.figures, self.training, self.run.path("spin.png"))
+
+    def report(self, names: dict[str, str] | None = None) -> None:
+        """
+        Print the figures of all models side by side.
+
+        Args:
+            names (`dict[str, str]`, *optional*): what to call them; by default `iteration-0` is "SPIN iteration 0".
+        """
+        self.write_report()
+        if not PartialState().is_main_process or not self.figures:
+            return
+        called = {name: name.replace("iteration-", "SPIN iteration ") for name in self.figures}
+        called |= {"start": self.start_name, **(names or {})}
+        answers = {name: {one["number"]: one for one in read_jsonl(self._answers_file(name))} for name in self.figures}
+        first = answers["start"]
+        console = Console(width=max(110, 22 + 17 * len(self.figures)))
+        table = Table(title=f"{len(first)} held-out prompts, one sampled answer each", title_justify="left")
+        for heading in ("", *(called[name] for name in self.figures)):
+            table.add_column(heading, justify="right" if heading else "left")
+
+        def row(label: str, key: str, form: str, found: dict[str, dict] = self.figures) -> None:
+            if any(key in figures for figures in found.values()):
+                values = (found.get(name, {}).get(key) for name in self.figures)
+                table.add_row(label, *("" if value is None else format(value, form) for value in values))
+
+        row("reward", "reward", ".3f")
+        if "reward" in self.figures["start"]:
+            table.add_row("change, same prompts", "", *(change(answers[n], first) for n in list(answers)[1:]))
+            table.add_row("wins over the first", *(wins(answers[name], first) for name in answers))
+        row("NLL of real answers, per token", "nll", ".4f")
+        row("log-likelihood of real answers", "real_logp", ".2f")
+        row("margin over the opponent, nats", "margin", "+.2f")
+        row("margin > 0", "margin_accuracy", ".1%")
+        row("generated = real", "equal", ".1%")
+        row("tokens, generated", "length", ".1f")
+        row("tokens, real", "real_length", ".1f")
+        row("updates", "steps", "d", self.training)
+        row("first loss", "first_loss", ".4f", self.training)
+        console.print(table)
+        print(f"The model is {self.model_to_take}; spin.json and spin.png are in {self.run.folder}")
+
+    # For a trainer
+
+    @classmethod
+    def for_trainer(
+        cls,
+        trainer_class: type,
+        model: str | PreTrainedModel,
+        args: SPINConfig | None,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None,
+        processing_class: PreTrainedTokenizerBase | None,
+        objects: dict[str, Any],
+        trainer_kwargs: dict[str, Any],
+    ) -> "SelfPlay":
+        """What [`SPINTrainer`] does in its constructor with rows of SFT: check everything, write and load nothing."""
+        given = [name for name, value in objects.items() if value is not None]
+        if given:
+            raise ValueError(
+                f"{', '.join(given)} cannot go to the processes in which the iterations are trained. Leave "
+                f"{'it' if len(given) == 1 else 'them'} out (there are the settings `optim`, `lr_scheduler_type` and "
+                "`report_to`), or train one iteration at a time, on rows of `prompt`, `chosen` and `rejected`."
+            )
+        is_object = not isinstance(model, str | Path)
+        model_id = get_config_model_id(model.config) if is_object else str(model)
+        config = args or SPINConfig(f"{model_id.rstrip('/').split('/')[-1]}-SPIN")
+        if not isinstance(config, SPINConfig):
+            raise TypeError(
+                f"SPINTrainer got `args` of type {type(config).__name__}, which lacks its settings. Pass a "
+                "SPINConfig; it takes the same fields."
+            )
+        if not isinstance(train_dataset, Dataset) or not isinstance(eval_dataset, Dataset | None):
+            raise TypeError(
+                "Self-play goes over all rows in every iteration. Pass `train_dataset` and `eval_dataset` as a "
+                "`Dataset` each, not as a stream or a dict."
+            )
+        if is_object and hasattr(model, "peft_config"):
+            raise ValueError(
+                "The model is a PeftModel, and each iteration trains an adapter of its own. Pass the base model, or "
+                "the result of `merge_and_unload()`, and a `peft_config`."
+            )
+        if processing_class is not None and not is_object:
+            raise ValueError(
+                "`processing_class` cannot go along with a model given by name: each iteration loads the tokenizer "
+                "from the model's folder. Save it there with `save_pretrained`, and leave it out."
+            )
+        hub = {
+            "revision": (config.model_init_kwargs or {}).get("revision") or "main",
+            "trust_remote_code": config.trust_remote_code,
+        }
+        tokenizer = processing_class or AutoTokenizer.from_pretrained(model_id, **hub)
+        if is_object:
+            window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        else:
+            window = context_window(model_id, **hub)
+        rows, watched = _train_and_watched(train_dataset, eval_dataset, tokenizer, config, window)
+        game = cls(config, rows, watched, trainer_class=trainer_class, trainer_kwargs=trainer_kwargs)
+        game._given = (model, tokenizer, hub["revision"])
+        return game
+
+    def play_for_trainer(self, resume_from_checkpoint: str | bool | None) -> tuple[TrainOutput, dict[str, Any]]:
+        """Open the folder, play, and say how to construct a trainer with the model to take."""
+        if resume_from_checkpoint not in (None, True, False):
+            raise ValueError(
+                f"resume_from_checkpoint={resume_from_checkpoint!r}: self-play goes on in its own folder and has no "
+                "checkpoint to name. Set it to True."
+            )
+        model, tokenizer, revision = self._given
+        is_object = not isinstance(model, str | Path)
+        run = Run(
+            self.config.output_dir,
+            self.settings(model=type(model).__name__ if is_object else f"{model}@{revision}"),
+            resume=bool(resume_from_checkpoint),
+            may_change=self.may_change(),
+        )
+        if is_object:
+            path = _save_start(run, model, tokenizer)
+        else:
+            source = ModelConfig(model_name_or_path=str(model), model_revision=revision)
+            path = local_model(source, trust_remote_code=self.config.trust_remote_code)
+        self.open(run, path).play()
+        self.report()
+        last = self.iteration_to_take or 0
+        figures = self.training[f"iteration-{last}"]
+        output = TrainOutput(figures["steps"], figures["train_loss"], {"models": self.figures})
+        return output, {
+            "model": self.model_to_take,
+            "args": self.config.for_iteration(last, model_init_kwargs=self._settings["model_init_kwargs"]),
+            "train_dataset": Dataset.from_list(read_jsonl(self._pairs(last))),
+        }
+
+
+def _train_and_watched(train_dataset, eval_dataset, tokenizer, config: SPINConfig, window: int | None):
+    rows = sft_rows(train_dataset, tokenizer, config, window, "train")
+    if eval_dataset is not None:
+        return rows, sft_rows(eval_dataset, tokenizer, config, window, "eval")
+    if config.num_watched_prompts == 0:
+        return rows, []
+    return set_apart(rows, config.num_watched_prompts, config.seed)
+
+
+def _save_start(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """Save a model given as an object, as it is in memory; on a resume it must be the same."""
+    start, unfinished, problem = run.path("start", "model"), run.path("start", "model.unfinished"), None
+    if run.state.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        start.parent.mkdir(exist_ok=True)
+        (start.parent / MARK).touch()
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        if not start.exists():
+            unfinished.rename(start)
+        else:
+            if model_fingerprint(unfinished) != model_fingerprint(start):
+                problem = (
+                    f"The model has other weights than the one this run was begun with, which is in {start}. Pass the "
+                    "same, or set another `output_dir`."
+                )
+            shutil.rmtree(unfinished)
+    problem = run.first(problem)
+    if problem is not None:
+        raise ValueError(problem)
+    return start
+
+
+# For the recipe
+
+
+def start_self_play(parsed: Sequence[Any]) -> SelfPlay:
+    """
+    Begin the game of the recipe, or take it up where it was interrupted.
+
+    Args:
+        parsed (`Sequence`): what [`parse_recipe_args`] returned. Without a model and data, on the playground, an SFT
+            model is trained first.
+
+    Raises:
+        FileExistsError, ValueError: see [`Run`] and [`sft_rows`].
+    """
+    from trl import get_peft_config, get_quantization_config
+
+    from .spin_trainer import SPINTrainer
+
+    script_args, config, model_args, dataset_args = parsed
+    if wants_to_resume(config) and str(config.resume_from_checkpoint).lower() not in RESUME_LAST:
+        raise ValueError(
+            f"resume_from_checkpoint={config.resume_from_checkpoint!r}: self-play goes on where it stopped. Set it to "
+            "'true'."
+        )
+    on_playground, resume = is_playground(*parsed), wants_to_resume(config)
+    if on_playground:
+        from .playground import byte_level_tokenizer, spin_playground
+
+        playground = spin_playground(config.seed)
+        tokenizer, window = byte_level_tokenizer(), None
+        train_dataset = playground.sft_dataset()
+        eval_dataset = Dataset.from_list(
+            [{**row, "completion": row["reference"]} for row in playground.rows("held_out", reference=True)]
+        )
+    else:
+        config.model_init_kwargs = model_init_kwargs(model_args, config)
+        model = local_model(model_args, trust_remote_code=config.trust_remote_code)
+        hub = {"trust_remote_code": config.trust_remote_code}
+        tokenizer, window = AutoTokenizer.from_pretrained(model, **hub), context_window(model, **hub)
+        train_dataset, eval_dataset = load_datasets(
+            script_args, dataset_args, with_eval=config.eval_strategy != "no", seed=config.seed
+        )
+        if not isinstance(train_dataset, Dataset):
+            raise ValueError("Self-play goes over all rows in every iteration. Leave `--dataset_streaming` out.")
+        # with it the loop evaluates each model; the pairs it trains on have no held-out part
+        config.eval_strategy = "no"
+    rows, watched = _train_and_watched(train_dataset, eval_dataset, tokenizer, config, window)
+    game = SelfPlay(
+        config,
+        rows,
+        watched,
+        trainer_class=SPINTrainer,
+        trainer_kwargs={
+            "peft_config": get_peft_config(model_args),
+            "quantization_config": get_quantization_config(model_args),
+        },
+    )
+    before = settings_of(config.output_dir)
+    if on_playground and not resume and before is not None:
+        if not any(before.get(name) for name in ("model_name_or_path", "dataset_name", "model")):  # a playground
+            start_afresh(config.output_dir)
+    others = run_settings([part for part in parsed if part is not config])
+    run = Run(config.output_dir, game.settings(**others), resume=resume, may_change=game.may_change())
+    if on_playground:
+        from .playground import sft_stage
+
+        run.stage("sft", sft_stage, playground=playground)
+        model = run.path("sft")
+    game.start_name = "SFT" if on_playground else "start"
+    return game.open(run, model)

@@ -1,0 +1,425 @@
+"""SPIN."""
+
+import hashlib
+import json
+import math
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import PreTrainedModel
+
+from ._trl import add_fused_lm_head, create_model_from_path, prepare_deepspeed
+from .candidate_trainer import CandidateTrainer, best_and_worst
+from .data import PREPARED_FEATURES
+from .execution.forward import score_completions
+from .logps import CompletionLogps, completion_logps
+from .losses import spin_loss
+from .self_play import SelfPlay, is_sft_data
+from .spin_config import SPINConfig
+
+# how far from the opponent's a log-likelihood may be when nothing has been trained, in nats per square root of its
+# number of tokens: batches of other shapes round differently
+ROUNDING = {"float32": 1e-3, "half": 0.1}
+
+
+class SPINTrainer(CandidateTrainer):
+    r"""
+    Trainer for SPIN, self-play fine-tuning (https://huggingface.co/papers/2401.01335), eq. 4.7. With y the real answer
+    to x and y' the one that the opponent, the model at the start of the iteration, has generated:
+
+        loss = l(beta * h),    h = log p(y|x) / p_opponent(y|x) - log p(y'|x) / p_opponent(y'|x)
+
+    as a mean over prompts, l(t) = log(1 + exp(-t)) or, with `loss="hinge"`, relu(1 - t). What comes out is the next
+    opponent. It takes `DPOTrainer`'s place and arguments. What `train()` does depends on the rows:
+
+    - `prompt` and `completion`, or `messages`: all iterations, each of them generating, training and evaluating in
+      fresh processes, in `args.output_dir`. Afterwards `model` is the model to take. With
+      `train(resume_from_checkpoint=True)` an interrupted run goes on where it was and ends with the same weights.
+      `eval_dataset` holds rows of the same kind to evaluate each model with. See [`SelfPlay`]. A script has to
+      protect its main part with `if __name__ == "__main__":`, because each process reads it again.
+    - `prompt`, `chosen` (the real answer) and `rejected` (the generated one): one iteration.
+
+    The reference is the model itself as it was when the trainer was constructed, whatever is on disk under its name,
+    with its adapters as they were. It goes over the data once, sharing prompts, before anything is trained, and no
+    copy of it is kept. In self-play the constructor runs in a process that has just loaded what the iteration before
+    has saved. With LoRA each iteration trains an adapter of its own and merges it into the weights afterwards, so the
+    next one's reference, its model with the adapter off, is the opponent.
+
+    The first loss is ln 2 (hinge: 1). If it is not, training stops and says so.
+
+    Departures from the paper: none with the default settings. Departures from the authors' code: prompts go through
+    the same chat template in generation and in training; the end token is scored once; both are what the code gets
+    wrong. Answers that are empty or equal the real one are left out, as they would teach nothing. A generated answer
+    that reached `max_new_tokens` gets no end token, which it did not say: pushing that down made answers ever longer.
+
+    Logged besides `Trainer`'s own: `rewards/{chosen,rejected}` (beta times the log-ratio), `rewards/margins`,
+    `rewards/accuracies`, `logps/{chosen,rejected}` (summed, in nats), `lengths/{chosen,rejected}` in tokens,
+    `hinge/active` (share of pairs still inside the margin, with `loss="hinge"`), `logits/{chosen,rejected}`,
+    `entropy`, `mean_token_accuracy`, `num_tokens`. "chosen" is the real answer, "rejected" the generated one.
+
+    Example:
+    ```python
+    from datasets import load_dataset
+    from trl_ext import SPINConfig, SPINTrainer
+
+    if __name__ == "__main__":
+        trainer = SPINTrainer(
+            model="alignment-handbook/zephyr-7b-sft-full",
+            args=SPINConfig("zephyr-7b-SPIN", num_iterations=3, learning_rate=[5e-7, 5e-7, 1e-7]),
+            train_dataset=load_dataset("HuggingFaceH4/ultrachat_200k", split="train_sft"),
+        )
+        trainer.train()
+    ```
+
+    Args:
+        model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks,
+        optimizers, quantization_config, peft_config:
+            As in [`~trl.DPOTrainer`], with `args` an [`SPINConfig`]. `compute_metrics` is refused, and in self-play
+            also objects that cannot go to other processes: `data_collator`, `callbacks`, `optimizers`.
+        ref_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Only with `args.reference="initial"`, for one iteration: the model that started the first. It is run once
+            and let go.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: see [`CandidateTrainer`]; before any weight is loaded.
+    """
+
+    config_class = SPINConfig
+    _tag_names = ["trl", "spin"]
+    _name = "SPIN"
+    _paper = {
+        "title": "Self-Play Fine-Tuning Converts Weak Language Models to Strong Language Models",
+        "id": "2401.01335",
+        "citation": textwrap.dedent("""\
+            @inproceedings{chen2024spin,
+                title     = {{Self-Play Fine-Tuning Converts Weak Language Models to Strong Language Models}},
+                author    = {Zixiang Chen and Yihe Deng and Huizhuo Yuan and Kaixuan Ji and Quanquan Gu},
+                booktitle = {Proceedings of the 41st International Conference on Machine Learning},
+                year      = 2024,
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",  # noqa: F821
+        ref_model: str | PreTrainedModel | None = None,
+        args: SPINConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+    ):
+        self._self_play: SelfPlay | None = None
+        self._has_reference = False
+        if train_dataset is not None and model is not None and is_sft_data(train_dataset):
+            objects = {
+                "ref_model": ref_model,
+                "data_collator": data_collator,
+                "compute_metrics": compute_metrics,
+                "callbacks": callbacks,
+                "optimizers": optimizers if any(optimizers) else None,
+            }
+            self._self_play = SelfPlay.for_trainer(
+                type(self),
+                model,
+                args,
+                train_dataset,
+                eval_dataset,
+                processing_class,
+                objects,
+                {"quantization_config": quantization_config, "peft_config": peft_config},
+            )
+            self.args = self._self_play.config
+            return
+        self._check_reference(args, ref_model)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        # attention of some architectures keeps its dropout in a number of its own
+        for module in self.model.modules():
+            for name, value in list(vars(module).items()):
+                if "dropout" in name and isinstance(value, float):
+                    setattr(module, name, 0.0)
+        self.data_collator = _WithReference(self.data_collator)
+        self._check_first_loss = ref_model is None
+        with _OpenedReference(self, ref_model) as opened:
+            self.train_dataset = self._add_reference(self.train_dataset, "train", opened)
+            if isinstance(self.eval_dataset, dict):
+                self.eval_dataset = {
+                    name: self._add_reference(rows, name, opened) for name, rows in self.eval_dataset.items()
+                }
+            elif self.eval_dataset is not None:
+                self.eval_dataset = self._add_reference(self.eval_dataset, "eval", opened)
+        self._has_reference = True
+
+    def _check_arguments(self, args, model, ref_model, train_dataset, compute_metrics, peft_config) -> None:
+        if isinstance(train_dataset, IterableDataset):
+            raise NotImplementedError(
+                "SPINTrainer does not take a stream: the reference goes over all rows before the first step. Pass a "
+                "`Dataset`."
+            )
+        super()._check_arguments(args, model, ref_model, train_dataset, compute_metrics, peft_config)
+        for name in ("beta", "learning_rate"):
+            if isinstance(getattr(args, name), list):
+                raise ValueError(
+                    f"{name}={getattr(args, name)} is one value for each iteration, and rows of `chosen` and "
+                    "`rejected` are one iteration. Give one value."
+                )
+        columns = train_dataset.column_names
+        if not {"chosen", "rejected", "completions", "prompt_ids"} & set(columns):
+            raise ValueError(
+                f"The train dataset has the columns {sorted(columns)}. SPIN plays all iterations on `prompt` and "
+                "`completion` (the real answer) or on `messages`, and one on `prompt`, `chosen` (the real answer) and "
+                "`rejected` (the generated one). Rename or add the columns."
+            )
+        if "completions" in columns:
+            raise ValueError(
+                f"The train dataset has the columns {sorted(columns)}. One iteration of SPIN takes one real and one "
+                "generated answer: make `completions` the columns `chosen` and `rejected`."
+            )
+        if getattr(args, "fsdp", None):
+            raise NotImplementedError(
+                "SPINTrainer computes the reference before FSDP has sharded the model. Use DDP or DeepSpeed."
+            )
+
+    @staticmethod
+    def _check_reference(args: SPINConfig | None, ref_model: str | PreTrainedModel | None) -> None:
+        if ref_model is not None and getattr(args, "reference", "previous") == "previous":
+            raise ValueError(
+                "`ref_model` has no part in reference='previous', where the model itself, as it is before training, "
+                "is the reference. Leave `ref_model` out, or set reference='initial'."
+            )
+
+    def __getattr__(self, name: str):
+        if self.__dict__.get("_self_play") is not None and not name.startswith("__"):
+            raise AttributeError(
+                f"{type(self).__name__} has no {name!r} before `train()` has played the iterations: no model is "
+                "loaded until then."
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    # All iterations
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """
+        Train on pairs, as `Trainer.train`; or play all iterations, where the rows are those of SFT.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                As in [`~transformers.Trainer`]. In self-play `True` goes on in `args.output_dir`, and there are no
+                checkpoints to name.
+
+        Returns:
+            `TrainOutput` of `Trainer`; in self-play that of the iteration whose model was taken, with the figures of
+            all models as `metrics`.
+        """
+        if self._self_play is None:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        output, last = self._self_play.play_for_trainer(resume_from_checkpoint)
+        self._self_play = None
+        # an ordinary trainer from here on, to save, evaluate or publish the model; it trains no further
+        super().__init__(**last)
+        return output
+
+    # The reference
+
+    def _add_reference(self, dataset: Dataset, name: str, opened: "_OpenedReference") -> Dataset:
+        """Add the column `reference_logps`: log-likelihood of each completion under the reference, in nats."""
+        rows = [list(dataset[key]) for key in ("prompt_ids", "completion_ids")]
+        digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        file = Path(self.args.output_dir) / f"reference_{name}.npz"
+        kept = [None]
+        if self.accelerator.is_main_process and file.is_file():
+            try:
+                with np.load(file) as found:
+                    kept = [found["logps"].tolist() if str(found["digest"]) == digest else None]
+            except (OSError, ValueError, KeyError):  # half-written
+                kept = [None]
+        broadcast_object_list(kept)
+        # an interrupted run's are taken again if this model, on some rows, gives the same
+        logps = kept[0] if kept[0] is not None and self._agrees(dataset, kept[0], opened) else None
+        if logps is None:
+            logps = opened.logps(dataset, range(len(dataset)))
+            if self.accelerator.is_main_process:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with file.with_suffix(".unfinished").open("wb") as unfinished:
+                    np.savez(unfinished, logps=np.array(logps), digest=np.array(digest))
+                file.with_suffix(".unfinished").replace(file)
+        return dataset.add_column("reference_logps", logps)
+
+    def _agrees(self, dataset: Dataset, kept: list[list[float]], opened: "_OpenedReference") -> bool:
+        probe = range(0, len(dataset), max(len(dataset) // 8, 1))
+        found = opened.logps(dataset, probe)
+        return all(
+            abs(one - other) <= self._rounding * math.sqrt(len(ids))
+            for index, logps in zip(probe, found, strict=True)
+            for one, other, ids in zip(logps, kept[index], dataset[index]["completion_ids"], strict=True)
+        )
+
+    @property
+    def _rounding(self) -> float:
+        half = self.args.bf16 or self.args.fp16 or self.model.dtype != torch.float32
+        return ROUNDING["half" if half else "float32"]
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if not self._has_reference or "reference_logps" in dataset.column_names:
+            return dataset
+        # rows given to `evaluate` or `predict`
+        if self.state.global_step > 0 or not self._check_first_loss:
+            raise ValueError(
+                f"The reference is needed for the {dataset_name} dataset, and it is gone: it was the model before "
+                "training. Pass these rows as `eval_dataset` to the constructor."
+            )
+        with _OpenedReference(self, None) as opened:
+            return self._add_reference(dataset, dataset_name, opened)
+
+    def _set_signature_columns_if_needed(self):
+        if self._signature_columns is None:
+            self._signature_columns = [*PREPARED_FEATURES, "reference_logps"]
+
+    # One iteration
+
+    def loss_from_logps(
+        self, logps: CompletionLogps, inputs: dict[str, torch.Tensor], outputs: Any
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        beta, loss = self.args.beta, self.args.loss
+        real_row, generated_row, _ = best_and_worst(inputs)
+        log_ratios = logps.sums - inputs["reference_logps"]
+        real, generated = log_ratios[real_row], log_ratios[generated_row]
+        losses = spin_loss(real, generated, beta=beta, loss=loss)
+        with torch.no_grad():
+            if self.model.training and self.state.global_step == 0 and self._check_first_loss:
+                self._check_first_loss = False
+                self._stop_unless_at_the_start(losses.mean().item(), logps.lengths)
+            margins = beta * (real - generated)
+            metrics = {
+                "rewards/chosen": beta * real,
+                "rewards/rejected": beta * generated,
+                "rewards/margins": margins,
+                "rewards/accuracies": (margins > 0).float(),
+            }
+            if loss == "hinge":
+                metrics["hinge/active"] = (margins < 1).float()
+            for name, rows in (("chosen", real_row), ("rejected", generated_row)):
+                metrics[f"logps/{name}"] = logps.sums[rows]
+                metrics[f"lengths/{name}"] = logps.lengths[rows].float()
+        return losses, metrics
+
+    def _stop_unless_at_the_start(self, found: float, lengths: torch.Tensor) -> None:
+        sigmoid = self.args.loss == "sigmoid"
+        expected, slope = (math.log(2), 0.5) if sigmoid else (1.0, 1.0)
+        allowed = slope * self.args.beta * self._rounding * math.sqrt(2 * lengths.float().mean().item())
+        if not abs(found - expected) <= allowed:
+            raise RuntimeError(
+                f"The first loss is {found:.4f} and not {expected:.4f}{' (ln 2)' if sigmoid else ''} +- {allowed:.4f}:"
+                " the reference is not the model that training starts from. Either the weights were changed after the "
+                "trainer was constructed, which is when the reference is computed: construct it anew. Or the model "
+                "computes something else in training: look for dropout, noise on the embeddings (`neftune_noise_alpha`"
+                ") or another source of chance, and switch it off."
+            )
+
+
+@dataclass
+class _WithReference:
+    """A collator that puts `reference_logps` `(N,)`, float32, in the order of the rows, beside what another makes."""
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = self.collator(examples)
+        if "reference_logps" in examples[0]:
+            logps = [logp for example in examples for logp in example["reference_logps"]]
+            batch["reference_logps"] = torch.tensor(logps, dtype=torch.float32)
+        return batch
+
+
+class _OpenedReference:
+    """The reference while it is there: the trainer's own model, or another that is let go again."""
+
+    def __init__(self, trainer: SPINTrainer, ref_model: str | PreTrainedModel | None):
+        self.trainer, self.ref_model, self.was_training = trainer, ref_model, trainer.model.training
+        self._model: nn.Module | None = None
+
+    def __enter__(self) -> "_OpenedReference":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._model = self.ref_model = None
+        self.trainer.model.train(self.was_training)
+        if torch.accelerator.is_available():
+            torch.accelerator.memory.empty_cache()
+
+    @property
+    def model(self) -> nn.Module:
+        """Loaded, and on its device, on first use."""
+        if self._model is None:
+            trainer, args, model = self.trainer, self.trainer.args, self.ref_model
+            if model is None:
+                model = trainer.model
+            else:
+                if isinstance(model, str | Path):
+                    kwargs = {"dtype": trainer.model.dtype, "trust_remote_code": args.trust_remote_code}
+                    kwargs.update(args.model_init_kwargs or {})
+                    model = create_model_from_path(str(model), **{**kwargs, "device_map": None})
+                model.requires_grad_(False)
+                add_fused_lm_head(model)
+                if trainer.prefix_sharing is not None:
+                    trainer.prefix_sharing.install(model)
+                model = model.to(args.device) if not trainer.is_deepspeed_enabled else model
+            # DeepSpeed has not placed or sharded the model yet
+            self._model = prepare_deepspeed(model, trainer.accelerator) if trainer.is_deepspeed_enabled else model
+            self._model.eval()
+        return self._model
+
+    @torch.no_grad()
+    def logps(self, dataset: Dataset, indices) -> list[list[float]]:
+        """Log-likelihoods of the completions of rows, in nats; split over the processes, the same on all."""
+        accelerator, args = self.trainer.accelerator, self.trainer.args
+        size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
+        lengths = {index: _num_tokens(dataset[index]) for index in indices}
+        order = sorted(lengths, key=lambda index: (-lengths[index], index))
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        found: list[tuple[int, list[float]]] = []
+        # all processes take as many turns, as a sharded model is collected by all of them together
+        for turn in range(0, len(batches), accelerator.num_processes):
+            number = turn + accelerator.process_index
+            batch = batches[min(number, len(batches) - 1)]
+            inputs = self.trainer.data_collator([dataset[index] for index in batch])
+            inputs = {key: value.to(args.device) for key, value in inputs.items()}
+            with accelerator.autocast():
+                outputs = score_completions(self.model, inputs)
+            sums = iter(completion_logps(outputs.log_probs, inputs["completion_mask"]).sums.tolist())
+            if number < len(batches):
+                found += [(index, [next(sums) for _ in dataset[index]["completion_ids"]]) for index in batch]
+        if accelerator.num_processes > 1:
+            found = gather_object(found)
+        by_index = dict(found)
+        return [by_index[index] for index in indices]
+
+
+def _num_tokens(row: dict[str, Any]) -> int:
+    return len(row["prompt_ids"]) + max(map(len, row["completion_ids"]))
