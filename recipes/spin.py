@@ -48,7 +48,7 @@ def play_on_the_playground(parsed):
             shards_models=True,
             playground=spin_playground(config.seed),
             num_steps=game.training[f"iteration-{number}"]["steps"],
-            batch_size=config.train_batch_size,
+            batch_size=config.train_batch_size * config.gradient_accumulation_steps * game.run.state.num_processes,
         )
         model = game.run.path(name, "model")
         game.evaluate(name, model)

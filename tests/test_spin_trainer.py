@@ -174,9 +174,26 @@ def test_training_stops_if_the_reference_is_another_model(model, tokenizer, pair
     trainer = build(model, tokenizer, pairs, config_kwargs)
     before = weights(trainer)
     move(trainer.model, 0.2)
-    with pytest.raises(RuntimeError, match=r"The first loss is .* and not 0.6931 \(ln 2\) .* construct it anew"):
+    with pytest.raises(RuntimeError, match=r"The first loss is .*, where ln 2 = 0.6931 is right.* construct it anew"):
         trainer.train()
     assert trainer.state.global_step == 0 and not torch.equal(weights(trainer), before)
+
+
+@pytest.mark.parametrize("beta", [0.1, 5.0])
+@pytest.mark.parametrize("precision", ["bf16 weights", "autocast"])
+def test_half_precision_tells_rounding_from_another_model(precision, beta, model_dir, tokenizer, pairs, config_kwargs):
+    """What is allowed does not grow with beta, and a model whose weights have moved is found out."""
+    settings = {**config_kwargs, "bf16": precision == "autocast"}
+    dtype = torch.float32 if precision == "autocast" else torch.bfloat16
+    for moved in (False, True):
+        loaded = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+        trainer = build(loaded, tokenizer, pairs, settings, beta=beta, output_dir=f"{settings['output_dir']}-{moved}")
+        if not moved:
+            trainer.train()
+            continue
+        move(trainer.model)
+        with pytest.raises(RuntimeError, match="nats \\* sqrt\\(tokens\\) off the reference's"):
+            trainer.train()
 
 
 def test_dropout_is_off_wherever_it_is(model_dir, tokenizer, pairs, config_kwargs):
@@ -364,6 +381,10 @@ def test_refused_before_any_weight_is_loaded(model_dir, tokenizer, pairs, config
 
     with pytest.raises(ValueError, match="`ref_model` has no part in reference='previous'"):
         refused(ref_model=model_dir)
+    with pytest.raises(ValueError, match="reference='initial' on rows of `chosen` and `rejected` needs the model"):
+        refused(reference="initial")
+    with pytest.raises(NotImplementedError, match="does not take a stream as `eval_dataset`"):
+        refused(eval_dataset=IterableDataset.from_generator(lambda: iter(PAIRS)))
     with pytest.raises(ValueError, match="beta=.* is one value for each iteration, and rows of `chosen`"):
         refused(beta=[0.1, 0.1, 5.0])
     with pytest.raises(NotImplementedError, match="does not take a stream"):

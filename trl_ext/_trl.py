@@ -203,3 +203,25 @@ def __getattr__(name: str):
         if qualified_name == name:
             return getattr(import_module(module), name)
     raise AttributeError(f"module 'trl_ext._trl' has no attribute {name!r}; TRL names must be listed in BORROWED")
+
+
+def take_down_deepspeed(engine) -> None:
+    """
+    Let go of what `prepare_deepspeed` has made of a model, so that the model can be given to another engine.
+
+    DeepSpeed's own `destroy` (0.19) leaves two hooks of the engine on the model, and under ZeRO-3 the functions with
+    which its parameters are collected in the backward pass, which the next engine would take for its own; and it keeps
+    the model itself on a stack of the modules that are being run.
+    """
+    engine.destroy()
+    module = engine.module
+    for hook in ("module_forward_pre_hook", "module_forward_post_hook"):
+        if getattr(engine, hook, None) is not None:
+            getattr(engine, hook).remove()
+            setattr(engine, hook, None)
+    for part in module.modules():
+        for name in ("pre_bwd_fn", "post_bwd_fn"):
+            part.__dict__.pop(name, None)
+    from deepspeed.runtime.zero import parameter_offload
+
+    parameter_offload.FWD_MODULE_STACK[:] = [part for part in parameter_offload.FWD_MODULE_STACK if part is not module]

@@ -385,20 +385,23 @@ def load_prompts(script_args, dataset_args) -> list[dict[str, Any]]:
         )
     rows = dataset.to_list()
     for index, row in enumerate(rows):
-        try:
-            json.dumps(row)
-        except TypeError:
-            column = next(name for name in row if not _is_jsonable(row[name]))
-            raise ValueError(
-                f"Row {index}: column {column!r} holds {row[column]!r:.60}, which cannot be kept as JSON. Turn it "
-                "into text or numbers, or leave the column out."
-            ) from None
+        refuse_unless_json(row, index)
         if isinstance(row.get("chosen"), str | list) and type(row.get("prompt")) is not type(row["chosen"]):
             try:
                 row["prompt"] = parse_row(row, RowOptions())[0]
             except RowError as error:
                 raise ValueError(f"Row {index}: {error}. Give each row its `prompt`.") from None
     return rows
+
+
+def refuse_unless_json(row: dict[str, Any], index: int) -> None:
+    """Raise a `ValueError` that names the column of a row that cannot be kept as JSON."""
+    column = next((name for name, value in row.items() if not _is_jsonable(value)), None)
+    if column is not None:
+        raise ValueError(
+            f"Row {index}: column {column!r} holds {row[column]!r:.60}, which cannot be kept as JSON. Turn it into "
+            "text or numbers, or leave the column out."
+        )
 
 
 def _is_jsonable(value: Any) -> bool:

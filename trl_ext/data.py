@@ -461,6 +461,20 @@ def tokenize_candidates(
     return prompt_ids[:prompt_length], [ids[prompt_length:] for ids in full_ids], prompt_length < len(prompt_ids)
 
 
+def without_end(completion_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """
+    Tokens of an answer without the special tokens at its end (of the end token's or the chat template's), and without
+    white space between and behind these.
+    """
+    special, end = set(tokenizer.all_special_ids), len(completion_ids)
+    for index in range(len(completion_ids) - 1, -1, -1):
+        if completion_ids[index] in special:
+            end = index
+        elif tokenizer.decode(completion_ids[index]).strip():
+            break
+    return completion_ids[:end]
+
+
 def prepare_row(row: Mapping[str, Any], processing_class, options: RowOptions) -> dict[str, Any]:
     """
     Check, tokenise and truncate one row.
@@ -487,10 +501,8 @@ def prepare_row(row: Mapping[str, Any], processing_class, options: RowOptions) -
     except Exception as error:  # a chat template raises what it likes
         raise RowError("not renderable", "prompt", f"could not be tokenised: {error}") from error
 
-    if row.get("rejected_is_cut"):  # it reached the longest length it was given and did not end
-        end_id = getattr(processing_class, "tokenizer", processing_class).eos_token_id
-        if end_id in completion_ids[1]:
-            completion_ids[1] = completion_ids[1][: len(completion_ids[1]) - 1 - completion_ids[1][::-1].index(end_id)]
+    if row.get("rejected_is_cut") and names == ["chosen", "rejected"]:  # it reached the longest length and did not end
+        completion_ids[1] = without_end(completion_ids[1], getattr(processing_class, "tokenizer", processing_class))
 
     num_truncated = 0
     if options.max_length is not None:

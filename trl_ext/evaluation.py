@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from ._trl import add_fused_lm_head
 from .collators import CandidateCollator
-from .data import tokenize_candidates
+from .data import tokenize_candidates, without_end
 from .execution.forward import score_completions
 from .logps import completion_logps
 from .sampling import load_causal_lm, process_state, template_kwargs
@@ -31,6 +31,7 @@ def answer_logps(
     rows: Sequence[dict[str, Any]],
     *,
     batch_size: int = 32,
+    max_length: int | None = None,
     trust_remote_code: bool = False,
     **model_init_kwargs,
 ) -> list[list[tuple[float, int]]]:
@@ -40,8 +41,10 @@ def answer_logps(
     Args:
         model_name_or_path (`str` or `Path`): a model with its tokenizer, or an adapter.
         rows (`Sequence[dict]`): with `prompt` and `completions`, text or messages; `tools` and `chat_template_kwargs`
-            go to the chat template, as in training.
+            go to the chat template, as in training. A completion whose entry in `are_cut` is true was ended by its
+            length alone, and gets no end token.
         batch_size (`int`, defaults to 32): completions per forward.
+        max_length (`int`, *optional*): completions are cut there, as in training, prompt included.
         trust_remote_code (`bool`, defaults to `False`): as in transformers.
         model_init_kwargs: for loading the model.
 
@@ -63,8 +66,11 @@ def answer_logps(
         prompt_ids, completion_ids, _ = tokenize_candidates(
             tokenizer, row["prompt"], row["completions"], eos_token=tokenizer.eos_token, **template_kwargs(row)
         )
+        are_cut = row.get("are_cut") or [False] * len(completion_ids)
+        room = None if max_length is None else max(max_length - len(prompt_ids), 1)
         for number, ids in enumerate(completion_ids):
-            prepared.append((index, number, prompt_ids, ids))
+            ids = without_end(ids, tokenizer) if are_cut[number] else ids
+            prepared.append((index, number, prompt_ids, ids if room is None else ids[:room]))
     prepared.sort(key=lambda one: len(one[2]) + len(one[3]))
     found = []
     for start in range(0, len(prepared), batch_size):

@@ -450,7 +450,7 @@ def rank_rows(
             continue
         of_candidates = {
             column: [row[column][index] for index in usable]
-            for column in ("completions", "scores", "sources", "logps", "num_tokens")
+            for column in ("completions", "scores", "sources", "logps", "num_tokens", "ends")
             if row.get(column) is not None
         }
         carried = {column: row[column] for column in CARRIED_COLUMNS if column in row}

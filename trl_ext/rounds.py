@@ -328,7 +328,7 @@ def _beats(answered: Sequence[dict], first_answers: Path | None, ranking: Rounds
     first = {one["number"]: one["answer"] for one in read_jsonl(first_answers)}
     met = [
         {
-            **{key: value for key, value in row.items() if key not in ("logps", "num_tokens", "sources")},
+            **{key: value for key, value in row.items() if key not in ("logps", "num_tokens", "ends", "sources")},
             "completions": [row["completions"][0], first[row["_number"]]],
         }
         for row in answered
@@ -754,6 +754,9 @@ def set_apart(rows: Sequence[dict], number: int, seed: int) -> tuple[list[dict],
             train.append(row)
         else:
             watched.setdefault(prompt, row)
+    num_left_out = len(rows) - len(train) - len(watched)
+    if num_left_out:
+        PartialState().print(f"{num_left_out} rows are left out: another row with their prompt is watched")
     return train, list(watched.values())
 
 

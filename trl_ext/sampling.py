@@ -575,8 +575,8 @@ def sample_candidates(
     Returns:
         `tuple`: rows as they came, those without a usable candidate left out, each with `completions` (`list`), and
         for each of them `logps` (its log-likelihood in nats when it was sampled, `None` for mixed-in ones),
-        `num_tokens` (`None` likewise) and `sources` (`"sampled"` or the column); and the [`SamplingReport`]. The same
-        on all processes.
+        `num_tokens` and `ends` (`"stop"`, `"role_marker"` or `"length"`; `None` likewise), and `sources` (`"sampled"`
+        or the column); and the [`SamplingReport`]. The same on all processes.
 
     Raises:
         ValueError: no prompts, a column of `mix_in` is missing or has another form than the prompt, prompts that all
@@ -917,7 +917,7 @@ def _assemble(
     for index, row in enumerate(rows):
         record, as_messages = sampled[index], isinstance(row["prompt"], list)
         counts["too_long"] += not record["text"]
-        candidates = []  # (completion, logp, tokens, source)
+        candidates = []  # (completion, logp, tokens, how it ended, source)
         seen = set()
         for text, logp, num_tokens, end in zip(
             record["text"], record["logp"], record["num_tokens"], record["end"], strict=True
@@ -930,14 +930,14 @@ def _assemble(
                 continue
             seen.add(text)
             completion = [{"role": "assistant", "content": text}] if as_messages else text
-            candidates.append((completion, logp, num_tokens, "sampled"))
+            candidates.append((completion, logp, num_tokens, end, "sampled"))
         for column in mix_in:
             for answer in mixed_in(row, column):
                 if config.keep_duplicates or answer not in [candidate[0] for candidate in candidates]:
-                    candidates.append((answer, None, None, column))
+                    candidates.append((answer, None, None, None, column))
         counts["without"] += not candidates and bool(record["text"])
         if candidates:
-            names = ("completions", "logps", "num_tokens", "sources")
+            names = ("completions", "logps", "num_tokens", "ends", "sources")
             assembled.append({**row, **dict(zip(names, map(list, zip(*candidates, strict=True)), strict=True))})
     total = max(counts["candidates"], 1)
     if not assembled:

@@ -59,7 +59,7 @@ from .sampling import file_digest, model_fingerprint, process_state, template_kw
 logger = logging.getLogger(__name__)
 
 # columns with one value per candidate; all others belong to the prompt
-CANDIDATE_COLUMNS = ("completions", "completion_ids", "logps", "num_tokens", "sources", "scores")
+CANDIDATE_COLUMNS = ("completions", "completion_ids", "logps", "num_tokens", "ends", "sources", "scores")
 # what can be wrong with a candidate row, beyond what can be wrong with other rows
 REMEDIES = {
     **ROW_REMEDIES,
@@ -886,7 +886,7 @@ def _check_row(row: Mapping[str, Any]) -> None:
         if not isinstance(completion, type(prompt)):
             form = type(prompt).__name__
             raise RowError("mixed", column, f"is {type(completion).__name__} while 'prompt' is {form}")
-    for column in ("completion_ids", "logps", "num_tokens", "sources"):
+    for column in ("completion_ids", "logps", "num_tokens", "ends", "sources"):
         values = row.get(column)
         if values is not None and (not isinstance(values, list) or len(values) != len(completions)):
             given = f"{len(values)} entries" if isinstance(values, list) else type(values).__name__

@@ -18,6 +18,7 @@ Each step is a stage of a [`Run`], in fresh processes; iterations are counted fr
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import fields
@@ -42,6 +43,7 @@ from .cli import (
     load_datasets,
     local_model,
     model_init_kwargs,
+    refuse_unless_json,
     run_settings,
     use_all_cpu_cores,
     wants_to_resume,
@@ -102,6 +104,11 @@ def sft_rows(
             f"The {name} dataset has the columns {sorted(columns)}. SPIN needs `prompt` and `completion` (the real "
             "answer), or `messages` that end with it: rename or add the columns."
         )
+    if "label" in columns:
+        raise ValueError(
+            f"The {name} dataset has a column `label`, as rows for KTO have, and SPIN would imitate its bad answers "
+            "too. Keep the rows with good ones, and remove the column."
+        )
     if "messages" not in columns and config.first_turn_only:
         raise ValueError(
             "first_turn_only=True would do nothing: it cuts `messages`, and the rows have `prompt` and `completion`. "
@@ -111,6 +118,7 @@ def sft_rows(
     rows, problems = [], {}
     for index, row in enumerate(dataset):
         try:
+            refuse_unless_json(row, index)
             rows.append(_sft_row(row, tokenizer, config, options, window))
         except RowError as error:
             answer = "messages" if "messages" in columns else "completion"
@@ -153,6 +161,8 @@ def _split(messages: Any, first_turn_only: bool) -> tuple[list, list]:
     """Prompt and answer of a conversation."""
     if not isinstance(messages, list) or not messages:
         raise RowError("missing", "messages", "is missing or empty")
+    if not all(isinstance(message, dict) for message in messages):
+        raise RowError("missing", "messages", "is not a list of messages with `role` and `content`")
     roles = [message.get("role") for message in messages]
     if first_turn_only and "assistant" in roles:
         messages = messages[: roles.index("assistant") + 1]
@@ -186,7 +196,7 @@ def generate_stage(folder: Path, *, model: Path, rows: Path, config: SamplingCon
             num_equal += 1
         else:
             kept = {key: row[key] for key in ("prompt", *TEMPLATE_COLUMNS) if key in row}
-            is_cut = row["num_tokens"][0] >= config.max_new_tokens
+            is_cut = row["ends"][0] == "length"
             pairs.append({**kept, "chosen": real, "rejected": generated, "rejected_is_cut": is_cut})
     if not pairs:
         raise ValueError(
@@ -230,7 +240,7 @@ def train_stage(
         model=str(model),
         ref_model=None if initial is None else str(initial),
         args=config,
-        train_dataset=Dataset.from_list([row for name in sorted(generated) for row in read_jsonl(generated[name])]),
+        train_dataset=_dataset([row for name in sorted(generated) for row in read_jsonl(generated[name])]),
         **trainer_kwargs,
     )
     results = trainer.train(resume_from_checkpoint=resume_from).metrics
@@ -249,7 +259,7 @@ def train_stage(
         "num_pairs": len(trainer.train_dataset),
         "steps": trainer.state.global_step,
         "first_loss": logged[0]["loss"],
-        "train_loss": results["train_loss"],
+        "train_loss": fmean(log["loss"] for log in logged),  # `Trainer`'s begins anew where a run goes on
         **{name: logged[-1][f"rewards/{name}"] for name in ("margins", "accuracies")},
     }
     return figures  # without `trainer.end()`: the stage itself still has to wait for all processes
@@ -265,6 +275,7 @@ def evaluate_stage(
     scorer_options: dict,
     load: dict,
     batch_size: int,
+    max_length: int | None,
     opponent: Path | None = None,
 ) -> dict[str, Any]:
     """
@@ -284,6 +295,7 @@ def evaluate_stage(
             "number": row["_number"],
             "prompt": row["prompt"],
             "answer": row["completions"][0],
+            "is_cut": row["ends"][0] == "length",
             "real": row["completion"],
             "equal": _same(row["completion"], row["completions"][0]),
         }
@@ -291,9 +303,11 @@ def evaluate_stage(
     ]
     compared = []
     for row, one in zip(answered, answers, strict=True):
-        of_opponent = [before[one["number"]]["answer"]] if before else []
-        compared.append({**row, "completions": [one["real"], one["answer"], *of_opponent]})
-    loading = {**load["model_init_kwargs"], "trust_remote_code": load["trust_remote_code"]}
+        theirs = [before[one["number"]]] if before else []
+        completions = [one["real"], one["answer"], *(then["answer"] for then in theirs)]
+        are_cut = [False, one["is_cut"], *(then["is_cut"] for then in theirs)]
+        compared.append({**row, "completions": completions, "are_cut": are_cut})
+    loading = {**load["model_init_kwargs"], "trust_remote_code": load["trust_remote_code"], "max_length": max_length}
     for one, found in zip(answers, answer_logps(model, compared, batch_size=batch_size, **loading), strict=True):
         one["real_logp"], one["real_tokens"] = found[0]
         one["logp"], one["num_tokens"] = found[1]
@@ -320,6 +334,12 @@ def evaluate_stage(
     if rewards:
         figures["reward"] = fmean(one["reward"] for one in answers)
     return figures
+
+
+def _dataset(rows: Sequence[dict]) -> Dataset:
+    """Rows of which some have a column that others lack; `Dataset.from_list` would take the first row's columns."""
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return Dataset.from_list([{column: row.get(column) for column in columns} for row in rows])
 
 
 def _same(real: str | list, generated: str | list) -> bool:
@@ -354,6 +374,21 @@ class SelfPlay:
                 f"early_stop={config.early_stop!r} watches held-out rows, and there are none. Set "
                 "`num_watched_prompts`, or give an eval dataset."
             )
+        idle = [name for name in ("load_best_model_at_end", "eval_on_start") if getattr(config, name)]
+        if idle or config.lr_scheduler_type == "reduce_lr_on_plateau":
+            raise ValueError(
+                f"{', '.join(idle) or 'lr_scheduler_type'} would need evaluations during training, and each model is "
+                "evaluated after its iteration. Leave it out; `early_stop` compares the iterations."
+            )
+        if config.save_only_model:
+            raise ValueError(
+                "save_only_model=True would let an interrupted iteration go on with a fresh optimizer, to other "
+                "weights. Leave it out; the last checkpoints can be removed when all is done."
+            )
+        if config.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+            raise NotImplementedError(
+                "SPIN computes the reference before FSDP has sharded the model. Use DDP or DeepSpeed."
+            )
         if config.push_to_hub:
             raise ValueError(
                 "push_to_hub would push the model of every iteration, each over the one before. Leave it out, and "
@@ -378,7 +413,9 @@ class SelfPlay:
         self.training: dict[str, dict[str, Any]] = {}
         self.stopped: str | None = None
         kwargs = {key: value for key, value in (config.model_init_kwargs or {}).items() if key != "revision"}
-        self._settings = {entry.name: getattr(config, entry.name) for entry in fields(config) if entry.init}
+        secrets = ("hub_token", "push_to_hub_token")
+        names = [entry.name for entry in fields(config) if entry.init and entry.name not in secrets]
+        self._settings = {name: getattr(config, name) for name in names}
         self._settings.update(
             model_init_kwargs=dict(kwargs) or None,
             logging_first_step=True,
@@ -393,26 +430,30 @@ class SelfPlay:
         """What determines the results, for [`Run`]."""
         data = hashlib.sha256(json.dumps([self.rows, self.watched], default=str).encode()).hexdigest()
         kwargs = {
-            name: value.to_dict() if hasattr(value, "to_dict") else value
+            name: {key: sorted(part) if isinstance(part, set) else part for key, part in value.to_dict().items()}
             for name, value in self.trainer_kwargs.items()
+            if value is not None
         }
         processes = {"num_processes": all_processes().num_processes}
         settings = {**run_settings([self.config]), **kwargs, **processes, "data": data, **others}
+        before = settings_of(self.config.output_dir) or {}
         for name in BY_ITERATION:  # by iteration, so that a finished run can be given more of them
             del settings[name]
-            for number in range(self.config.num_iterations):
-                settings[f"{name} of iteration {number}"] = getattr(self.config.for_iteration(number), name)
+            for number in range(max(self.config.num_iterations, before.get("num_iterations", 0))):
+                key, value = f"{name} of iteration {number}", before.get(f"{name} of iteration {number}")
+                if number < self.config.num_iterations:
+                    value = getattr(self.config.for_iteration(number), name)
+                settings[key] = value  # of those played before and not wanted now as they were
         return settings
 
     def may_change(self) -> list[str]:
         """
         Settings that may be different in a run that goes on: what has no effect on results, and how many iterations
-        there are, with what only those have that were not to be played before, or are no longer.
+        there are, with what those have that were never to be played before.
         """
-        before = (settings_of(self.config.output_dir) or {}).get("num_iterations", 0)
-        fewer, more = sorted((before, self.config.num_iterations))
-        others = [f"{name} of iteration {number}" for name in BY_ITERATION for number in range(fewer, more)]
-        return [*MAY_CHANGE, "num_iterations", *others]
+        known = settings_of(self.config.output_dir) or {}
+        keys = [f"{name} of iteration {n}" for name in BY_ITERATION for n in range(self.config.num_iterations)]
+        return [*MAY_CHANGE, "num_iterations", *(key for key in keys if key not in known)]
 
     def open(self, run: Run, model: str | Path) -> "SelfPlay":
         """Begin in a run's folder, or go on there, from the model in a folder of its own."""
@@ -445,6 +486,7 @@ class SelfPlay:
         if self.config.reference == "initial" and number > 0:
             inputs["initial"] = Path(self.model)
         each = {key: getattr(self.config.for_iteration(number), key) for key in BY_ITERATION}
+        each["reference"] = "initial" if "initial" in inputs else "previous"  # at first they are the same
         figures = self.run.stage(
             f"{name}/model",
             train_stage,
@@ -482,6 +524,7 @@ class SelfPlay:
             scorer_options=self.config.scorer_options(),
             load=self._load,
             batch_size=self.config.per_device_eval_batch_size,
+            max_length=self.config.max_length,
         )
         return self.figures[name]
 
@@ -609,6 +652,11 @@ class SelfPlay:
                 "Self-play goes over all rows in every iteration. Pass `train_dataset` and `eval_dataset` as a "
                 "`Dataset` each, not as a stream or a dict."
             )
+        if is_object and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            raise ValueError(
+                "The model was loaded in ZeRO-3's shards, of which each process holds a part. Pass its name or "
+                "folder, or load it before the SPINConfig is made."
+            )
         if is_object and hasattr(model, "peft_config"):
             raise ValueError(
                 "The model is a PeftModel, and each iteration trains an adapter of its own. Pass the base model, or "
@@ -633,8 +681,8 @@ class SelfPlay:
         game._given = (model, tokenizer, hub["revision"])
         return game
 
-    def play_for_trainer(self, resume_from_checkpoint: str | bool | None) -> tuple[TrainOutput, dict[str, Any]]:
-        """Open the folder, play, and say how to construct a trainer with the model to take."""
+    def play_for_trainer(self, resume_from_checkpoint: str | bool | None) -> tuple[TrainOutput, str, dict[str, Any]]:
+        """Open the folder, play, and say which model to take and how to construct a trainer with it."""
         if resume_from_checkpoint not in (None, True, False):
             raise ValueError(
                 f"resume_from_checkpoint={resume_from_checkpoint!r}: self-play goes on in its own folder and has no "
@@ -658,11 +706,16 @@ class SelfPlay:
         last = self.iteration_to_take or 0
         figures = self.training[f"iteration-{last}"]
         output = TrainOutput(figures["steps"], figures["train_loss"], {"models": self.figures})
-        return output, {
-            "model": self.model_to_take,
-            "args": self.config.for_iteration(last, model_init_kwargs=self._settings["model_init_kwargs"]),
-            "train_dataset": Dataset.from_list(read_jsonl(self._pairs(last))),
-        }
+        names = ("model_init_kwargs", "eval_strategy", "on_invalid_row")
+        return (
+            output,
+            self.model_to_take,
+            {
+                "model": self.model_to_take,
+                "args": self.config.for_iteration(last, **{name: self._settings[name] for name in names}),
+                "train_dataset": _dataset(read_jsonl(self._pairs(last))),
+            },
+        )
 
 
 def _train_and_watched(train_dataset, eval_dataset, tokenizer, config: SPINConfig, window: int | None):

@@ -1,13 +1,16 @@
 """SPIN."""
 
+import gc
 import hashlib
 import json
-import math
+import os
+import shutil
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -16,7 +19,7 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedModel
 
-from ._trl import add_fused_lm_head, create_model_from_path, prepare_deepspeed
+from ._trl import add_fused_lm_head, create_model_from_path, prepare_deepspeed, take_down_deepspeed
 from .candidate_trainer import CandidateTrainer, best_and_worst
 from .data import PREPARED_FEATURES
 from .execution.forward import score_completions
@@ -24,10 +27,11 @@ from .logps import CompletionLogps, completion_logps
 from .losses import spin_loss
 from .self_play import SelfPlay, is_sft_data
 from .spin_config import SPINConfig
+from .stages import MARK
 
-# how far from the opponent's a log-likelihood may be when nothing has been trained, in nats per square root of its
-# number of tokens: batches of other shapes round differently
-ROUNDING = {"float32": 1e-3, "half": 0.1}
+# how far from the opponent's a log-likelihood may be before anything was trained, in nats over the square root of its
+# number of tokens, as a quadratic mean over a batch: batches of other shapes round differently
+ROUNDING = {"float32": 1e-3, "half": 0.05}
 
 
 class SPINTrainer(CandidateTrainer):
@@ -123,6 +127,7 @@ class SPINTrainer(CandidateTrainer):
         peft_config: Any = None,
     ):
         self._self_play: SelfPlay | None = None
+        self._played: str | None = None
         self._has_reference = False
         if train_dataset is not None and model is not None and is_sft_data(train_dataset):
             objects = {
@@ -144,7 +149,8 @@ class SPINTrainer(CandidateTrainer):
             )
             self.args = self._self_play.config
             return
-        self._check_reference(args, ref_model)
+        self._check_reference(args, model, ref_model)
+        self._check_eval_dataset(eval_dataset)
         super().__init__(
             model=model,
             args=args,
@@ -200,17 +206,32 @@ class SPINTrainer(CandidateTrainer):
                 f"The train dataset has the columns {sorted(columns)}. One iteration of SPIN takes one real and one "
                 "generated answer: make `completions` the columns `chosen` and `rejected`."
             )
-        if getattr(args, "fsdp", None):
+        if getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
             raise NotImplementedError(
                 "SPINTrainer computes the reference before FSDP has sharded the model. Use DDP or DeepSpeed."
             )
 
     @staticmethod
-    def _check_reference(args: SPINConfig | None, ref_model: str | PreTrainedModel | None) -> None:
-        if ref_model is not None and getattr(args, "reference", "previous") == "previous":
+    def _check_eval_dataset(eval_dataset: Any) -> None:
+        datasets = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        if any(isinstance(dataset, IterableDataset) for dataset in datasets):
+            raise NotImplementedError(
+                "SPINTrainer does not take a stream as `eval_dataset`: the reference goes over all rows before the "
+                "first step. Pass a `Dataset`."
+            )
+
+    @staticmethod
+    def _check_reference(args: SPINConfig | None, model: Any, ref_model: str | PreTrainedModel | None) -> None:
+        kind = getattr(args, "reference", "previous")
+        if ref_model is not None and kind == "previous":
             raise ValueError(
                 "`ref_model` has no part in reference='previous', where the model itself, as it is before training, "
                 "is the reference. Leave `ref_model` out, or set reference='initial'."
+            )
+        if kind == "initial" and (ref_model is None or ref_model is model):
+            raise ValueError(
+                "reference='initial' on rows of `chosen` and `rejected` needs the model that started the first "
+                "iteration: pass it as `ref_model`, another object than `model`. Without one set reference='previous'."
             )
 
     def __getattr__(self, name: str):
@@ -236,31 +257,72 @@ class SPINTrainer(CandidateTrainer):
             `TrainOutput` of `Trainer`; in self-play that of the iteration whose model was taken, with the figures of
             all models as `metrics`.
         """
-        if self._self_play is None:
+        if self._self_play is None and self._played is None:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        output, last = self._self_play.play_for_trainer(resume_from_checkpoint)
-        self._self_play = None
-        # an ordinary trainer from here on, to save, evaluate or publish the model; it trains no further
-        super().__init__(**last)
+        if self._played is not None:
+            raise self._nothing_left("train")
+        output, model_to_take, last = self._self_play.play_for_trainer(resume_from_checkpoint)
+        self._self_play, self._played = None, model_to_take
+        super().__init__(**last)  # with the model to take, to look at, save or publish
         return output
+
+    def _nothing_left(self, what: str) -> RuntimeError:
+        return RuntimeError(
+            f"The iterations are played, and there is nothing left to {what} here: `model` is the model to take, its "
+            f"figures are in {self.args.output_dir}/spin.json. To play further, construct a trainer with a larger "
+            "`num_iterations` and call `train(resume_from_checkpoint=True)`."
+        )
+
+    def evaluate(self, *args, **kwargs):
+        if self._played is not None:
+            raise self._nothing_left("evaluate")
+        return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        if self._played is not None:
+            raise self._nothing_left("predict")
+        return super().predict(*args, **kwargs)
+
+    def push_to_hub(self, *args, **kwargs):
+        if self._played is not None:
+            raise RuntimeError(
+                f"The output folder holds the models of all iterations. Push the one to take: `hf upload NAME "
+                f"{self._played}`."
+            )
+        return super().push_to_hub(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`; after self-play the model to take is copied from where it is, whole."""
+        if self._played is None:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            shutil.copytree(
+                self._played,
+                output_dir or self.args.output_dir,
+                dirs_exist_ok=True,
+                ignore=shutil.ignore_patterns("checkpoint-*", "reference_*.npz", "manifest.json", MARK),
+            )
 
     # The reference
 
     def _add_reference(self, dataset: Dataset, name: str, opened: "_OpenedReference") -> Dataset:
-        """Add the column `reference_logps`: log-likelihood of each completion under the reference, in nats."""
-        rows = [list(dataset[key]) for key in ("prompt_ids", "completion_ids")]
-        digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        """
+        Add the column `reference_logps`: log-likelihood of each completion under the reference, in nats. Those that an
+        interrupted run has kept are taken again if they are of the same rows and weights.
+        """
+        weights = opened.fingerprint()
         file = Path(self.args.output_dir) / f"reference_{name}.npz"
-        kept = [None]
-        if self.accelerator.is_main_process and file.is_file():
-            try:
-                with np.load(file) as found:
-                    kept = [found["logps"].tolist() if str(found["digest"]) == digest else None]
-            except (OSError, ValueError, KeyError):  # half-written
-                kept = [None]
+        kept, digest = [None], ""
+        if self.accelerator.is_main_process:
+            digest = _digest(dataset, weights)
+            if file.is_file():
+                try:
+                    with np.load(file) as found:
+                        kept = [found["logps"].tolist() if str(found["digest"]) == digest else None]
+                except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # half-written
+                    kept = [None]
         broadcast_object_list(kept)
-        # an interrupted run's are taken again if this model, on some rows, gives the same
-        logps = kept[0] if kept[0] is not None and self._agrees(dataset, kept[0], opened) else None
+        logps = kept[0]
         if logps is None:
             logps = opened.logps(dataset, range(len(dataset)))
             if self.accelerator.is_main_process:
@@ -269,20 +331,6 @@ class SPINTrainer(CandidateTrainer):
                     np.savez(unfinished, logps=np.array(logps), digest=np.array(digest))
                 file.with_suffix(".unfinished").replace(file)
         return dataset.add_column("reference_logps", logps)
-
-    def _agrees(self, dataset: Dataset, kept: list[list[float]], opened: "_OpenedReference") -> bool:
-        probe = range(0, len(dataset), max(len(dataset) // 8, 1))
-        found = opened.logps(dataset, probe)
-        return all(
-            abs(one - other) <= self._rounding * math.sqrt(len(ids))
-            for index, logps in zip(probe, found, strict=True)
-            for one, other, ids in zip(logps, kept[index], dataset[index]["completion_ids"], strict=True)
-        )
-
-    @property
-    def _rounding(self) -> float:
-        half = self.args.bf16 or self.args.fp16 or self.model.dtype != torch.float32
-        return ROUNDING["half" if half else "float32"]
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
@@ -314,7 +362,7 @@ class SPINTrainer(CandidateTrainer):
         with torch.no_grad():
             if self.model.training and self.state.global_step == 0 and self._check_first_loss:
                 self._check_first_loss = False
-                self._stop_unless_at_the_start(losses.mean().item(), logps.lengths)
+                self._stop_unless_at_the_start(losses.mean().item(), log_ratios, logps.lengths)
             margins = beta * (real - generated)
             metrics = {
                 "rewards/chosen": beta * real,
@@ -329,14 +377,16 @@ class SPINTrainer(CandidateTrainer):
                 metrics[f"lengths/{name}"] = logps.lengths[rows].float()
         return losses, metrics
 
-    def _stop_unless_at_the_start(self, found: float, lengths: torch.Tensor) -> None:
-        sigmoid = self.args.loss == "sigmoid"
-        expected, slope = (math.log(2), 0.5) if sigmoid else (1.0, 1.0)
-        allowed = slope * self.args.beta * self._rounding * math.sqrt(2 * lengths.float().mean().item())
-        if not abs(found - expected) <= allowed:
+    def _stop_unless_at_the_start(self, found: float, log_ratios: torch.Tensor, lengths: torch.Tensor) -> None:
+        half = self.args.bf16 or self.args.fp16 or self.model.dtype != torch.float32
+        allowed = ROUNDING["half" if half else "float32"]
+        distance = (log_ratios / lengths.sqrt()).square().mean().sqrt().item()
+        if not distance <= allowed:
+            expected = "ln 2 = 0.6931" if self.args.loss == "sigmoid" else "1"
             raise RuntimeError(
-                f"The first loss is {found:.4f} and not {expected:.4f}{' (ln 2)' if sigmoid else ''} +- {allowed:.4f}:"
-                " the reference is not the model that training starts from. Either the weights were changed after the "
+                f"The first loss is {found:.4f}, where {expected} is right: the log-likelihoods are "
+                f"{distance:.4f} nats * sqrt(tokens) off the reference's, and rounding explains {allowed}. So the "
+                "reference is not the model that training starts from. Either the weights were changed after the "
                 "trainer was constructed, which is when the reference is computed: construct it anew. Or the model "
                 "computes something else in training: look for dropout, noise on the embeddings (`neftune_noise_alpha`"
                 ") or another source of chance, and switch it off."
@@ -368,7 +418,10 @@ class _OpenedReference:
         return self
 
     def __exit__(self, *exception) -> None:
+        if self._model is not None and self.trainer.is_deepspeed_enabled:
+            take_down_deepspeed(self._model)
         self._model = self.ref_model = None
+        gc.collect()  # an engine and its model hold each other
         self.trainer.model.train(self.was_training)
         if torch.accelerator.is_available():
             torch.accelerator.memory.empty_cache()
@@ -395,6 +448,18 @@ class _OpenedReference:
             self._model.eval()
         return self._model
 
+    def fingerprint(self) -> str:
+        """
+        Of the weights, to recognise the model after an interruption: sum and sum of squares of each parameter, in
+        float64, of all processes' shares where it is sharded.
+        """
+        digest = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            values = getattr(parameter, "ds_tensor", parameter).detach().double()
+            digest.update(f"{name} {values.sum().item()!r} {values.square().sum().item()!r}\n".encode())
+        shares = [digest.hexdigest()]
+        return "".join(gather_object(shares) if self.trainer.accelerator.num_processes > 1 else shares)
+
     @torch.no_grad()
     def logps(self, dataset: Dataset, indices) -> list[list[float]]:
         """Log-likelihoods of the completions of rows, in nats; split over the processes, the same on all."""
@@ -419,6 +484,13 @@ class _OpenedReference:
             found = gather_object(found)
         by_index = dict(found)
         return [by_index[index] for index in indices]
+
+
+def _digest(dataset: Dataset, weights: str) -> str:
+    digest = hashlib.sha256(weights.encode())
+    for row in dataset.select_columns(["prompt_ids", "completion_ids"]):
+        digest.update(json.dumps(row).encode())
+    return digest.hexdigest()
 
 
 def _num_tokens(row: dict[str, Any]) -> int:
