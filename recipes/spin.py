@@ -28,6 +28,8 @@ from trl_ext.cli import is_playground, load_datasets, parse_recipe_args, run_rec
 from trl_ext.self_play import is_sft_data, start_self_play
 
 DATACLASSES = (ScriptArguments, SPINConfig, ModelConfig, DatasetMixtureConfig)
+# of SFT going on: of 1e-4, 2e-4 and 5e-4 the one that does best
+CONTROL_LEARNING_RATE = 2e-4
 PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "spin_playground.yaml"
 
 
@@ -48,6 +50,7 @@ def play_on_the_playground(parsed):
             shards_models=True,
             playground=spin_playground(config.seed),
             num_steps=game.training[f"iteration-{number}"]["steps"],
+            learning_rate=CONTROL_LEARNING_RATE,
             batch_size=config.train_batch_size * config.gradient_accumulation_steps * game.run.state.num_processes,
         )
         model = game.run.path(name, "model")

@@ -165,10 +165,10 @@ def sft_stage(folder: Path, *, playground: "Playground") -> dict[str, float]:
 
 
 def continue_sft_stage(
-    folder: Path, *, model: Path, playground: "Playground", num_steps: int, batch_size: int
+    folder: Path, *, model: Path, playground: "Playground", num_steps: int, batch_size: int, learning_rate: float
 ) -> dict:
     """SFT going on from a model, for as many updates of as many prompts each as another training had; a stage."""
-    playground.train_sft(folder, start=model, num_steps=num_steps, batch_size=batch_size)
+    playground.train_sft(folder, start=model, num_steps=num_steps, batch_size=batch_size, learning_rate=learning_rate)
     return {}
 
 
@@ -248,6 +248,7 @@ class Playground:
         start: str | Path | None = None,
         num_steps: int | None = None,
         batch_size: int | None = None,
+        learning_rate: float | None = None,
     ) -> Path:
         """
         Train on the SFT rows with TRL's `SFTTrainer`, and save to `directory`.
@@ -257,6 +258,7 @@ class Playground:
             start (`str` or `Path`, *optional*): the model to begin with; by default a new byte-level one.
             num_steps (`int`, *optional*): updates; by default those of one epoch.
             batch_size (`int`, *optional*): examples per update; by default `sft_batch_size`.
+            learning_rate (`float`, *optional*): the highest; by default `sft_learning_rate`.
         """
         from trl import SFTConfig, SFTTrainer
 
@@ -276,7 +278,7 @@ class Playground:
                 per_device_train_batch_size=max(batch_size // state.num_processes, 1),
                 num_train_epochs=1,
                 max_steps=num_steps or -1,
-                learning_rate=self.sft_learning_rate,
+                learning_rate=learning_rate or self.sft_learning_rate,
                 lr_scheduler_type="cosine",
                 warmup_steps=0.1,
                 max_length=None,
@@ -295,10 +297,10 @@ class Playground:
 
 def spin_playground(seed: int) -> Playground:
     """
-    The task for SPIN: fewer examples, from which the model learns only in part, and no tone: where the answers in the
-    data are themselves drawn at random, every pair of equal digits with another tone would be noise.
+    The task for SPIN: no tone, as every pair of equal digits with another tone would be noise where the answers in the
+    data are themselves drawn at random.
     """
-    return Playground(seed=seed, num_sft=6400, num_prompts=0, num_held_out=1000, with_tone=False)
+    return Playground(seed=seed, num_prompts=0, with_tone=False)
 
 
 def main() -> None:
