@@ -40,8 +40,8 @@ def play_on_the_playground(parsed):
     config = parsed[1]
     game = start_self_play(parsed)
     game.play()
-    model, names = game.model, {}
-    for number in range(config.num_iterations):
+    model, controls = game.model, {}
+    for number in range(len(game.training)):  # fewer than wanted where the game was stopped
         name = f"control-{number}"
         game.run.stage(
             f"{name}/model",
@@ -55,8 +55,8 @@ def play_on_the_playground(parsed):
         )
         model = game.run.path(name, "model")
         game.evaluate(name, model)
-        names[name] = f"SFT going on, {number}"
-    game.report(names)
+        controls[name] = f"iteration-{number}"
+    game.report(controls)
 
 
 def main(arguments):

@@ -21,7 +21,7 @@ from tests.conftest import PAIRS, REPOSITORY, real_data
 from trl_ext import SPINConfig, SPINTrainer
 from trl_ext.rounds import read_jsonl
 from trl_ext.sampling import model_fingerprint
-from trl_ext.self_play import is_sft_data, sft_rows
+from trl_ext.self_play import as_dataset, is_sft_data, sft_rows
 
 ROWS = [
     {"prompt": f"{row['prompt']}{number} ", "completion": row["chosen"], "note": number}
@@ -109,8 +109,8 @@ def start_and_kill(arguments, when):
 # The recipe
 
 
-def test_two_iterations_by_hash_and_killed_at_any_point(model_dir, sft_file, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+def test_two_iterations_by_hash(model_dir, sft_file, tmp_path):
+    whole = tmp_path / "whole"
     printed = run(command(model_dir, sft_file, whole))
     assert "margin over the opponent" in printed and "SPIN iteration 1" in printed
     report = json.loads((whole / "spin.json").read_text())
@@ -147,7 +147,23 @@ def test_two_iterations_by_hash_and_killed_at_any_point(model_dir, sft_file, tmp
     torch.testing.assert_close(used, slow_logps(first, pairs).to(used), rtol=1e-4, atol=1e-3)
     assert (used - slow_logps(model_dir, pairs).to(used)).abs().min() > 0.01
 
-    # killed while it generates, trains iteration 0, and in mid-training of iteration 1
+    # what must not go on does not, and changes nothing
+    arguments = command(model_dir, sft_file, whole)
+    resume = [*arguments, "--resume_from_checkpoint", "true"]
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    assert "holds an earlier run. Add `--resume_from_checkpoint true`" in run(arguments, expect_failure=True)
+    changed = run([*resume, "--beta", "0.5"], expect_failure=True)
+    assert "was begun with other settings: beta of iteration 0 was 0.1 and is 0.5" in changed
+    sft_file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[1:]))
+    assert "was begun with other settings: data was" in run(resume, expect_failure=True)
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+@pytest.mark.slow
+def test_killed_at_any_point_and_played_further(model_dir, sft_file, tmp_path):
+    """While it generates, trains iteration 0, and in mid-training of iteration 1: the weights are the same."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(command(model_dir, sft_file, whole))
     arguments = command(model_dir, sft_file, broken)
     resume = [*arguments, "--resume_from_checkpoint", "true"]
     start_and_kill(arguments, lambda: (broken / "iteration-0" / "generated" / "sampling.json").exists())
@@ -160,19 +176,10 @@ def test_two_iterations_by_hash_and_killed_at_any_point(model_dir, sft_file, tmp
     assert generated.stat().st_mtime_ns == stamp
     assert_same_weights(whole / "iteration-0" / "model", broken / "iteration-0" / "model")
     assert_same_weights(whole / "iteration-1" / "model", broken / "iteration-1" / "model")
-    assert json.loads((broken / "spin.json").read_text())["models"] == report["models"]
-
-    # what must not go on does not, and changes nothing
-    before = {path: path.stat().st_mtime_ns for path in broken.rglob("*")}
-    assert "holds an earlier run. Add `--resume_from_checkpoint true`" in run(arguments, expect_failure=True)
-    changed = run([*resume, "--beta", "0.5"], expect_failure=True)
-    assert "was begun with other settings: beta of iteration 0 was 0.1 and is 0.5" in changed
-    sft_file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[1:]))
-    assert "was begun with other settings: data was" in run(resume, expect_failure=True)
-    assert {path: path.stat().st_mtime_ns for path in broken.rglob("*")} == before
+    reports = [json.loads((folder / "spin.json").read_text()) for folder in (whole, broken)]
+    assert reports[0]["models"] == reports[1]["models"] and reports[0]["training"] == reports[1]["training"]
 
     # a third iteration may be added later
-    sft_file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     run([*resume, "--num_iterations", "3"])
     assert manifest(broken, "iteration-2", "model")["inputs"]["model"] == model_fingerprint(
         broken / "iteration-1" / "model"
@@ -181,7 +188,8 @@ def test_two_iterations_by_hash_and_killed_at_any_point(model_dir, sft_file, tmp
     assert "generated_000" not in manifest(broken, "iteration-2", "model")["inputs"]
 
     # a model that somebody has replaced is noticed
-    (broken / "iteration-0" / "model" / "model.safetensors").write_bytes((second / "model.safetensors").read_bytes())
+    first, second = (broken / f"iteration-{number}" / "model" / "model.safetensors" for number in (0, 1))
+    first.write_bytes(second.read_bytes())
     replaced = run([*resume, "--num_iterations", "3"], expect_failure=True)
     assert "was made from another model than there is now" in replaced
 
@@ -476,6 +484,13 @@ def test_rows_that_cannot_be_used_may_be_dropped(tokenizer, config_kwargs, capsy
     rows = Dataset.from_list([*ROWS, {**ROWS[0], "completion": ""}, {**ROWS[0], "prompt": "x" * 2000}])
     kept = sft_rows(rows, tokenizer, SPINConfig(**config_kwargs, on_invalid_row="drop"), None, "train")
     assert kept == ROWS and "26 rows, 2 dropped: empty 1, too long 1" in capsys.readouterr().out
+
+
+def test_rows_with_and_without_tools_are_trained_on_together(tmp_path):
+    """The first row's columns are not those of all."""
+    plain, tools = {"prompt": "a"}, {"prompt": "b", "tools": '[{"name": "f"}]'}
+    found = as_dataset([plain, tools])
+    assert found["tools"][:] == [None, tools["tools"]] and found["prompt"][:] == ["a", "b"]
 
 
 def test_an_answer_that_was_cut_gets_no_end(model_dir, tokenizer, config_kwargs):

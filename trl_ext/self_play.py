@@ -240,7 +240,7 @@ def train_stage(
         model=str(model),
         ref_model=None if initial is None else str(initial),
         args=config,
-        train_dataset=_dataset([row for name in sorted(generated) for row in read_jsonl(generated[name])]),
+        train_dataset=as_dataset([row for name in sorted(generated) for row in read_jsonl(generated[name])]),
         **trainer_kwargs,
     )
     results = trainer.train(resume_from_checkpoint=resume_from).metrics
@@ -283,7 +283,7 @@ def evaluate_stage(
 
     `opponent` is that file of the opponent. The margin is, in nats, how much more likely the model finds the real
     answer than the opponent does, less the same for the opponent's own answer: h of the loss, on rows it was not
-    trained on.
+    trained on, where the opponent's answer is not the real one.
     """
     asked = [{**row, "_number": number} for number, row in enumerate(read_jsonl(rows))]
     answered, report = sample_candidates(
@@ -328,15 +328,16 @@ def evaluate_stage(
         "truncated": report.truncated,
         "num_answers": len(answers),
     }
-    if before:
-        figures["margin"] = fmean(one["margin"] for one in answers)
-        figures["margin_accuracy"] = fmean(one["margin"] > 0 for one in answers)
+    margins = [one["margin"] for one in answers if before and not before[one["number"]]["equal"]]
+    if margins:  # as in training, where answers equal to the real one make no pair
+        figures["margin"] = fmean(margins)
+        figures["margin_accuracy"] = fmean(margin > 0 for margin in margins)
     if rewards:
         figures["reward"] = fmean(one["reward"] for one in answers)
     return figures
 
 
-def _dataset(rows: Sequence[dict]) -> Dataset:
+def as_dataset(rows: Sequence[dict]) -> Dataset:
     """Rows of which some have a column that others lack; `Dataset.from_list` would take the first row's columns."""
     columns = dict.fromkeys(column for row in rows for column in row)
     return Dataset.from_list([{column: row.get(column) for column in columns} for row in rows])
@@ -577,36 +578,39 @@ class SelfPlay:
         if self.figures:
             plot_self_play(self.figures, self.training, self.run.path("spin.png"))
 
-    def report(self, names: dict[str, str] | None = None) -> None:
+    def report(self, controls: dict[str, str] | None = None) -> None:
         """
-        Print the figures of all models side by side.
+        Print the figures of the start and of each iteration side by side.
 
         Args:
-            names (`dict[str, str]`, *optional*): what to call them; by default `iteration-0` is "SPIN iteration 0".
+            controls (`dict[str, str]`, *optional*): models that were evaluated under these names, each to be compared
+                with an iteration.
         """
         self.write_report()
         if not PartialState().is_main_process or not self.figures:
             return
-        called = {name: name.replace("iteration-", "SPIN iteration ") for name in self.figures}
-        called |= {"start": self.start_name, **(names or {})}
+        controls = controls or {}
+        names = [name for name in self.figures if name not in controls]
         answers = {name: {one["number"]: one for one in read_jsonl(self._answers_file(name))} for name in self.figures}
-        first = answers["start"]
-        console = Console(width=max(110, 22 + 17 * len(self.figures)))
+        first, console = answers["start"], Console(width=max(110, 34 + 19 * len(names)))
         table = Table(title=f"{len(first)} held-out prompts, one sampled answer each", title_justify="left")
-        for heading in ("", *(called[name] for name in self.figures)):
-            table.add_column(heading, justify="right" if heading else "left")
+        table.add_column("", no_wrap=True)
+        for name in names:
+            called = self.start_name if name == "start" else name.replace("iteration-", "SPIN iteration ")
+            table.add_column(called, justify="right")
 
         def row(label: str, key: str, form: str, found: dict[str, dict] = self.figures) -> None:
-            if any(key in figures for figures in found.values()):
-                values = (found.get(name, {}).get(key) for name in self.figures)
+            if any(key in found.get(name, {}) for name in names):
+                values = (found.get(name, {}).get(key) for name in names)
                 table.add_row(label, *("" if value is None else format(value, form) for value in values))
 
+        has_reward = "reward" in self.figures["start"]
         row("reward", "reward", ".3f")
-        if "reward" in self.figures["start"]:
-            table.add_row("change, same prompts", "", *(change(answers[n], first) for n in list(answers)[1:]))
-            table.add_row("wins over the first", *(wins(answers[name], first) for name in answers))
+        if has_reward:
+            steps = zip(names, names[1:], strict=False)
+            table.add_row("change from the left", "", *(change(answers[b], answers[a]) for a, b in steps))
+            table.add_row("wins over the first", *(wins(answers[name], first) for name in names))
         row("NLL of real answers, per token", "nll", ".4f")
-        row("log-likelihood of real answers", "real_logp", ".2f")
         row("margin over the opponent, nats", "margin", "+.2f")
         row("margin > 0", "margin_accuracy", ".1%")
         row("generated = real", "equal", ".1%")
@@ -615,6 +619,18 @@ class SelfPlay:
         row("updates", "steps", "d", self.training)
         row("first loss", "first_loss", ".4f", self.training)
         console.print(table)
+        if controls and has_reward:
+            table = Table(title="SFT going on for as many updates", title_justify="left")
+            table.add_column("after", no_wrap=True)
+            for heading in ("reward, SPIN", "reward, SFT", "SPIN less SFT, same prompts", "NLL, SPIN", "NLL, SFT"):
+                table.add_column(heading, justify="right")
+            for control, name in controls.items():
+                reward, nll = ([self.figures[one][key] for one in (name, control)] for key in ("reward", "nll"))
+                table.add_row(
+                    name.replace("-", " "), *(f"{value:.3f}" for value in reward),
+                    change(answers[name], answers[control]).replace("\n", ", "), *(f"{value:.4f}" for value in nll),
+                )  # fmt: skip
+            console.print(table)
         print(f"The model is {self.model_to_take}; spin.json and spin.png are in {self.run.folder}")
 
     # For a trainer
@@ -713,7 +729,7 @@ class SelfPlay:
             {
                 "model": self.model_to_take,
                 "args": self.config.for_iteration(last, **{name: self._settings[name] for name in names}),
-                "train_dataset": _dataset(read_jsonl(self._pairs(last))),
+                "train_dataset": as_dataset(read_jsonl(self._pairs(last))),
             },
         )
 
