@@ -1,14 +1,24 @@
 """Rows in, prepared rows out; and one message per thing that can be wrong."""
 
+import copy
 import logging
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from transformers import AddedToken
 from trl import DPOConfig, DPOTrainer, extract_prompt
 
 from tests.conftest import PAIRS, read_jsonl, real_data
-from trl_ext.data import RowError, RowOptions, extract_shared_prompt, prepare_dataset, prepare_row, tokenize_candidates
+from trl_ext.data import (
+    RowError,
+    RowOptions,
+    extract_shared_prompt,
+    prepare_dataset,
+    prepare_row,
+    tokenize_candidates,
+    without_end,
+)
 
 
 def prepare(rows, tokenizer, options=None, **kwargs):
@@ -413,3 +423,13 @@ def test_real_ranked_data(tokenizer):
 
 def test_prepare_row_needs_no_dataset(tokenizer):
     assert prepare_row(GOOD, tokenizer, RowOptions())["scores"] == [1.0, 0.0]
+
+
+def test_an_end_of_the_template_that_is_no_named_special_token(tokenizer):
+    """As in Phi-3: the template ends an answer with one token, the text with another."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens([AddedToken("<|end|>", special=True)])
+    assert tokenizer.convert_tokens_to_ids("<|end|>") not in tokenizer.all_special_ids
+    text = tokenizer("no, for ")["input_ids"]
+    for end in ("", "<|end|>", "<|end|>\n", f"<|end|>\n{tokenizer.eos_token}", tokenizer.eos_token):
+        assert without_end([*text, *tokenizer(end)["input_ids"]], tokenizer) == text

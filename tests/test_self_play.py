@@ -21,7 +21,8 @@ from tests.conftest import PAIRS, REPOSITORY, real_data
 from trl_ext import SPINConfig, SPINTrainer
 from trl_ext.rounds import read_jsonl
 from trl_ext.sampling import model_fingerprint
-from trl_ext.self_play import as_dataset, is_sft_data, sft_rows
+from trl_ext.self_play import SelfPlay, as_dataset, is_sft_data, sft_rows
+from trl_ext.stages import Run
 
 ROWS = [
     {"prompt": f"{row['prompt']}{number} ", "completion": row["chosen"], "note": number}
@@ -484,6 +485,33 @@ def test_rows_that_cannot_be_used_may_be_dropped(tokenizer, config_kwargs, capsy
     rows = Dataset.from_list([*ROWS, {**ROWS[0], "completion": ""}, {**ROWS[0], "prompt": "x" * 2000}])
     kept = sft_rows(rows, tokenizer, SPINConfig(**config_kwargs, on_invalid_row="drop"), None, "train")
     assert kept == ROWS and "26 rows, 2 dropped: empty 1, too long 1" in capsys.readouterr().out
+
+
+def test_fewer_iterations_and_more_again(model_dir, config_kwargs):
+    """What was played with one value stays bound to it, however often the number of iterations changes."""
+    folder = Path(config_kwargs["output_dir"])
+
+    def resume(number, beta=0.1):
+        config = SPINConfig(**{**config_kwargs, "num_iterations": number, "beta": beta})
+        game = SelfPlay(config, ROWS[:4], ROWS[4:8], trainer_class=SPINTrainer)
+        run = Run(folder, game.settings(), resume=True, may_change=game.may_change())
+        run.keep("rows", {})
+
+    for number in (3, 1, 1, 2, 3, 4):
+        resume(number)
+    with pytest.raises(ValueError, match="beta of iteration 2 was 0.1 and is 5.0"):
+        resume(3, [0.1, 0.1, 5.0])
+    resume(5, [0.1, 0.1, 0.1, 0.1, 5.0])
+    with pytest.raises(ValueError, match="beta of iteration 4 was 5.0 and is 0.1"):
+        resume(5)
+
+
+def test_rows_of_the_eval_dataset_are_not_trained_on(model_dir, config_kwargs, capsys):
+    trainer = self_play(model_dir, ROWS, config_kwargs, eval_dataset=Dataset.from_list(ROWS[:3]))
+    game = trainer._self_play
+    assert [row["prompt"] for row in game.watched] == [row["prompt"] for row in ROWS[:3]]
+    assert [row["prompt"] for row in game.rows] == [row["prompt"] for row in ROWS[3:]]
+    assert "3 rows are left out: their prompts are in the eval dataset" in capsys.readouterr().out
 
 
 def test_rows_with_and_without_tools_are_trained_on_together(tmp_path):

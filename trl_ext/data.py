@@ -466,7 +466,10 @@ def without_end(completion_ids: list[int], tokenizer: PreTrainedTokenizerBase) -
     Tokens of an answer without the special tokens at its end (of the end token's or the chat template's), and without
     white space between and behind these.
     """
-    special, end = set(tokenizer.all_special_ids), len(completion_ids)
+    # those of the template alone need not be among the tokenizer's named ones
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special.update(tokenizer.all_special_ids)
+    end = len(completion_ids)
     for index in range(len(completion_ids) - 1, -1, -1):
         if completion_ids[index] in special:
             end = index

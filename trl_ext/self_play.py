@@ -437,22 +437,26 @@ class SelfPlay:
         }
         processes = {"num_processes": all_processes().num_processes}
         settings = {**run_settings([self.config]), **kwargs, **processes, "data": data, **others}
-        before = settings_of(self.config.output_dir) or {}
+        before = self._settings_before()
         for name in BY_ITERATION:  # by iteration, so that a finished run can be given more of them
             del settings[name]
-            for number in range(max(self.config.num_iterations, before.get("num_iterations", 0))):
-                key, value = f"{name} of iteration {number}", before.get(f"{name} of iteration {number}")
-                if number < self.config.num_iterations:
-                    value = getattr(self.config.for_iteration(number), name)
-                settings[key] = value  # of those played before and not wanted now as they were
+            # of iterations played before and not wanted now they stay as they were
+            settings.update({key: value for key, value in before.items() if key.startswith(f"{name} of iteration ")})
+            for number in range(self.config.num_iterations):
+                settings[f"{name} of iteration {number}"] = getattr(self.config.for_iteration(number), name)
         return settings
+
+    def _settings_before(self) -> dict[str, Any]:
+        """Of the run in the output folder, if it has got anywhere."""
+        folder = Path(self.config.output_dir)
+        return (settings_of(folder) or {}) if (folder / "rows").is_dir() else {}
 
     def may_change(self) -> list[str]:
         """
         Settings that may be different in a run that goes on: what has no effect on results, and how many iterations
         there are, with what those have that were never to be played before.
         """
-        known = settings_of(self.config.output_dir) or {}
+        known = self._settings_before()
         keys = [f"{name} of iteration {n}" for name in BY_ITERATION for n in range(self.config.num_iterations)]
         return [*MAY_CHANGE, "num_iterations", *(key for key in keys if key not in known)]
 
@@ -737,7 +741,16 @@ class SelfPlay:
 def _train_and_watched(train_dataset, eval_dataset, tokenizer, config: SPINConfig, window: int | None):
     rows = sft_rows(train_dataset, tokenizer, config, window, "train")
     if eval_dataset is not None:
-        return rows, sft_rows(eval_dataset, tokenizer, config, window, "eval")
+        watched = sft_rows(eval_dataset, tokenizer, config, window, "eval")
+        prompts = {json.dumps(row["prompt"], sort_keys=True) for row in watched}
+        train = [row for row in rows if json.dumps(row["prompt"], sort_keys=True) not in prompts]
+        if not train:
+            raise ValueError(
+                "All prompts of the train dataset are in the eval dataset, and nothing is left to train on."
+            )
+        if len(train) < len(rows):
+            PartialState().print(f"{len(rows) - len(train)} rows are left out: their prompts are in the eval dataset")
+        return train, watched
     if config.num_watched_prompts == 0:
         return rows, []
     return set_apart(rows, config.num_watched_prompts, config.seed)

@@ -15,7 +15,7 @@ _OPPONENT = "the reference is the opponent, which is replaced after each iterati
 
 
 @dataclass
-class SPINConfig(CandidateConfig, ScorerConfig):
+class SPINConfig(ScorerConfig, CandidateConfig):
     r"""
     Configuration of [`SPINTrainer`]: the fields below, and everything of [`~trl.DPOConfig`] that has a meaning in
     self-play (https://huggingface.co/papers/2401.01335). What belongs to the loop (history, early stop, generation)

@@ -254,8 +254,8 @@ class SPINTrainer(CandidateTrainer):
                 checkpoints to name.
 
         Returns:
-            `TrainOutput` of `Trainer`; in self-play that of the iteration whose model was taken, with the figures of
-            all models as `metrics`.
+            `TrainOutput` of `Trainer`; in self-play that of the iteration whose model was taken (of iteration 0 where
+            the start is kept), with the figures of all models as `metrics`.
         """
         if self._self_play is None and self._played is None:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -385,7 +385,7 @@ class SPINTrainer(CandidateTrainer):
             expected = "ln 2 = 0.6931" if self.args.loss == "sigmoid" else "1"
             raise RuntimeError(
                 f"The first loss is {found:.4f}, where {expected} is right: the log-likelihoods are "
-                f"{distance:.4f} nats * sqrt(tokens) off the reference's, and rounding explains {allowed}. So the "
+                f"{distance:.4f} nats / sqrt(tokens) off the reference's, and rounding explains {allowed}. So the "
                 "reference is not the model that training starts from. Either the weights were changed after the "
                 "trainer was constructed, which is when the reference is computed: construct it anew. Or the model "
                 "computes something else in training: look for dropout, noise on the embeddings (`neftune_noise_alpha`"
@@ -455,7 +455,11 @@ class _OpenedReference:
         """
         digest = hashlib.sha256()
         for name, parameter in self.model.named_parameters():
-            values = getattr(parameter, "ds_tensor", parameter).detach().double()
+            values = parameter.detach()
+            if hasattr(parameter, "ds_tensor"):  # the last share is filled up with anything
+                share, rank = parameter.ds_tensor.flatten(), self.trainer.accelerator.process_index
+                values = share[: max(parameter.ds_numel - rank * share.numel(), 0)]
+            values = values.double()
             digest.update(f"{name} {values.sum().item()!r} {values.square().sum().item()!r}\n".encode())
         shares = [digest.hexdigest()]
         return "".join(gather_object(shares) if self.trainer.accelerator.num_processes > 1 else shares)
