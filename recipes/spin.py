@@ -35,10 +35,11 @@ PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "spin_playground.yaml"
 
 def play_on_the_playground(parsed):
     """Three iterations, and SFT going on for as many updates as they have had."""
+    from trl_ext import SPINTrainer
     from trl_ext.playground import continue_sft_stage, spin_playground
 
     config = parsed[1]
-    game = start_self_play(parsed)
+    game = start_self_play(parsed, SPINTrainer)
     game.play()
     model, controls = game.model, {}
     for number in range(len(game.training)):  # fewer than wanted where the game was stopped
@@ -70,7 +71,7 @@ def main(arguments):
     script_args, config, _, dataset_args = parsed
     rows, _ = load_datasets(script_args, dataset_args, with_eval=config.eval_strategy != "no", seed=config.seed)
     if is_sft_data(rows):
-        game = start_self_play(parsed)
+        game = start_self_play(parsed, SPINTrainer)
         game.play()
         game.report()
     else:

@@ -783,20 +783,19 @@ def _save_start(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
 # For the recipe
 
 
-def start_self_play(parsed: Sequence[Any]) -> SelfPlay:
+def start_self_play(parsed: Sequence[Any], trainer_class: type) -> SelfPlay:
     """
     Begin the game of the recipe, or take it up where it was interrupted.
 
     Args:
         parsed (`Sequence`): what [`parse_recipe_args`] returned. Without a model and data, on the playground, an SFT
             model is trained first.
+        trainer_class (`type`): [`SPINTrainer`], or a subclass that can be imported.
 
     Raises:
         FileExistsError, ValueError: see [`Run`] and [`sft_rows`].
     """
     from trl import get_peft_config, get_quantization_config
-
-    from .spin_trainer import SPINTrainer
 
     script_args, config, model_args, dataset_args = parsed
     if wants_to_resume(config) and str(config.resume_from_checkpoint).lower() not in RESUME_LAST:
@@ -831,7 +830,7 @@ def start_self_play(parsed: Sequence[Any]) -> SelfPlay:
         config,
         rows,
         watched,
-        trainer_class=SPINTrainer,
+        trainer_class=trainer_class,
         trainer_kwargs={
             "peft_config": get_peft_config(model_args),
             "quantization_config": get_quantization_config(model_args),

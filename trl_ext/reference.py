@@ -1,0 +1,162 @@
+"""The reference of a loss that compares with it: run over the rows once, before anything is trained, and let go."""
+
+import gc
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+from ._trl import add_fused_lm_head, create_model_from_path, prepare_deepspeed, take_down_deepspeed
+from .execution.forward import score_completions
+from .logps import completion_logps
+
+
+@dataclass
+class ReferenceCollator:
+    """A collator that puts `reference_logps` `(N,)`, float32, in the order of the rows, beside what another makes."""
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = self.collator(examples)
+        if "reference_logps" in examples[0]:
+            logps = [logp for example in examples for logp in example["reference_logps"]]
+            batch["reference_logps"] = torch.tensor(logps, dtype=torch.float32)
+        return batch
+
+
+class Reference:
+    """
+    The reference while it is there: the trainer's own model, or another that is let go again.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): with `model`, `data_collator`, `prefix_sharing` and prepared rows.
+        ref_model (`str` or [`~transformers.PreTrainedModel`], *optional*): by default the trainer's model as it is.
+    """
+
+    def __init__(self, trainer: Trainer, ref_model: str | PreTrainedModel | None):
+        self.trainer, self.ref_model, self.was_training = trainer, ref_model, trainer.model.training
+        self._model: nn.Module | None = None
+
+    def __enter__(self) -> "Reference":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._model is not None and self.trainer.is_deepspeed_enabled:
+            take_down_deepspeed(self._model)
+        self._model = self.ref_model = None
+        gc.collect()  # an engine and its model hold each other
+        self.trainer.model.train(self.was_training)
+        if torch.accelerator.is_available():
+            torch.accelerator.memory.empty_cache()
+
+    def add_to(self, dataset: Dataset, name: str) -> Dataset:
+        """
+        Add the column `reference_logps`: log-likelihood of each completion under the reference, in nats. Those that an
+        interrupted run has kept are taken again if they are of the same rows and weights.
+        """
+        accelerator, weights = self.trainer.accelerator, self.fingerprint()
+        file = Path(self.trainer.args.output_dir) / f"reference_{name}.npz"
+        kept, digest = [None], ""
+        if accelerator.is_main_process:
+            digest = _digest(dataset, weights)
+            if file.is_file():
+                try:
+                    with np.load(file) as found:
+                        kept = [found["logps"].tolist() if str(found["digest"]) == digest else None]
+                except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # half-written
+                    kept = [None]
+        broadcast_object_list(kept)
+        logps = kept[0]
+        if logps is None:
+            logps = self.logps(dataset, range(len(dataset)))
+            if accelerator.is_main_process:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with file.with_suffix(".unfinished").open("wb") as unfinished:
+                    np.savez(unfinished, logps=np.array(logps), digest=np.array(digest))
+                file.with_suffix(".unfinished").replace(file)
+        return dataset.add_column("reference_logps", logps)
+
+    @property
+    def model(self) -> nn.Module:
+        """Loaded, and on its device, on first use."""
+        if self._model is None:
+            trainer, args, model = self.trainer, self.trainer.args, self.ref_model
+            if model is None:
+                model = trainer.model
+            else:
+                if isinstance(model, str | Path):
+                    kwargs = {"dtype": trainer.model.dtype, "trust_remote_code": args.trust_remote_code}
+                    kwargs.update(args.model_init_kwargs or {})
+                    model = create_model_from_path(str(model), **{**kwargs, "device_map": None})
+                model.requires_grad_(False)
+                add_fused_lm_head(model)
+                if trainer.prefix_sharing is not None:
+                    trainer.prefix_sharing.install(model)
+                model = model.to(args.device) if not trainer.is_deepspeed_enabled else model
+            # DeepSpeed has not placed or sharded the model yet
+            self._model = prepare_deepspeed(model, trainer.accelerator) if trainer.is_deepspeed_enabled else model
+            self._model.eval()
+        return self._model
+
+    def fingerprint(self) -> str:
+        """
+        Of the weights, to recognise the model after an interruption: sum and sum of squares of each parameter, in
+        float64, of all processes' shares where it is sharded.
+        """
+        digest = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            values = parameter.detach()
+            if hasattr(parameter, "ds_tensor"):  # the last share is filled up with anything
+                share, rank = parameter.ds_tensor.flatten(), self.trainer.accelerator.process_index
+                values = share[: max(parameter.ds_numel - rank * share.numel(), 0)]
+            values = values.double()
+            digest.update(f"{name} {values.sum().item()!r} {values.square().sum().item()!r}\n".encode())
+        shares = [digest.hexdigest()]
+        return "".join(gather_object(shares) if self.trainer.accelerator.num_processes > 1 else shares)
+
+    @torch.no_grad()
+    def logps(self, dataset: Dataset, indices) -> list[list[float]]:
+        """Log-likelihoods of the completions of rows, in nats; split over the processes, the same on all."""
+        accelerator, args = self.trainer.accelerator, self.trainer.args
+        size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
+        lengths = {index: _num_tokens(dataset[index]) for index in indices}
+        order = sorted(lengths, key=lambda index: (-lengths[index], index))
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        found: list[tuple[int, list[float]]] = []
+        # all processes take as many turns, as a sharded model is collected by all of them together
+        for turn in range(0, len(batches), accelerator.num_processes):
+            number = turn + accelerator.process_index
+            batch = batches[min(number, len(batches) - 1)]
+            inputs = self.trainer.data_collator([dataset[index] for index in batch])
+            inputs = {key: value.to(args.device) for key, value in inputs.items()}
+            with accelerator.autocast():
+                outputs = score_completions(self.model, inputs)
+            sums = iter(completion_logps(outputs.log_probs, inputs["completion_mask"]).sums.tolist())
+            if number < len(batches):
+                found += [(index, [next(sums) for _ in dataset[index]["completion_ids"]]) for index in batch]
+        if accelerator.num_processes > 1:
+            found = gather_object(found)
+        by_index = dict(found)
+        return [by_index[index] for index in indices]
+
+
+def _digest(dataset: Dataset, weights: str) -> str:
+    digest = hashlib.sha256(weights.encode())
+    for row in dataset.select_columns(["prompt_ids", "completion_ids"]):
+        digest.update(json.dumps(row).encode())
+    return digest.hexdigest()
+
+
+def _num_tokens(row: dict[str, Any]) -> int:
+    return len(row["prompt_ids"]) + max(map(len, row["completion_ids"]))
