@@ -378,6 +378,7 @@ def test_killed_run_resumes_to_the_same_weights(model_dir, pairs_file, tmp_path)
     assert "train data" in printed
 
 
+@pytest.mark.slow
 def test_real_preference_data(tmp_path, model_dir):
     """Train, evaluate, save, reload and resume on 235 real chats."""
     data = real_data("preference.jsonl")
@@ -416,6 +417,7 @@ def test_playgrounds_as_the_readme_has_them(recipe, tmp_path):
         assert models["round-2"]["reward"] > models["round-1"]["reward"]
 
 
+@pytest.mark.slow
 def test_sampled_and_ranked_data_train_any_recipe(model_dir, tmp_path):
     """`sample_and_rank.py`, twice the same command; what it makes is read by RRHF as lists and by SLiC-HF as pairs."""
     prompts, data = tmp_path / "prompts.jsonl", tmp_path / "data"

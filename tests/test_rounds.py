@@ -48,6 +48,7 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_killed_rounds_go_on_to_the_same_model(model_dir, prompts_file, tmp_path):
     """kill -9 while round 2 trains; then the same command with resume. Finished stages are left as they are."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -89,6 +90,7 @@ def test_killed_rounds_go_on_to_the_same_model(model_dir, prompts_file, tmp_path
     assert "was begun with other settings: temperature was 1.0 and is 0.5" in run(changed, expect_failure=True)
 
 
+@pytest.mark.slow
 def test_a_failing_reward_loses_no_candidates(model_dir, prompts_file, tmp_path, monkeypatch):
     """The reward function breaks down; once it works again, the run goes on with what was sampled."""
     output, breakdown = tmp_path / "out", tmp_path / "breakdown"

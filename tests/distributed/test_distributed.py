@@ -193,6 +193,7 @@ def test_rrhf_on_two_processes_equals_one(model_dir, tmp_path):
     assert_same_run(one, two, compared=COMPARED_RRHF)
 
 
+@pytest.mark.slow
 def test_rrhf_in_parts_under_zero_3_equals_one_process(model_dir, tmp_path):
     """
     The processes have different numbers of parts, and under ZeRO-3 have to keep step all the same: the rows are
