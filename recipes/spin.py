@@ -69,9 +69,9 @@ def main(arguments):
         play_on_the_playground(parsed)
         return
     script_args, config, _, dataset_args = parsed
-    rows, _ = load_datasets(script_args, dataset_args, with_eval=config.eval_strategy != "no", seed=config.seed)
-    if is_sft_data(rows):
-        game = start_self_play(parsed, SPINTrainer)
+    datasets = load_datasets(script_args, dataset_args, with_eval=config.eval_strategy != "no", seed=config.seed)
+    if is_sft_data(datasets[0]):
+        game = start_self_play(parsed, SPINTrainer, *datasets)
         game.play()
         game.report()
     else:

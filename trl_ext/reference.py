@@ -3,8 +3,10 @@
 import gc
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -14,11 +16,19 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from ._trl import add_fused_lm_head, create_model_from_path, prepare_deepspeed, take_down_deepspeed
 from .execution.forward import score_completions
 from .logps import completion_logps
+
+
+def refuse_fsdp(args: TrainingArguments) -> None:
+    """Raise `NotImplementedError` where FSDP would shard the model, from its settings or by the launcher."""
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise NotImplementedError(
+            "SPIN computes the reference before FSDP has sharded the model. Use DDP or DeepSpeed."
+        )
 
 
 @dataclass
@@ -65,7 +75,7 @@ class Reference:
         Add the column `reference_logps`: log-likelihood of each completion under the reference, in nats. Those that an
         interrupted run has kept are taken again if they are of the same rows and weights.
         """
-        accelerator, weights = self.trainer.accelerator, self.fingerprint()
+        accelerator, weights = self.trainer.accelerator, self.fingerprint
         file = Path(self.trainer.args.output_dir) / f"reference_{name}.npz"
         kept, digest = [None], ""
         if accelerator.is_main_process:
@@ -79,7 +89,7 @@ class Reference:
         broadcast_object_list(kept)
         logps = kept[0]
         if logps is None:
-            logps = self.logps(dataset, range(len(dataset)))
+            logps = self.logps(dataset)
             if accelerator.is_main_process:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 with file.with_suffix(".unfinished").open("wb") as unfinished:
@@ -109,6 +119,7 @@ class Reference:
             self._model.eval()
         return self._model
 
+    @cached_property  # the weights do not change while the reference is there
     def fingerprint(self) -> str:
         """
         Of the weights, to recognise the model after an interruption: sum and sum of squares of each parameter, in
@@ -126,29 +137,32 @@ class Reference:
         return "".join(gather_object(shares) if self.trainer.accelerator.num_processes > 1 else shares)
 
     @torch.no_grad()
-    def logps(self, dataset: Dataset, indices) -> list[list[float]]:
-        """Log-likelihoods of the completions of rows, in nats; split over the processes, the same on all."""
+    def logps(self, dataset: Dataset) -> list[list[float]]:
+        """Log-likelihoods of the completions of all rows, in nats; split over the processes, the same on all."""
         accelerator, args = self.trainer.accelerator, self.trainer.args
         size = args.precompute_ref_batch_size or args.per_device_eval_batch_size
-        lengths = {index: _num_tokens(dataset[index]) for index in indices}
-        order = sorted(lengths, key=lambda index: (-lengths[index], index))
+        lengths = [_num_tokens(row) for row in dataset]
+        order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         found: list[tuple[int, list[float]]] = []
         # all processes take as many turns, as a sharded model is collected by all of them together
         for turn in range(0, len(batches), accelerator.num_processes):
             number = turn + accelerator.process_index
             batch = batches[min(number, len(batches) - 1)]
-            inputs = self.trainer.data_collator([dataset[index] for index in batch])
+            rows = [dataset[index] for index in batch]
+            inputs = self.trainer.data_collator(rows)
             inputs = {key: value.to(args.device) for key, value in inputs.items()}
             with accelerator.autocast():
                 outputs = score_completions(self.model, inputs)
             sums = iter(completion_logps(outputs.log_probs, inputs["completion_mask"]).sums.tolist())
             if number < len(batches):
-                found += [(index, [next(sums) for _ in dataset[index]["completion_ids"]]) for index in batch]
+                found += [
+                    (index, [next(sums) for _ in row["completion_ids"]])
+                    for index, row in zip(batch, rows, strict=True)
+                ]
         if accelerator.num_processes > 1:
             found = gather_object(found)
-        by_index = dict(found)
-        return [by_index[index] for index in indices]
+        return [logps for _, logps in sorted(found)]
 
 
 def _digest(dataset: Dataset, weights: str) -> str:

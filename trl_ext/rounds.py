@@ -47,7 +47,7 @@ from .data import RowError, RowOptions, prepare_row, refusal
 from .evaluation import answer_logps, distinct_n, paired_difference, perplexity
 from .ranking import PAIR_RULES, check_pair_rule, pair_rows, rank_rows, score_report
 from .sampling import SamplingConfig, mixed_in, sample_candidates, write_atomically
-from .scoring import ScorerConfig, as_text, build_scorers, check_scorers, score_rows
+from .scoring import CANDIDATE_COLUMNS, ScorerConfig, as_text, build_scorers, check_scorers, score_rows
 from .stages import Run, all_processes, settings_of, start_afresh
 
 
@@ -260,6 +260,15 @@ def merge_stage(folder: Path, *, adapter: Path, trust_remote_code: bool) -> dict
     return {}
 
 
+def merged_model(run: Run, name: str, *, trust_remote_code: bool) -> Path:
+    """What was trained in a run's folder `name`, as an ordinary model: an adapter is merged into its base."""
+    trained = run.path(name, "model")
+    if not (trained / "adapter_config.json").is_file():
+        return trained
+    run.stage(f"{name}/merged", merge_stage, inputs={"adapter": trained}, trust_remote_code=trust_remote_code)
+    return run.path(name, "merged")
+
+
 def evaluation_stage(
     folder: Path,
     *,
@@ -328,7 +337,7 @@ def _beats(answered: Sequence[dict], first_answers: Path | None, ranking: Rounds
     first = {one["number"]: one["answer"] for one in read_jsonl(first_answers)}
     met = [
         {
-            **{key: value for key, value in row.items() if key not in ("logps", "num_tokens", "ends", "sources")},
+            **{key: value for key, value in row.items() if key not in CANDIDATE_COLUMNS},
             "completions": [row["completions"][0], first[row["_number"]]],
         }
         for row in answered
@@ -439,16 +448,7 @@ class Rounds:
             train_with=function,
             arguments=list(arguments),
         )
-        trained = self.run.path(name, "model")
-        if not (trained / "adapter_config.json").is_file():
-            return trained
-        self.run.stage(
-            f"{name}/merged",
-            merge_stage,
-            inputs={"adapter": trained},
-            trust_remote_code=self.load["trust_remote_code"],
-        )
-        return self.run.path(name, "merged")
+        return merged_model(self.run, name, trust_remote_code=self.load["trust_remote_code"])
 
     def play(self, train: Callable, arguments: Sequence[str]) -> Path:
         """
@@ -734,6 +734,11 @@ def reward_hacking(
     return None
 
 
+def prompt_key(row: dict) -> str:
+    """The same for equal prompts, text or messages."""
+    return json.dumps(row["prompt"], sort_keys=True)
+
+
 def set_apart(rows: Sequence[dict], number: int, seed: int) -> tuple[list[dict], list[dict]]:
     """
     Split rows into those to train on and `number` to watch. Equal prompts stay on one side.
@@ -741,7 +746,7 @@ def set_apart(rows: Sequence[dict], number: int, seed: int) -> tuple[list[dict],
     Raises:
         ValueError: more than half of the prompts would be watched.
     """
-    prompts = list(dict.fromkeys(json.dumps(row["prompt"], sort_keys=True) for row in rows))
+    prompts = list(dict.fromkeys(map(prompt_key, rows)))
     if 2 * number > len(prompts):
         raise ValueError(
             f"num_watched_prompts={number} of {len(prompts)} different prompts leaves too few to train on. Lower it."
@@ -749,7 +754,7 @@ def set_apart(rows: Sequence[dict], number: int, seed: int) -> tuple[list[dict],
     chosen = set(random.Random(seed).sample(prompts, number))
     train, watched = [], {}
     for row in rows:
-        prompt = json.dumps(row["prompt"], sort_keys=True)
+        prompt = prompt_key(row)
         if prompt not in chosen:
             train.append(row)
         else:

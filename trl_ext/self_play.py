@@ -18,7 +18,6 @@ Each step is a stage of a [`Run`], in fresh processes; iterations are counted fr
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import fields
@@ -40,7 +39,6 @@ from .cli import (
     RESUME_LAST,
     checkpoint_to_resume,
     is_playground,
-    load_datasets,
     local_model,
     model_init_kwargs,
     refuse_unless_json,
@@ -50,7 +48,8 @@ from .cli import (
 )
 from .data import RowError, RowOptions, parse_row, prepare_row, refusal
 from .evaluation import answer_logps
-from .rounds import as_jsonl, change, merge_stage, read_jsonl, set_apart, wins, write_jsonl
+from .reference import refuse_fsdp
+from .rounds import as_jsonl, change, merged_model, prompt_key, read_jsonl, set_apart, wins, write_jsonl
 from .sampling import (
     SamplingConfig,
     context_window,
@@ -60,11 +59,9 @@ from .sampling import (
     write_atomically,
 )
 from .scoring import as_text, build_scorers, check_scorers, score_rows
-from .spin_config import SPINConfig
+from .spin_config import BY_ITERATION, SPINConfig
 from .stages import MARK, Run, all_processes, settings_of, start_afresh
 
-# settings with one value for each iteration
-BY_ITERATION = ("beta", "learning_rate")
 # columns that go to the chat template
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 
@@ -386,10 +383,7 @@ class SelfPlay:
                 "save_only_model=True would let an interrupted iteration go on with a fresh optimizer, to other "
                 "weights. Leave it out; the last checkpoints can be removed when all is done."
             )
-        if config.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-            raise NotImplementedError(
-                "SPIN computes the reference before FSDP has sharded the model. Use DDP or DeepSpeed."
-            )
+        refuse_fsdp(config)
         if config.push_to_hub:
             raise ValueError(
                 "push_to_hub would push the model of every iteration, each over the one before. Leave it out, and "
@@ -502,16 +496,7 @@ class SelfPlay:
             trainer_kwargs=self.trainer_kwargs,
         )
         self.training[name] = {**self.training[name], **figures}
-        trained = self.run.path(name, "model")
-        if not (trained / "adapter_config.json").is_file():
-            return trained
-        self.run.stage(
-            f"{name}/merged",
-            merge_stage,
-            inputs={"adapter": trained},
-            trust_remote_code=self._load["trust_remote_code"],
-        )
-        return self.run.path(name, "merged")
+        return merged_model(self.run, name, trust_remote_code=self._load["trust_remote_code"])
 
     def evaluate(self, name: str, model: str | Path, opponent: str | None = None) -> dict[str, Any]:
         """Let a model answer the watched prompts; its figures are kept as `name`. `opponent` was evaluated before."""
@@ -742,8 +727,8 @@ def _train_and_watched(train_dataset, eval_dataset, tokenizer, config: SPINConfi
     rows = sft_rows(train_dataset, tokenizer, config, window, "train")
     if eval_dataset is not None:
         watched = sft_rows(eval_dataset, tokenizer, config, window, "eval")
-        prompts = {json.dumps(row["prompt"], sort_keys=True) for row in watched}
-        train = [row for row in rows if json.dumps(row["prompt"], sort_keys=True) not in prompts]
+        prompts = set(map(prompt_key, watched))
+        train = [row for row in rows if prompt_key(row) not in prompts]
         if not train:
             raise ValueError(
                 "All prompts of the train dataset are in the eval dataset, and nothing is left to train on."
@@ -783,7 +768,9 @@ def _save_start(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
 # For the recipe
 
 
-def start_self_play(parsed: Sequence[Any], trainer_class: type) -> SelfPlay:
+def start_self_play(
+    parsed: Sequence[Any], trainer_class: type, train_dataset: Any = None, eval_dataset: Any = None
+) -> SelfPlay:
     """
     Begin the game of the recipe, or take it up where it was interrupted.
 
@@ -791,13 +778,14 @@ def start_self_play(parsed: Sequence[Any], trainer_class: type) -> SelfPlay:
         parsed (`Sequence`): what [`parse_recipe_args`] returned. Without a model and data, on the playground, an SFT
             model is trained first.
         trainer_class (`type`): [`SPINTrainer`], or a subclass that can be imported.
+        train_dataset, eval_dataset: what [`load_datasets`] returned; the playground has its own.
 
     Raises:
         FileExistsError, ValueError: see [`Run`] and [`sft_rows`].
     """
     from trl import get_peft_config, get_quantization_config
 
-    script_args, config, model_args, dataset_args = parsed
+    _, config, model_args, _ = parsed
     if wants_to_resume(config) and str(config.resume_from_checkpoint).lower() not in RESUME_LAST:
         raise ValueError(
             f"resume_from_checkpoint={config.resume_from_checkpoint!r}: self-play goes on where it stopped. Set it to "
@@ -818,9 +806,6 @@ def start_self_play(parsed: Sequence[Any], trainer_class: type) -> SelfPlay:
         model = local_model(model_args, trust_remote_code=config.trust_remote_code)
         hub = {"trust_remote_code": config.trust_remote_code}
         tokenizer, window = AutoTokenizer.from_pretrained(model, **hub), context_window(model, **hub)
-        train_dataset, eval_dataset = load_datasets(
-            script_args, dataset_args, with_eval=config.eval_strategy != "no", seed=config.seed
-        )
         if not isinstance(train_dataset, Dataset):
             raise ValueError("Self-play goes over all rows in every iteration. Leave `--dataset_streaming` out.")
         # with it the loop evaluates each model; the pairs it trains on have no held-out part

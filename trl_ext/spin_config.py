@@ -10,6 +10,8 @@ from .scoring import ScorerConfig
 
 LOSSES = ("sigmoid", "hinge")
 REFERENCES = ("previous", "initial")
+# settings with one value for each iteration
+BY_ITERATION = ("beta", "learning_rate")
 EARLY_STOPS = ("none", "nll", "reward")
 _OPPONENT = "the reference is the opponent, which is replaced after each iteration; set `reference`"
 
@@ -166,7 +168,7 @@ class SPINConfig(ScorerConfig, CandidateConfig):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is not known. Set it to one of {', '.join(allowed)}."
                 )
-        for name in ("beta", "learning_rate"):
+        for name in BY_ITERATION:
             setattr(self, name, self._one_or_each(name))
         for beta in self.beta if isinstance(self.beta, list) else [self.beta]:
             if not 0 < beta < float("inf"):
@@ -230,7 +232,7 @@ class SPINConfig(ScorerConfig, CandidateConfig):
             number (`int`): of the iteration, from 0 on.
             changes: further fields to set, such as `output_dir`.
         """
-        for name in ("beta", "learning_rate"):
+        for name in BY_ITERATION:
             value = getattr(self, name)
             changes.setdefault(name, value[number] if isinstance(value, list) else value)
         return dataclasses.replace(self, **changes)

@@ -1,6 +1,5 @@
 """SPIN."""
 
-import os
 import shutil
 import textwrap
 from collections.abc import Callable
@@ -14,9 +13,9 @@ from .candidate_trainer import CandidateTrainer, best_and_worst
 from .data import PREPARED_FEATURES
 from .logps import CompletionLogps
 from .losses import spin_loss
-from .reference import Reference, ReferenceCollator
+from .reference import Reference, ReferenceCollator, refuse_fsdp
 from .self_play import SelfPlay, is_sft_data
-from .spin_config import SPINConfig
+from .spin_config import BY_ITERATION, SPINConfig
 from .stages import MARK
 
 # how far from the opponent's a log-likelihood may be before anything was trained, in nats over the square root of its
@@ -177,7 +176,7 @@ class SPINTrainer(CandidateTrainer):
                 "`Dataset`."
             )
         super()._check_arguments(args, model, ref_model, train_dataset, compute_metrics, peft_config)
-        for name in ("beta", "learning_rate"):
+        for name in BY_ITERATION:
             if isinstance(getattr(args, name), list):
                 raise ValueError(
                     f"{name}={getattr(args, name)} is one value for each iteration, and rows of `chosen` and "
@@ -195,10 +194,7 @@ class SPINTrainer(CandidateTrainer):
                 f"The train dataset has the columns {sorted(columns)}. One iteration of SPIN takes one real and one "
                 "generated answer: make `completions` the columns `chosen` and `rejected`."
             )
-        if getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-            raise NotImplementedError(
-                "SPINTrainer computes the reference before FSDP has sharded the model. Use DDP or DeepSpeed."
-            )
+        refuse_fsdp(args)
 
     @staticmethod
     def _check_eval_dataset(eval_dataset: Any) -> None:
@@ -246,10 +242,10 @@ class SPINTrainer(CandidateTrainer):
             `TrainOutput` of `Trainer`; in self-play that of the iteration whose model was taken (of iteration 0 where
             the start is kept), with the figures of all models as `metrics`.
         """
-        if self._self_play is None and self._played is None:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self._played is not None:
             raise self._nothing_left("train")
+        if self._self_play is None:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         output, model_to_take, last = self._self_play.play_for_trainer(resume_from_checkpoint)
         self._self_play, self._played = None, model_to_take
         super().__init__(**last)  # with the model to take, to look at, save or publish
