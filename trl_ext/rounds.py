@@ -46,7 +46,7 @@ from .cli import (
 from .data import RowError, RowOptions, prepare_row, refusal
 from .evaluation import answer_logps, distinct_n, paired_difference, perplexity
 from .ranking import PAIR_RULES, check_pair_rule, pair_rows, rank_rows, score_report
-from .sampling import SamplingConfig, mixed_in, sample_candidates, write_atomically
+from .sampling import SamplingConfig, mixed_in, prompt_key, sample_candidates, write_atomically
 from .scoring import CANDIDATE_COLUMNS, ScorerConfig, as_text, build_scorers, check_scorers, score_rows
 from .stages import Run, all_processes, settings_of, start_afresh
 
@@ -732,11 +732,6 @@ def reward_hacking(
             if difference.high < 0:
                 return rose + f"the judge's score changed by {difference}"
     return None
-
-
-def prompt_key(row: dict) -> str:
-    """The same for equal prompts, text or messages."""
-    return json.dumps(row["prompt"], sort_keys=True)
 
 
 def set_apart(rows: Sequence[dict], number: int, seed: int) -> tuple[list[dict], list[dict]]:

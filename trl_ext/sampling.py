@@ -807,12 +807,17 @@ def _sample_shards(
         engine.close()
 
 
+def prompt_key(row: dict) -> str:
+    """The same for equal prompts, text or messages."""
+    return json.dumps(row["prompt"], sort_keys=True)
+
+
 def _occurrences(rows: Sequence[dict[str, Any]]) -> list[int]:
     """How many rows with the same prompt come before each."""
     seen: Counter = Counter()
     numbers = []
     for row in rows:
-        key = json.dumps(row["prompt"], sort_keys=True)
+        key = prompt_key(row)
         numbers.append(seen[key])
         seen[key] += 1
     return numbers

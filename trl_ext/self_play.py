@@ -49,11 +49,12 @@ from .cli import (
 from .data import RowError, RowOptions, parse_row, prepare_row, refusal
 from .evaluation import answer_logps
 from .reference import refuse_fsdp
-from .rounds import as_jsonl, change, merged_model, prompt_key, read_jsonl, set_apart, wins, write_jsonl
+from .rounds import as_jsonl, change, merged_model, read_jsonl, set_apart, wins, write_jsonl
 from .sampling import (
     SamplingConfig,
     context_window,
     model_fingerprint,
+    prompt_key,
     prompt_token_ids,
     sample_candidates,
     write_atomically,
