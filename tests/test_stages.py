@@ -1,10 +1,12 @@
 """Runs of several stages: fresh processes, what is kept, what is refused, and how they end."""
 
+import hashlib
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 from accelerate import PartialState
 
+from tests.conftest import REPOSITORY
 from tests.stage_functions import CALLS, end_early, look_around, run_a_sleeping_stage, sample
 from tests.test_sampling import PROMPTS, SETTINGS, by_number, sampler_dir, torchrun, unlimited  # noqa: F401
 from trl_ext.sampling import SamplingConfig
@@ -62,13 +65,16 @@ def test_what_is_finished_is_never_run_again(tmp_path):
     [
         (
             "error",
-            "Stage 'one' failed; its error is printed above. Everything finished is kept: the same",
+            "Stage 'one' failed; its error is printed above. What is finished is kept. The same",
         ),
-        ("exit", "Stage 'one' left before its end. Everything finished is kept"),
-        ("SIGKILL", "Stage 'one' was ended by SIGKILL, as a rule because memory ran out. Everything .* goes on from"),
+        ("exit", "Stage 'one' left before its end. What is finished is kept"),
+        (
+            "SIGKILL",
+            "Stage 'one' was ended by SIGKILL, as a rule because memory ran out. What is .* goes on from",
+        ),
         (
             "SIGSEGV",
-            "Stage 'one' was ended by SIGSEGV. Everything finished is kept: .*`--resume_from",
+            "Stage 'one' was ended by SIGSEGV. What is finished is kept. .*`--resume_from",
         ),
     ],
 )
@@ -151,7 +157,8 @@ def test_the_manifest_says_what_a_stage_was_made_of(tmp_path):
     arguments = manifest["arguments"]
     assert arguments["data"] == str(tmp_path / "data") and arguments["number"] == 3
     assert arguments["config"]["temperature"] == 0.8 and arguments["judge"] == "tests.stage_functions:look_around"
-    assert manifest["outputs"] == {"calls": 1}
+    seen = hashlib.sha256(b"x").hexdigest()
+    assert manifest["outputs"] == {"calls": {"size": 1, "sha256": seen}}
     assert manifest["versions"] == installed_versions()
     assert manifest["versions"]["python"] == sys.version.split()[0] and manifest["versions"]["trl"].startswith("1.")
     assert 0 <= manifest["seconds"] <= time.time() - before + 0.1
@@ -253,6 +260,27 @@ def test_a_stage_ends_with_the_process_that_asked_for_it(how, tmp_path):
             os.kill(stage, signal.SIGKILL)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.2, 2.0])
+def test_sigterm_while_a_stage_starts(seconds, tmp_path):
+    """Which takes some seconds; the signal may come to a thread, which does not keep it off."""
+    script = (
+        "import os, signal, sys, threading, time\n"
+        "from tests.stage_functions import run_a_sleeping_stage\n"
+        "threading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
+        f"threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        f"run_a_sleeping_stage({str(tmp_path / 'run')!r})\n"
+    )
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=200, cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert done.returncode == 143 and "Traceback" not in done.stderr, done.stderr
+    assert "SIGTERM: ended in stage 'sleeping'" in done.stdout and time.monotonic() - began < 60
+
+
+@pytest.mark.slow
 def test_two_processes(tmp_path, sampler_dir, unlimited):  # noqa: F811
     """Three stages in which they speak to each other, then one that fails on one of them while the other waits."""
     job = {"folder": str(tmp_path / "run"), "model": sampler_dir, "prompts": PROMPTS, "settings": SETTINGS}

@@ -3,11 +3,15 @@
 import contextlib
 import copy
 import dataclasses
+import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.data_loader import SkipBatchSampler
 from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftMixedModel, PeftType
@@ -22,19 +26,23 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import EvalPrediction
+from transformers.trainer_utils import EvalPrediction, rotate_checkpoints
 from trl import DPOTrainer
 
-from ._trl import get_config_model_id, without_reference_model
+from ._trl import get_config_model_id, without_reference_model, without_rotation
 from .candidate_config import CandidateConfig
+from .checkpoints import find_checkpoint, make_room, naming_a_full_disk, seal
 from .collators import CandidateCollator
 from .data import PREPARED_FEATURES, PreparationReport, RowOptions, prepare_dataset
 from .execution.chunking import add_chunking, chunk_sizes
 from .execution.forward import score_completions
-from .execution.support import adapter_reason
+from .execution.support import adapter_reason, refuse_sharding_that_would_not_be
+from .faults import GO_ON, TERMINATED, SaveOnSigterm, WatchCallback, on_sigterm
 from .logps import CompletionLogps, completion_logps
 from .metrics import MetricAccumulator
+from .parallelism import sequence_split
 from .prefix_sharing import enable_prefix_sharing, load_config, refuse_unless_shareable
+from .safety import explain_remote_code, refuse_code_in_deepspeed, weights_only
 
 REQUIRED_BATCH_KEYS = {
     "prompt_weights",
@@ -118,9 +126,10 @@ class CandidateTrainer(DPOTrainer):
 
         if processing_class is None:
             init_kwargs = args.model_init_kwargs or {}
-            processing_class = AutoProcessor.from_pretrained(
-                model_id, revision=init_kwargs.get("revision"), trust_remote_code=args.trust_remote_code
-            )
+            with explain_remote_code():
+                processing_class = AutoProcessor.from_pretrained(
+                    model_id, revision=init_kwargs.get("revision"), trust_remote_code=args.trust_remote_code
+                )
         tokenizer = _tokenizer_of(processing_class)
         pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
         if pad_token is None:
@@ -154,6 +163,8 @@ class CandidateTrainer(DPOTrainer):
         with contextlib.ExitStack() as stack:
             if not args.uses_reference_model:
                 stack.enter_context(without_reference_model(policy_is_loaded_by_trl=isinstance(model, str)))
+            stack.enter_context(explain_remote_code())
+            stack.enter_context(weights_only())
             super().__init__(
                 model=model,
                 ref_model=ref_model,
@@ -167,6 +178,7 @@ class CandidateTrainer(DPOTrainer):
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             )
+        _keep_gradients_of_quantized_layers(self.model)
         if not args.uses_reference_model:
             # TRL copies the adapter of a PeftModel to serve as reference; drop it before it gets into checkpoints
             if is_peft_model(self.model) and "ref" in self.model.peft_config:
@@ -197,6 +209,7 @@ class CandidateTrainer(DPOTrainer):
     def _check_arguments(self, args, model, ref_model, train_dataset, compute_metrics, peft_config) -> None:
         """Refuse what cannot be honoured, before anything expensive happens."""
         trainer = type(self).__name__
+        refuse_code_in_deepspeed(getattr(args, "deepspeed", None))
         if not isinstance(args, self.config_class):
             raise TypeError(
                 f"{trainer} got `args` of type {type(args).__name__}, which lacks its settings. Pass a "
@@ -214,6 +227,19 @@ class CandidateTrainer(DPOTrainer):
                 "accelerator_config.dispatch_batches=True would tear a prompt's completions apart: one process would "
                 "cut the batch by rows for the others. Leave it out."
             )
+        if args.enable_jit_checkpoint:
+            raise ValueError(
+                "enable_jit_checkpoint=True saves at another step on each process, and they would wait for each other "
+                f"for ever. Leave it out: {trainer} saves on SIGTERM by itself, all processes at the same step."
+            )
+        split = sequence_split(args, model)
+        if split is not None:
+            raise NotImplementedError(
+                f"{trainer} does not run with {split}: its loss needs each sequence whole on one device. Leave it out "
+                "and use DDP, ZeRO or FSDP; for sequences that are too long, activation_checkpointing=True and "
+                "max_completions_per_forward=1."
+            )
+        refuse_sharding_that_would_not_be(args)
         self._check_adapters(args, model, ref_model)
         if ref_model is not None and not args.uses_reference_model:
             raise ValueError(
@@ -225,13 +251,6 @@ class CandidateTrainer(DPOTrainer):
                 f"{trainer} does not take `compute_metrics`: it is fed the full logits, which are never built here. "
                 "Use the metrics the trainer logs, or a `TrainerCallback` with `on_evaluate`."
             )
-        parallelism = getattr(args, "parallelism_config", None)
-        for kind in ("tp", "cp", "sp"):
-            if parallelism is not None and getattr(parallelism, f"{kind}_size", 1) > 1:
-                raise NotImplementedError(
-                    f"{trainer} does not run with {kind}_size > 1: its loss needs each sequence whole on one device. "
-                    f"Leave `{kind}_size` at 1 and use DDP, ZeRO or FSDP."
-                )
         if args.prefix_sharing is True:
             refuse_unless_shareable(model, args, peft_config)
         if args.max_completions_per_forward is not None:
@@ -355,12 +374,27 @@ class CandidateTrainer(DPOTrainer):
         `Accelerator.gather_for_metrics` relies on too.
         """
         _check_batch(batch)  # training and evaluation both pass here before they read anything
-        state = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        if self.accelerator.num_processes == 1 or not self.accelerator.gradient_state.end_of_dataloader:
             return
-        weights = batch["prompt_weights"]
-        num_real = state.remainder - self.accelerator.process_index * len(weights)
-        weights[max(num_real, 0) :] = 0
+        remainder = self._rows_of_last_batch()
+        if remainder > 0:
+            weights = batch["prompt_weights"]
+            num_real = remainder - self.accelerator.process_index * len(weights)
+            weights[max(num_real, 0) :] = 0
+
+    def _rows_of_last_batch(self) -> int:
+        """
+        Rows of the data in the last batch, over all processes; 0 if it is full, -1 if that is unknown, as of a stream.
+
+        In the epoch in which a run is resumed, some batches are left out by a sampler without a `batch_size`, for
+        which Accelerate (1.15) takes what is known for unknown.
+        """
+        state = self.accelerator.gradient_state
+        loader = state.active_dataloader
+        if state.remainder >= 0 or not isinstance(getattr(loader, "batch_sampler", None), SkipBatchSampler):
+            return state.remainder
+        sampler = loader.batch_sampler.batch_sampler
+        return len(loader.dataset) % (sampler.batch_size * (1 if sampler.split_batches else sampler.num_processes))
 
     # Loss
 
@@ -464,6 +498,81 @@ class CandidateTrainer(DPOTrainer):
         output.metrics.update(self._reduce_metrics("eval"))
         return output
 
+    # The run
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """
+        As in `Trainer`, and:
+
+        - `True` goes on from the last checkpoint that is whole, see `checkpoints.py`; one that is named has to be.
+        - Meanwhile `torch.load` gives tensors and plain values alone, whoever calls it: DeepSpeed would unpickle its
+          checkpoints whole. (FSDP's `SHARDED_STATE_DICT` has an index that torch unpickles by another way.)
+        - On SIGTERM the step is finished, a checkpoint saved, and the process ends with exit code 143.
+        - When no process has got on for four fifths of `args.ddp_timeout` (30 minutes by default), the run ends with
+          a message that says where each of them was, see `faults.py`.
+
+        Raises:
+            ValueError: there is no whole checkpoint, or it does not fit this run.
+            FileNotFoundError: the checkpoint that is named is not whole, or not for all processes.
+            UnsafeFileError: a file of the checkpoint holds more than tensors and plain values.
+        """
+        is_trial = kwargs.get("trial") is not None  # of a hyper-parameter search, which has its own way of resuming
+        if resume_from_checkpoint is not None and resume_from_checkpoint is not False and not is_trial:
+            found = find_checkpoint(self.args, resume_from_checkpoint)
+            if found is None:
+                raise ValueError(
+                    f"resume_from_checkpoint={resume_from_checkpoint}, and there is no whole checkpoint in "
+                    f"{self.args.output_dir}. Leave it out to begin anew."
+                )
+            resume_from_checkpoint = found
+        save, watch = SaveOnSigterm(), WatchCallback(0.8 * self.args.ddp_timeout)
+        callbacks = [save, watch]
+        for callback in callbacks:
+            self.add_callback(callback)
+        try:
+            with on_sigterm(save.ask), weights_only():
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            watch.stop()
+            for callback in callbacks:
+                self.remove_callback(callback)
+        if save.is_asked and not save.has_stopped:  # after the last step
+            os.kill(os.getpid(), signal.SIGTERM)
+        if save.has_stopped:
+            self.accelerator.print(f"SIGTERM: checkpoint-{self.state.global_step} is saved. {GO_ON}")
+            raise SystemExit(TERMINATED)
+        return output
+
+    def _save_checkpoint(self, model, trial):
+        self._pushes_checkpoints = trial is not None
+        if trial is not None:  # it is in a folder of the search's
+            super()._save_checkpoint(model, trial)
+            return
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with naming_a_full_disk(checkpoint):
+            make_room(checkpoint)
+            with without_rotation():  # older ones are removed when this one is whole, not before
+                super()._save_checkpoint(model, trial)
+            seal(checkpoint, self.args)
+        if self.args.should_save:
+            rotate_checkpoints(
+                self.args.output_dir,
+                self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(checkpoint))
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """Left to [`~CandidateTrainer._save_checkpoint`], which does it once the checkpoint is sealed."""
+        if self._pushes_checkpoints:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with naming_a_full_disk(Path(output_dir or self.args.output_dir)):
+            super().save_model(output_dir, _internal_call)
+
     # Metrics
 
     @torch.no_grad()
@@ -509,6 +618,16 @@ class CandidateTrainer(DPOTrainer):
 
 def _tokenizer_of(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+
+
+def _keep_gradients_of_quantized_layers(model: nn.Module) -> None:
+    """
+    On a CPU with AVX512-BF16, bitsandbytes (0.50) packs a layer's 4-bit weights the first time that it is evaluated.
+    From then on the layer has no gradient, in training either, and what is below it does not learn. So no packing.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _check_batch(inputs: dict[str, torch.Tensor]) -> None:

@@ -5,8 +5,13 @@ Every stage is a function that runs in fresh processes, one for each process of 
 its own. Fresh processes give back all memory, start from clean state in Accelerate and DeepSpeed, and let a stage that
 samples use a whole model while the one that trains shards it. When all of them are through, the folder gets its
 `manifest.json`. A stage with a manifest is finished and never run again; a stage without is run, or run again.
+
+A run has an id, which each of its manifests repeats, and a manifest holds hashes of what the stage has written and of
+itself. So files that were copied from another run, edited or damaged are noticed, and refused. This is no proof
+against somebody who can write to the folder and computes the hashes anew.
 """
 
+import atexit
 import dataclasses
 import hashlib
 import json
@@ -18,15 +23,20 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
 
-from .sampling import model_fingerprint, process_state, write_atomically
+from .faults import GO_ON, TERMINATED, on_sigterm, watched
+from .machines import from_all, refuse_unless_all_see, wait_as_long_as_it_takes
+from .sampling import file_digest, model_fingerprint, process_state, read_sealed, sealed, write_atomically
 
 PACKAGES = ("trl_ext", "trl", "transformers", "datasets", "peft", "accelerate", "deepspeed", "torch")
 # imported once by the server that the stages' processes are forked from
@@ -37,6 +47,9 @@ SHARDING_VARIABLES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELE
 
 # in every folder a stage has begun
 MARK = ".stage"
+# what the files hold, and of which type
+RUN_KEYS = {"id": str, "settings": dict}
+MANIFEST_KEYS = {"stage": str, "run": str, "inputs": dict, "figures": dict, "outputs": dict}
 
 
 class Run:
@@ -48,32 +61,46 @@ class Run:
         settings (`dict`): what determines the results, in JSON's types. Kept in `run.json` and compared on a resume.
         resume (`bool`): go on with what is in the folder. If not, the folder must not hold a run.
         may_change (`Sequence[str]`): names in `settings` that may differ on a resume.
+        patience (`float`, defaults to 1800): seconds without a sign of life of a process, after which the run ends;
+            see [`~trl_ext.faults.watched`].
 
     Raises:
         FileExistsError: there is a run in the folder and `resume` is False, or there is something else in it.
-        ValueError: `resume` with other settings.
-        FileNotFoundError: a process does not see the folder.
+        ValueError: `resume` with other settings, or run.json was changed or damaged.
+        FileNotFoundError: a process does not see the folder; on all processes.
         RuntimeError: the processes of the launch do not see each other.
     """
 
-    def __init__(self, folder: str | Path, settings: dict[str, Any], *, resume: bool, may_change: Sequence[str] = ()):
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        folder: str | Path,
+        settings: dict[str, Any],
+        *,
+        resume: bool,
+        may_change: Sequence[str] = (),
+        patience: float = 1800,
+    ):
+        self.folder, self.patience, self.id = Path(folder), patience, None
         self.state = all_processes()
+        watch = ExitStack()
+        watch.enter_context(watched(patience, may_wait=True))  # for as long as this process lives
+        atexit.register(watch.close)
         file = self.folder / "run.json"
         problem = None
         if self.state.is_main_process:
-            problem = self._check(settings, resume, may_change)
+            try:
+                problem = self._check(settings, resume, may_change)
+            except ValueError as error:  # of a file that was tampered with
+                problem = ValueError, str(error)
             if problem is None:
-                write_atomically(file, json.dumps({"settings": settings}, indent=2, default=str))
+                self.id = (read_sealed(file, RUN_KEYS)["id"] if _begun(self.folder) else None) or uuid.uuid4().hex
+                write_atomically(file, sealed({"id": self.id, "settings": settings}))
         problem = self.first(problem)
         if problem is not None:
             kind, message = problem
             raise kind(message)
-        if not file.exists():
-            raise FileNotFoundError(
-                f"Process {self.state.process_index} does not see {file}, which the main process has written. Rounds "
-                "need an output folder that all machines share: set `--output_dir` to one."
-            )
+        self.id = self.first(self.id)
+        refuse_unless_all_see(self.folder)
 
     def _check(self, settings, resume, may_change) -> tuple[type[Exception], str] | None:
         found = settings_of(self.folder)
@@ -132,13 +159,14 @@ class Run:
             `dict`: the figures.
 
         Raises:
+            SystemExit: the stage was ended by SIGTERM; code 143.
             RuntimeError: the stage failed in this process (its own error is printed above), or was made from other
                 inputs than those there are now.
+            ManifestError: what it left behind was changed since, or is another run's.
         """
         folder, inputs = self.folder / name, inputs or {}
-        manifest = read_manifest(folder)
-        self.state.wait_for_everyone()  # all processes have looked before one of them finishes the stage
-        hashes, problem = {}, None
+        manifest, hashes = self._finished(name), {}
+        problem = None
         if self.state.is_main_process:
             hashes = {key: fingerprint(Path(path)) for key, path in inputs.items()}
             changed = [key for key, value in hashes.items() if manifest and manifest["inputs"].get(key) != value]
@@ -155,19 +183,22 @@ class Run:
             return manifest["figures"]
         port = self.first(_free_port() if self.state.is_main_process else None)
         exit_code = _run_in_fresh_process(
-            port, shards_models, (str(folder), name, function, {**inputs, **arguments}, hashes)
+            port, shards_models, self.patience, (str(folder), name, self.id, function, {**inputs, **arguments}, hashes)
         )
-        manifest = read_manifest(folder)
-        if exit_code != 0 or manifest is None:
+        if exit_code in (TERMINATED, -signal.SIGTERM):
+            self.state.print(f"SIGTERM: ended in stage {name!r}. What is finished is kept. {GO_ON}")
+            raise SystemExit(TERMINATED)
+        manifest = None
+        if exit_code == 0:
+            # the main process's: on a network file system another may not see it yet
+            manifest = self.first(read_manifest(folder) if self.state.is_main_process else None)
+        if manifest is None:
             if exit_code < 0:
                 what = f"was ended by {signal.Signals(-exit_code).name}"
                 what += ", as a rule because memory ran out" if exit_code == -signal.SIGKILL else ""
             else:
                 what = "failed; its error is printed above" if exit_code else "left before its end"
-            raise RuntimeError(
-                f"Stage {name!r} {what}. Everything finished is kept: the same command with "
-                "`--resume_from_checkpoint true` goes on from there."
-            )
+            raise RuntimeError(f"Stage {name!r} {what}. What is finished is kept. {GO_ON}")
         return manifest["figures"]
 
     def keep(self, name: str, files: dict[str, str]) -> Path:
@@ -180,27 +211,109 @@ class Run:
 
         Returns:
             `Path`: the folder.
+
+        Raises:
+            ManifestError: they were changed since, or are another run's.
         """
         folder = self.path(name)
-        if self.state.is_main_process and read_manifest(folder) is None:
+        if self._finished(name) is None and self.state.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / MARK).touch()
             for file, content in files.items():
                 write_atomically(folder / file, content)
-            write_atomically(folder / "manifest.json", json.dumps({"outputs": sorted(files)}))
+            manifest = {"stage": name, "run": self.id, "inputs": {}, "figures": {}, "outputs": outputs_of(folder)}
+            write_atomically(folder / "manifest.json", sealed(manifest))
         self.state.wait_for_everyone()
         return folder
 
+    def _finished(self, name: str) -> dict[str, Any] | None:
+        """The manifest of a stage, if it is finished, the same on all processes; the main one has verified it."""
+        folder, manifest, problem = self.folder / name, None, None
+        if self.state.is_main_process:
+            try:
+                manifest = read_manifest(folder)
+                if manifest is not None:
+                    _verify(folder, manifest, name, self.id)
+            except ManifestError as error:
+                problem = str(error)
+        manifest, problem = self.first((manifest, problem) if self.state.is_main_process else None)
+        if problem is not None:
+            raise ManifestError(problem)
+        return manifest
+
     def first(self, problem: Any) -> Any:
         """What went wrong on the first process that has something to say; the same on all."""
-        problems = gather_object([problem]) if self.state.num_processes > 1 else [problem]
-        return next(filter(None, problems), None)
+        return next(filter(None, from_all(problem)), None)
+
+
+class ManifestError(ValueError):
+    """What a stage left behind was changed since, or is another run's."""
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
-    """The manifest of a finished stage; `None` of one that is not."""
+    """
+    The manifest of a finished stage; `None` of one that is not.
+
+    Raises:
+        ManifestError: it was changed or damaged since it was written.
+    """
     file = Path(folder) / "manifest.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    if not file.exists():
+        return None
+    try:
+        return read_sealed(file, MANIFEST_KEYS)
+    except ValueError as error:
+        raise ManifestError(f"{error} {_remedy(Path(folder))}") from None
+
+
+def _remedy(folder: Path) -> str:
+    return (
+        f"Put back what was there, or remove {folder} and what follows it to make it anew, or set another "
+        "`--output_dir`."
+    )
+
+
+def outputs_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size in bytes and SHA-256 of each file of a stage, but for checkpoints, which nobody needs afterwards."""
+    found = {}
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder)
+        is_checkpoint = name.parts[0].startswith("checkpoint-")
+        if file.is_file() and not is_checkpoint and name.name not in (MARK, "manifest.json"):
+            found[str(name)] = {"size": file.stat().st_size, "sha256": file_digest(file)}
+    return found
+
+
+def _verify(folder: Path, manifest: dict[str, Any], name: str, run: str) -> None:
+    """
+    Compare a stage with its manifest.
+
+    Each file is read once in the life of this process: the weights of a model are hashed as an input of the next stage
+    anyway.
+    """
+
+    def refuse(what: str) -> None:
+        raise ManifestError(f"{what}. {_remedy(folder)}")
+
+    file = folder / "manifest.json"
+    if manifest["run"] != run:
+        refuse(f"{file} belongs to another run: its id is {manifest['run']!r:.40}, and this run's is {run!r}")
+    if manifest["stage"] != name:
+        refuse(f"{file} belongs to another stage, {manifest['stage']!r:.80}, and was copied to that of {name!r}")
+    for output, written in manifest["outputs"].items():
+        path = folder / output
+        if not isinstance(written, dict) or not {"size", "sha256"} <= set(written):
+            refuse(f"{file} does not say what {output} held")
+        if not path.is_file():
+            refuse(f"{path} is gone, which stage {name!r} had written")
+        if path.stat().st_size != written["size"]:
+            refuse(f"{path} has {path.stat().st_size} bytes, and stage {name!r} had written {written['size']}")
+        try:
+            digest = file_digest(path)
+        except ValueError as error:
+            refuse(str(error).rstrip(". "))
+        if digest != written["sha256"]:
+            refuse(f"{path} holds something else than stage {name!r} had written")
 
 
 def fingerprint(path: Path) -> str:
@@ -228,9 +341,14 @@ def all_processes() -> PartialState:
 
 
 def settings_of(folder: str | Path) -> dict[str, Any] | None:
-    """The settings of the run in a folder; `None` if there is none."""
+    """The settings of the run in a folder; `None` if there is none. A `ValueError` if they were changed or damaged."""
     file = Path(folder) / "run.json"
-    return json.loads(file.read_text())["settings"] if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        return read_sealed(file, RUN_KEYS)["settings"]
+    except ValueError as error:
+        raise ValueError(f"{error} Put back what was there, or set another `--output_dir`.") from None
 
 
 def _begun(folder: Path) -> list[Path]:
@@ -273,7 +391,7 @@ def _free_port() -> int:
         return opened.getsockname()[1]
 
 
-def _run_in_fresh_process(port: int, shards_models: bool, job: tuple) -> int:
+def _run_in_fresh_process(port: int, shards_models: bool, patience: float, job: tuple) -> int:
     # A server forks a process in no time, but must not have touched a GPU; so it is for CPUs only.
     on_cpu = process_state().device.type == "cpu"
     forks = on_cpu and "forkserver" in multiprocessing.get_all_start_methods()
@@ -282,18 +400,36 @@ def _run_in_fresh_process(port: int, shards_models: bool, job: tuple) -> int:
         context.set_forkserver_preload(list(PRELOADED))
     sys.stdout.flush()
     sys.stderr.flush()
-    process = context.Process(target=_stage_process, args=(port, shards_models, on_cpu, dict(os.environ), *job))
-    process.start()
-    try:
-        process.join()
-    except BaseException:
-        process.kill()
-        process.join()
-        raise
-    return process.exitcode
+    how = (port, shards_models, patience, on_cpu, dict(os.environ))
+    process = context.Process(target=_stage_process, args=(*how, *job))
+    # SIGTERM may come to the whole process group: the server has to outlive it, or nobody would know how the stage
+    # has ended, and the stage must not get it before it can handle it
+    resource_tracker.ensure_running()  # which lifts the block while it starts
+    is_asked = threading.Event()
+
+    def pass_on():  # also while it starts: a thread may get the signal, and its handler runs here all the same
+        is_asked.set()
+        if process.pid is not None:
+            process.terminate()
+
+    with on_sigterm(pass_on):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        if is_asked.is_set():
+            process.terminate()
+        try:
+            process.join()
+        except BaseException:
+            process.kill()
+            process.join()
+            raise
+    return TERMINATED if is_asked.is_set() else process.exitcode
 
 
-def _stage_process(port, shards_models, on_cpu, environment, folder, name, function, arguments, hashes) -> None:
+def _stage_process(port, shards_models, patience, on_cpu, environment, *job) -> None:
     """What a stage's process does, from its first line to its last."""
     _die_with_parent()
     os.environ.clear()
@@ -304,35 +440,40 @@ def _stage_process(port, shards_models, on_cpu, environment, folder, name, funct
     if not shards_models:
         for variable in SHARDING_VARIABLES:
             os.environ.pop(variable, None)
+    with on_sigterm():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        if shards_models:  # a trainer has its own settings for the process group, and watches it itself
+            _run_stage(on_cpu, *job)
+            return
+        PartialState(cpu=on_cpu, timeout=timedelta(seconds=patience))
+        with watched(patience, may_wait=True):
+            _run_stage(on_cpu, *job)
 
+
+def _run_stage(on_cpu, folder, name, run, function, arguments, hashes) -> None:
     from .cli import use_all_cpu_cores
 
     use_all_cpu_cores()
     folder, started = Path(folder), time.time()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).touch()
-    if on_cpu and not shards_models:
-        PartialState(cpu=True)  # as in the process that asked for the stage; a trainer has its own settings for it
     figures = function(folder, **arguments)
     state = PartialState(cpu=on_cpu)
-    state.wait_for_everyone()
+    wait_as_long_as_it_takes()
     if state.is_main_process:
         manifest = {
             "stage": name,
+            "run": run,
             "inputs": hashes,
             "arguments": {key: _jsonable(value) for key, value in arguments.items()},
             "figures": figures,
-            "outputs": {
-                str(file.relative_to(folder)): file.stat().st_size
-                for file in sorted(folder.rglob("*"))
-                if file.is_file() and file.name != MARK
-            },
+            "outputs": outputs_of(folder),
             "versions": installed_versions(),
             "num_processes": state.num_processes,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
             "seconds": round(time.time() - started, 1),
         }
-        write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2, default=str))
+        write_atomically(folder / "manifest.json", sealed(manifest))
     state.wait_for_everyone()
     state.destroy_process_group()
 
