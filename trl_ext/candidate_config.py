@@ -1,10 +1,14 @@
 """What the configs of all trainers here share."""
 
-from dataclasses import MISSING, dataclass, field, fields
-from typing import ClassVar
+import os
+import reprlib
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, ClassVar
 
 import torch
 from trl import DPOConfig
+
+from .safety import check_field_types
 
 # Fields of DPOConfig that no trainer of this package reads, and what to use instead.
 _NOT_A_DPO_LOSS = "this trainer has a loss of its own"
@@ -57,8 +61,9 @@ class CandidateConfig(DPOConfig):
             and only with adapters that treat all tokens alike (LoRA and its kin). Under ZeRO-3 leave
             `activation_checkpointing` on: without it a part holds the trained weights of all layers at once.
 
-    One default differs from `DPOConfig`: `bf16`, if not set, is `False` on a machine without accelerator. `DPOConfig`
-    would stop there and ask for `use_cpu`.
+    On a machine without accelerator two defaults differ from `DPOConfig`: `bf16`, if not set, is `False`, where
+    `DPOConfig` would stop and ask for `use_cpu`; and of several processes each has `use_cpu=True`, without which
+    Accelerate would not let them see each other.
     """
 
     # inherited field -> what to use instead; a subclass adds what its own fields replace
@@ -98,7 +103,12 @@ class CandidateConfig(DPOConfig):
         """Whether training needs the log-probabilities of a second, frozen model."""
         return False
 
+    def check_types(self) -> None:
+        """Raise a `TypeError` that names a field whose value is not of its type."""
+        check_field_types(self, apart_from=("prefix_sharing",))  # text and booleans
+
     def __post_init__(self):
+        self.check_types()  # again, where a subclass has: comparisons of its own come before
         if self.on_invalid_row not in ("error", "drop"):
             raise ValueError(f"on_invalid_row={self.on_invalid_row!r} is not known. Set it to 'error' or 'drop'.")
         by_word = {"true": True, "false": False, "auto": "auto"}  # from the command line everything is text
@@ -121,10 +131,24 @@ class CandidateConfig(DPOConfig):
                     "max_completions_per_forward runs a different number of parts from batch to batch, which "
                     "torch_compile=True, one program for the whole model, does not do. Leave one of them out."
                 )
+        if isinstance(self.deepspeed, str) and self.deepspeed and not self.deepspeed.lstrip().startswith("{"):
+            if not os.path.isfile(self.deepspeed):
+                raise FileNotFoundError(
+                    f"deepspeed={self.deepspeed!r:.80} is no file. Set it to the JSON file of a DeepSpeed config, or "
+                    "leave it out and launch with one of `accelerate_configs`."
+                )
         self._refuse_unused_fields()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True
         if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
             self.bf16 = False
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (ArithmeticError, AttributeError, LookupError, OSError, UnicodeError) as error:
+            raise ValueError(
+                f"Nothing can be made of these settings ({type(error).__name__}: {str(error)[:200]}): "
+                f"{self._shown_settings()}. Mend the one that this is about, or leave it out."
+            ) from error
         self.refuse_reentrant_checkpointing()
 
     def refuse_reentrant_checkpointing(self) -> None:
@@ -138,14 +162,17 @@ class CandidateConfig(DPOConfig):
                 "'use_reentrant' to False, or leave it out."
             )
 
+    def _shown_settings(self) -> str:
+        """Those that are not at their default, cut short."""
+        given = ((entry.name, getattr(self, entry.name), _default(entry)) for entry in fields(self) if entry.init)
+        return ", ".join(f"{name}={reprlib.repr(value)}" for name, value, default in given if value != default)
+
     def _refuse_unused_fields(self) -> None:
         changed = []
         for config_field in fields(DPOConfig):  # its defaults, whatever a subclass makes of them
             if config_field.name not in self.unused_fields:
                 continue
-            default = config_field.default
-            if config_field.default_factory is not MISSING:
-                default = config_field.default_factory()
+            default = _default(config_field)
             value = getattr(self, config_field.name)
             if value != default and [value] != default:  # `loss_type` may be given as a string
                 instead = self.unused_fields[config_field.name]
@@ -155,3 +182,7 @@ class CandidateConfig(DPOConfig):
                 f"{type(self).__name__} does not read these settings of DPOConfig; leave them at their default:\n"
                 + "\n".join(changed)
             )
+
+
+def _default(config_field: Field) -> Any:
+    return config_field.default if config_field.default_factory is MISSING else config_field.default_factory()

@@ -3,14 +3,17 @@
 import argparse
 import atexit
 import dataclasses
+import difflib
 import json
 import os
+import reprlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-RESUME_LAST = ("true", "yes", "last", "latest")
+from .safety import WIDER_THAN_DECLARED, has_type, list_items, refuse_code_in_config, shown_hint
+
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -32,13 +35,11 @@ def parse_recipe_args(dataclass_types: Sequence[type], playground_config: str | 
         `tuple`: one object per dataclass.
 
     Raises:
-        ValueError: unknown arguments, data without a model, or a flag that would do nothing.
+        FileNotFoundError, ValueError, TypeError: see [`read_config`]; unknown arguments, data without a model, or a
+            flag that would do nothing.
     """
-    from trl import TrlParser
-
     args = with_config_apart(sys.argv[1:] if args is None else args)
-    model, data, config = _model_data_and_config(args)
-    parser = TrlParser(dataclass_types)
+    model, data, config = _model_data_and_config(args, dataclass_types)
     if not (model or data):
         if config is None:
             args = ["--config", str(playground_config), *args]
@@ -47,7 +48,7 @@ def parse_recipe_args(dataclass_types: Sequence[type], playground_config: str | 
                 "The config file names neither a model nor data. Set `model_name_or_path` and `dataset_name`, or "
                 "leave `--config` out to run the playground."
             )
-        parsed = parser.parse_args_and_config(args)
+        parsed = parse_args(dataclass_types, args)
         script_args, training_args, _, dataset_args, *_ = parsed
         meaningless = [name for part in (script_args, dataset_args) for name in changed_fields(part)]
         meaningless += ["eval_strategy"] if training_args.eval_strategy != "no" else []
@@ -62,7 +63,7 @@ def parse_recipe_args(dataclass_types: Sequence[type], playground_config: str | 
             "Data is given but no model. Set `--model_name_or_path` to a Hub name or a folder; with neither a model "
             "nor data the recipe runs its playground."
         )
-    parsed = parser.parse_args_and_config(args)
+    parsed = parse_args(dataclass_types, args)
     if parsed[0].ignore_bias_buffers:
         raise ValueError("`--ignore_bias_buffers` is a debugging switch of TRL's scripts that is not offered here.")
     return parsed
@@ -76,22 +77,95 @@ def with_config_apart(args: Sequence[str]) -> list[str]:
             args[index : index + 1] = ["--config", arg.removeprefix("--config=")]
     if args and args[-1] == "--config":
         raise ValueError("`--config` names no file. Put the path of a YAML file behind it.")
+    if args.count("--config") > 1:
+        raise ValueError("`--config` is given more than once. Put everything into one file.")
     return args
 
 
-def _model_data_and_config(args: Sequence[str]) -> tuple[Any, Any, str | None]:
-    """What the command line or its config file names as model and data, and the config file."""
+def parse_args(dataclass_types: Sequence[type], args: Sequence[str]) -> tuple[Any, ...]:
+    """
+    One object per dataclass, from a command line that [`with_config_apart`] has been over.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: see [`read_config`]; or unknown arguments on the command line.
+    """
+    from trl import TrlParser
+
+    if "--config" in args:
+        read_config(args[args.index("--config") + 1], dataclass_types, args)
+    return TrlParser(dataclass_types).parse_args_and_config(args)
+
+
+def read_config(file: str | Path, dataclass_types: Sequence[type], args: Sequence[str] = ()) -> dict[str, Any]:
+    """
+    The values of a config file, checked: each is a field of its type, and none has code run (see
+    [`refuse_code_in_config`]).
+
+    Args:
+        file (`str` or `Path`): YAML.
+        dataclass_types (`Sequence[type]`): whose fields may stand in it.
+        args (`Sequence[str]`): the command line, which wins.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not YAML, holds no fields or unknown ones, or would have code run.
+        TypeError: a value is not of its field's type.
+    """
     import yaml
 
+    if not os.path.isfile(file):
+        raise FileNotFoundError(f"The config file {str(file)!r} is not there. Mend the path behind `--config`.")
+    try:
+        content = Path(file).read_text(encoding="utf-8")
+        values = yaml.safe_load(content)
+        scalars = [token for token in yaml.scan(content) if isinstance(token, yaml.ScalarToken)]
+    except Exception as error:  # a value that is no value of its tag is raised in many ways
+        what = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"The config file {file} cannot be read as YAML: {what}. Mend it.") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(
+            f"The config file {file} holds {reprlib.repr(values)}, and it has to hold one `name: value` per line."
+        )
+    for scalar in scalars:  # text with half a character fails where it is first written, far from here
+        if any("\ud800" <= character <= "\udfff" for character in scalar.value):
+            raise ValueError(
+                f"Line {scalar.start_mark.line + 1} of the config file {file} has {ascii(scalar.value)[:100]}, with "
+                "half of a character (a surrogate), which no file or path can hold. Mend it."
+            )
+    hints = {name: hint for one in dataclass_types for name, hint in get_type_hints(one).items()}
+    known = [entry.name for one in dataclass_types for entry in dataclasses.fields(one) if entry.init]
+    unknown = [key for key in values if key not in known and key != "env"]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        raise ValueError(
+            f"The config file {file} has the unknown arguments {', '.join(map(reprlib.repr, unknown))}. Leave them "
+            "out" + (f"; {unknown[0]!r} may be meant for {close[0]!r}." if close else ".")
+        )
+    given = [word[2:].partition("=")[0].replace("-", "_") for word in args if word.startswith("--")]
+    refuse_code_in_config(values, file, given)
+    for key, value in values.items():
+        if key in WIDER_THAN_DECLARED:
+            continue
+        # text is converted as on the command line is; one value stands for a list of one
+        one_of_list = any(has_type(value, one) for one in list_items(hints[key]))
+        if not isinstance(value, str) and key != "prefix_sharing" and not has_type(value, hints[key]) | one_of_list:
+            raise TypeError(
+                f"The config file {file} has {key}: {reprlib.repr(value)}, and it has to be {shown_hint(hints[key])}. "
+                "Mend it (text that looks like something else is put in quotes), or leave it out."
+            )
+    return values
+
+
+def _model_data_and_config(args: Sequence[str], dataclass_types: Sequence[type]) -> tuple[Any, Any, str | None]:
+    """What the command line or its config file names as model and data, and the config file."""
     parser = argparse.ArgumentParser(add_help=False)
-    for name in ("config", "model_name_or_path", "dataset_name"):
+    for name in ("model_name_or_path", "dataset_name"):
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name)
     given, _ = parser.parse_known_args(args)
-    values = {}
-    if given.config is not None:
-        values = yaml.safe_load(Path(given.config).read_text()) or {}
+    config = args[args.index("--config") + 1] if "--config" in args else None
+    values = {} if config is None else read_config(config, dataclass_types, args)
     data = given.dataset_name or values.get("dataset_name") or values.get("datasets")
-    return given.model_name_or_path or values.get("model_name_or_path"), data, given.config
+    return given.model_name_or_path or values.get("model_name_or_path"), data, config
 
 
 def changed_fields(part: Any) -> list[str]:
@@ -160,22 +234,22 @@ def load_datasets(script_args, dataset_args, *, with_eval: bool, seed: int) -> t
     else:
         path = Path(name).expanduser()
         name = str(path) if name.startswith("~") else name
-        is_saved = (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file()
+        is_saved = any(os.path.isfile(path / made) for made in ("dataset_dict.json", "dataset_info.json"))
         if script_args.dataset_config is not None and (path.suffix in FILE_FORMATS or is_saved):
             raise ValueError(
                 f"dataset_config={script_args.dataset_config!r} means nothing for local data. Leave it out."
             )
         if path.suffix in FILE_FORMATS:
-            if not path.is_file():
+            if not os.path.isfile(path):
                 raise FileNotFoundError(
                     f"dataset_name={name!r} looks like a local file, and there is none. Mend the path."
                 )
-            dataset = load_dataset(FILE_FORMATS[path.suffix], data_files={"train": name}, streaming=streaming)
+            dataset = _load_file(path, streaming)
         elif is_saved:
             if streaming:
                 raise ValueError("Data written by `save_to_disk` is not streamed. Leave `--dataset_streaming` out.")
             dataset = load_from_disk(name)
-        elif name.startswith((".", "/", "~")) and not path.is_dir():
+        elif name.startswith((".", "/", "~")) and not os.path.isdir(path):
             raise FileNotFoundError(
                 f"dataset_name={name!r} looks like a local folder, and there is none. Mend the path."
             )
@@ -208,6 +282,32 @@ def load_datasets(script_args, dataset_args, *, with_eval: bool, seed: int) -> t
     return parts["train"], parts["test"]
 
 
+def _load_file(path: Path, streaming: bool) -> dict[str, Any]:
+    """A local file as `datasets` reads it, or a `ValueError` that names it."""
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(FILE_FORMATS[path.suffix], data_files={"train": str(path)}, streaming=streaming)
+    except Exception as error:  # of pyarrow's, pandas' and its own kinds; the first of them knows why
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ValueError(f"{path} cannot be read as a table of rows: {_in_one_line(cause)}. Mend the file.") from error
+    if path.suffix == ".jsonl" and not streaming:
+        with path.open("rb") as opened:
+            num_lines = sum(bool(line.strip()) for line in opened)
+        if num_lines != len(dataset["train"]):  # a line that Arrow cannot hold may be taken for a table of its own
+            raise ValueError(
+                f"{path} has {num_lines} lines and is read as {len(dataset['train'])} rows. Put one JSON object on "
+                "each line, with values of the same type in each column."
+            )
+    return dataset
+
+
+def _in_one_line(error: BaseException) -> str:
+    return (" ".join(str(error).split())[:200] or type(error).__name__).rstrip(". ")
+
+
 def model_init_kwargs(model_args, training_args) -> dict[str, Any]:
     """Keyword arguments for loading the model, from the flags that TRL's own scripts have."""
     return {
@@ -218,66 +318,10 @@ def model_init_kwargs(model_args, training_args) -> dict[str, Any]:
     }
 
 
-def checkpoint_to_resume(training_args) -> str | None:
-    """
-    The checkpoint to go on from: `--resume_from_checkpoint PATH`, or `true` for the last complete one in the output
-    folder. `None` if there is none yet, so that the same command serves the first start and every restart.
-
-    A run killed while it wrote a checkpoint leaves an incomplete one. Such checkpoints are passed over, and named.
-    Without `--resume_from_checkpoint`, checkpoints of an earlier run in the output folder are refused: a later resume
-    could not tell whose they are.
-
-    Args:
-        training_args: with `output_dir` and `resume_from_checkpoint`.
-
-    Raises:
-        FileNotFoundError: a named checkpoint is not there or not complete.
-        FileExistsError: the output folder holds checkpoints and it was not asked to resume.
-    """
-    from accelerate import PartialState
-
-    state, wanted, output_dir = PartialState(), training_args.resume_from_checkpoint, Path(training_args.output_dir)
-    checkpoints = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
-    checkpoints.sort(key=lambda path: int(path.name[11:]), reverse=True)
-    state.wait_for_everyone()  # all processes have looked before one of them writes anything
-    if not wants_to_resume(training_args):
-        if checkpoints:
-            raise FileExistsError(
-                f"{output_dir} holds checkpoints of an earlier run, up to {checkpoints[0].name}. Add "
-                "`--resume_from_checkpoint true` to go on from there, or set another `--output_dir`."
-            )
-        return None
-    if str(wanted).lower() not in RESUME_LAST:
-        if not _is_complete(Path(wanted)):
-            raise FileNotFoundError(
-                f"resume_from_checkpoint={wanted!r} is not a complete checkpoint. Name one, or set it to 'true' for "
-                "the last complete one in the output folder."
-            )
-        return wanted
-    for checkpoint in checkpoints:
-        if _is_complete(checkpoint):
-            return str(checkpoint)
-        state.print(f"{checkpoint} is incomplete and passed over: the run that wrote it was interrupted.")
-    return None
-
-
-def wants_to_resume(training_args) -> bool:
-    """Whether `--resume_from_checkpoint` is given, and not as a no."""
-    return str(training_args.resume_from_checkpoint).lower() not in ("none", "false", "no")
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether `Trainer` got to the end of writing a checkpoint: the state of the trainer is the last file."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 def run_recipe(main: Callable[[list[str]], Any]) -> None:
     """
-    Call a recipe's `main` with the command line, and end a process that is one of several as soon as all else is done.
+    Call a recipe's `main` with the command line; end on SIGTERM, and when the launcher is gone, with what is finished
+    kept; and end a process that is one of several as soon as all else is done.
 
     Under DDP on CPU, gloo's threads outlive `destroy_process_group` (torch 2.13 never frees the group of a
     `DistributedDataParallel`). If one of them lets go of a tensor while the interpreter is being torn down, the
@@ -287,17 +331,26 @@ def run_recipe(main: Callable[[list[str]], Any]) -> None:
     Args:
         main (`Callable`): takes the arguments of the command line. What it raises is raised.
     """
-    finished = []
+    from .faults import end_with_launcher, on_sigterm
+
+    exit_codes: list[int] = []
 
     def leave():
-        if finished and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if exit_codes and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(0)
+            os._exit(exit_codes[0])
 
     atexit.register(leave)  # the first to be registered is the last to be called
-    main(sys.argv[1:])
-    finished.append(True)
+    try:
+        with on_sigterm():
+            end_with_launcher()
+            main(sys.argv[1:])
+    except SystemExit as ending:
+        if isinstance(ending.code, int):
+            exit_codes.append(ending.code)
+        raise
+    exit_codes.append(0)
 
 
 def use_all_cpu_cores() -> None:
@@ -324,6 +377,7 @@ MAY_CHANGE = (
     "report_to",
     "run_name",
     "disable_tqdm",
+    "ddp_timeout",
     "log_level",
     "logging_dir",
     "logging_steps",
@@ -372,18 +426,22 @@ def load_prompts(script_args, dataset_args) -> list[dict[str, Any]]:
     Raises:
         ValueError: rows without a prompt, rows that cannot be kept as JSON, or a stream.
     """
-    from .data import RowError, RowOptions, parse_row
+    from .data import RowError, RowOptions, parse_row, refuse_decoding
 
     if script_args.dataset_streaming or dataset_args.streaming:
         raise ValueError("Prompts to sample for are read as a whole. Leave `--dataset_streaming` out.")
     dataset_args = dataclasses.replace(dataset_args, test_split_size=None)  # for the training on what is sampled
     dataset, _ = load_datasets(script_args, dataset_args, with_eval=False, seed=0)
+    refuse_decoding(dataset.features, "prompt")
     columns = set(dataset.column_names)
     if "prompt" not in columns and not columns >= {"chosen", "rejected"}:
         raise ValueError(
             f"The dataset has the columns {sorted(columns)} and no `prompt` to sample answers for. Rename or add it."
         )
-    rows = dataset.to_list()
+    try:
+        rows = dataset.to_list()
+    except Exception as error:
+        raise ValueError(f"The rows of the dataset cannot be read: {_in_one_line(error)}. Mend them.") from error
     for index, row in enumerate(rows):
         refuse_unless_json(row, index)
         if isinstance(row.get("chosen"), str | list) and type(row.get("prompt")) is not type(row["chosen"]):
@@ -430,7 +488,7 @@ def local_model(model_args, *, trust_remote_code: bool = False) -> str:
     from huggingface_hub import snapshot_download
 
     name = model_args.model_name_or_path
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return name
     if name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"model_name_or_path={name!r} looks like a local folder, and there is none.")
@@ -466,6 +524,7 @@ def train_and_save(
     """
     from trl import get_peft_config, get_quantization_config
 
+    from .checkpoints import checkpoint_to_resume
     from .plots import plot_training_curves
 
     use_all_cpu_cores()

@@ -22,7 +22,9 @@ the regulariser's target). A target that differs from all candidates is appended
 `completion_ids`, one that equals a candidate is not stored, and so not computed, twice.
 """
 
+import contextlib
 import hashlib
+import inspect
 import json
 import logging
 import math
@@ -35,6 +37,7 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets.features.features import require_decoding
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from . import __version__
@@ -89,6 +92,11 @@ REMEDIES = {
 }
 
 
+# of `apply_chat_template`: which template is applied to what, and how
+RESERVED_TEMPLATE_KWARGS = {
+    *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
+    *("processing_class", "input", "prompt", "completions", "eos_token"),
+} - {"documents", "kwargs", "tools"}
 LARGEST_SCORE = float(np.finfo(np.float32).max)
 
 
@@ -219,6 +227,21 @@ def check_columns(columns: list[str], name: str) -> None:
         raise ValueError(
             f"{given}, without {' and '.join(f'`{column}`' for column in sorted(missing))}. Needed are `prompt`, "
             "`chosen` and `rejected`, or `prompt`, `completions` and `scores`: rename or add the columns."
+        )
+
+
+def refuse_decoding(features: Features | None, name: str) -> None:
+    """
+    Refuse columns whose values `datasets` would open as files, from the disk or the net, once a row is looked at.
+
+    Raises:
+        NotImplementedError: there are such columns.
+    """
+    opened = sorted(column for column, feature in (features or {}).items() if require_decoding(feature))
+    if opened:
+        raise NotImplementedError(
+            f"The {name} dataset has columns of images, sound or other files ({', '.join(opened)}), which would be "
+            "opened wherever its rows say. Remove these columns, and use text rows."
         )
 
 
@@ -429,6 +452,34 @@ def _begins_with(text: str | list, beginning: str | list) -> bool:
     return bool(beginning) and text[: len(beginning)] == beginning
 
 
+def template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    What a row has to say to the chat template: `tools`, which may be JSON, and `chat_template_kwargs`.
+
+    Raises:
+        RowError: they are no such thing, or would say how the template is applied, or which one.
+    """
+    tools, kwargs = row.get("tools"), row.get("chat_template_kwargs")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise RowError("not renderable", "tools", f"holds {tools!r:.40}, which is not JSON ({error})") from None
+    if not isinstance(tools, list | None):
+        raise RowError("not renderable", "tools", f"is {type(tools).__name__}, not a list of tools")
+    if kwargs is not None and (not isinstance(kwargs, Mapping) or not all(isinstance(key, str) for key in kwargs)):
+        raise RowError("not renderable", "chat_template_kwargs", f"is {type(kwargs).__name__}, not names with values")
+    # `None` is what a table fills in
+    kwargs = {k: v for k, v in (kwargs or {}).items() if v is not None or k not in RESERVED_TEMPLATE_KWARGS}
+    reserved = sorted(RESERVED_TEMPLATE_KWARGS & set(kwargs))
+    if reserved:
+        raise RowError(
+            "not renderable", "chat_template_kwargs",
+            f"has {', '.join(reserved)}, which is not for a row to say but for the tokenizer and the trainer",
+        )  # fmt: skip
+    return {"tools": tools, **kwargs}
+
+
 def tokenize_candidates(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     prompt: str | list,
@@ -494,12 +545,10 @@ def prepare_row(row: Mapping[str, Any], processing_class, options: RowOptions) -
         best = max(range(len(scores)), key=scores.__getitem__)
         candidates, scores, names = [candidates[best]], [scores[best]], [names[best]]
     targets = candidates if reference is None else [*candidates, reference]
+    kwargs = template_kwargs(row)
     try:
-        tools = row.get("tools")
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        template_kwargs = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
         prompt_ids, completion_ids, boundary_moved = tokenize_candidates(
-            processing_class, prompt, targets, eos_token=options.eos_token, **template_kwargs
+            processing_class, prompt, targets, eos_token=options.eos_token, **kwargs
         )
     except Exception as error:  # a chat template raises what it likes
         raise RowError("not renderable", "prompt", f"could not be tokenised: {error}") from error
@@ -617,6 +666,23 @@ def refusal(name: str, num_rows: int | None, problems: dict[str, list[tuple[int,
     return "\n".join(lines)
 
 
+@contextlib.contextmanager
+def _main_process_first():
+    """`global_then_local_main_first`, with a message for those that have waited for too long."""
+    is_my_turn = False
+    try:
+        with global_then_local_main_first():
+            is_my_turn = True
+            yield
+    except RuntimeError as error:
+        if is_my_turn or "Timed out" not in str(error):
+            raise
+        raise RuntimeError(
+            "The main process was still tokenising when the time-out of this one, which waited for it, was over. "
+            "Raise `ddp_timeout` (seconds), or tokenise with more processes by `dataset_num_proc`."
+        ) from error
+
+
 def prepare_dataset(
     dataset: Dataset | IterableDataset,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
@@ -660,6 +726,7 @@ def prepare_dataset(
     if is_prepared(columns):
         return dataset, None
     check_columns(columns, name)
+    refuse_decoding(dataset.features, name)
     if options.score_values and "completions" not in columns and "score_chosen" not in columns:
         raise ValueError(
             f"The {name} dataset has the columns {sorted(columns)}: this loss needs the size of the scores. Add "
@@ -677,7 +744,7 @@ def prepare_dataset(
         dataset = dataset.map(prepare, with_indices=True, **map_kwargs)
         return dataset.filter(_is_usable).remove_columns(list(_NOTE_FEATURES)), None
 
-    with global_then_local_main_first():
+    with _main_process_first():
         noted = dataset.with_format(None).map(
             _prepare_row_or_note,
             fn_kwargs={"processing_class": processing_class, "options": options, "prepared_by": PREPARED_BY},

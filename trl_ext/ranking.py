@@ -118,7 +118,9 @@ def score_report(rows: Sequence[Mapping[str, Any]]) -> ScoreReport:
     scores = np.array([score for scores in lists for score in scores], dtype=np.float64)
     if not len(scores):
         raise ValueError(f"None of the {len(rows)} rows has a completion. Check the sampling.")
-    histogram, edges = np.histogram(scores, bins=10)
+    low, high, step = scores.min(), scores.max(), 20 * np.spacing(np.abs(scores).max())
+    around = max(0.5, step) if high - low < step else 0.0  # room for ten bins about equal scores, however large
+    histogram, edges = np.histogram(scores, bins=10, range=(low - around, high + around))
     return ScoreReport(
         num_prompts=len(rows),
         num_completions=len(scores),

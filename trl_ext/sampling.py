@@ -16,6 +16,7 @@ import inspect
 import json
 import logging
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -41,7 +41,9 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ._trl import _tokenize, common_prefix_length
-from .data import _says_something, _without_empty_keys, tokenize_candidates
+from .data import _says_something, _without_empty_keys, template_kwargs, tokenize_candidates
+from .machines import from_all, read_when_there, refuse_unless_all_see, wait_as_long_as_it_takes
+from .safety import check_field_types, explain_remote_code, weights_only
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +135,8 @@ class SamplingConfig:
     )
 
     def __post_init__(self):
+        check_field_types(self)
+
         def refuse(name: str, why: str) -> None:
             raise ValueError(f"{name}={getattr(self, name)!r}: {why}")
 
@@ -582,6 +586,7 @@ def sample_candidates(
         ValueError: no prompts, a column of `mix_in` is missing or has another form than the prompt, prompts that all
             exceed the model's window, or a model without an end token.
         FileExistsError: `folder` holds candidates of another model, other prompts or other settings.
+        FileNotFoundError: a process does not see the folder; on all processes.
     """
     state, folder = process_state(), Path(folder)
     mix_in = [mix_in] if isinstance(mix_in, str) else mix_in
@@ -591,27 +596,29 @@ def sample_candidates(
     hub = {
         "revision": (model_init_kwargs or {}).get("revision") or "main", "trust_remote_code": trust_remote_code
     }  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **hub)
+    tokenizer = load_tokenizer(model_name_or_path, **hub)
     _check_end_tokens(model_name_or_path, tokenizer, **hub)
     dtype = sampling_dtype(model_name_or_path, (model_init_kwargs or {}).get("dtype"), **hub)
     model_init_kwargs = {**(model_init_kwargs or {}), "dtype": dtype}
-    shard_size = _check_identity(
+    shard_size, made_of = _check_identity(
         folder, model_name_or_path, rows, config, tokenizer, shard_size, dtype, hub["revision"]
     )  # fmt: skip
+    refuse_unless_all_see(folder)
     shards = _shards(rows, shard_size)
     unfinished = [number for number in range(len(shards)) if not _shard_file(folder, number).exists()]
     state.wait_for_everyone()  # all processes have looked before one of them finishes a shard
     mine = unfinished[state.process_index :: state.num_processes]
     if mine:
         _sample_shards(
-            mine, shards, rows, model_name_or_path, tokenizer, config, folder, model_init_kwargs, hub, desc
+            mine, shards, rows, model_name_or_path, tokenizer, config, folder, made_of, model_init_kwargs, hub, desc
         )  # fmt: skip
-    state.wait_for_everyone()
+    wait_as_long_as_it_takes()
     sampled: dict[int, dict] = {}
-    for number in range(len(shards)):
-        for line in _shard_file(folder, number).read_text().splitlines():
-            record = json.loads(line)
-            sampled[record["index"]] = record
+    for number, indices in enumerate(shards):
+        records = _read_shard(_shard_file(folder, number), made_of)
+        if {record["index"] for record in records} != set(indices):
+            raise ValueError(f"{_shard_file(folder, number)} holds other prompts than it should. Remove it.")
+        sampled.update((record["index"], record) for record in records)
     return _assemble(rows, sampled, config, mix_in, keep_empty, dtype)
 
 
@@ -660,29 +667,101 @@ def _shard_file(folder: Path, number: int) -> Path:
     return folder / "shards" / f"{number:05d}.jsonl"
 
 
+def _shard(records: list[dict], made_of: str) -> str:
+    """A line for each record, and one with a hash over them and what they are made of."""
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    return lines + json.dumps({"digest": hashlib.sha256(f"{made_of}\n{lines}".encode()).hexdigest()}) + "\n"
+
+
+def _read_shard(file: Path, made_of: str) -> list[dict]:
+    """
+    Raises:
+        ValueError: it was changed or damaged since it was written, or was sampled from something else.
+    """
+    try:
+        text = read_when_there(file)
+        records = [json.loads(line) for line in text.splitlines()][:-1]
+        if text == _shard(records, made_of):
+            return records
+        what = "does not match its digest: it was changed, or sampled with something else"
+    except FileNotFoundError:
+        raise
+    except (ValueError, RecursionError, OSError) as error:
+        what = f"cannot be read ({' '.join(str(error).split())[:200]})"
+    raise ValueError(f"{file} {what}. Put back what was there, or remove it to sample its prompts again.")
+
+
+def sealed(content: dict[str, Any]) -> str:
+    """JSON with a hash over itself, by which [`read_sealed`] sees that it was changed. No proof of who wrote it."""
+    content = json.loads(json.dumps(content, default=str))
+    return json.dumps({**content, "digest": _seal(content)}, indent=2)
+
+
+def _seal(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_sealed(file: Path, keys: Mapping[str, type]) -> dict[str, Any]:
+    """
+    Read what [`sealed`] has made, less its hash.
+
+    Args:
+        file (`Path`): the file.
+        keys (`dict[str, type]`): what it must hold, and of which type.
+
+    Raises:
+        ValueError: it was changed or damaged since; names the file and the reason.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise ValueError(
+            f"{file} is damaged: it cannot be read as JSON ({' '.join(str(error).split())[:200]})."
+        ) from None
+    if not isinstance(content, dict) or "digest" not in content:
+        raise ValueError(f"{file} is damaged or of another version: it has no digest of itself.")
+    digest = content.pop("digest")
+    if digest != _seal(content):
+        raise ValueError(f"{file} was changed after it was written: it does not match its own digest.")
+    for key, kind in keys.items():
+        if not isinstance(content.get(key), kind):
+            raise ValueError(f"{file} is damaged or of another version: {key!r} is {content.get(key)!r:.80}.")
+    return content
+
+
+def unfinished_path(path: Path) -> Path:
+    """What a file is called until [`write_atomically`] puts it in its place."""
+    return path.with_name(path.name + ".unfinished")
+
+
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is either whole or not there."""
+    """Write a file that is either whole or not there, whenever the process or the machine ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    with unfinished_path(path).open("w") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
+    unfinished_path(path).replace(path)
 
 
 def _check_identity(
     folder: Path, model_name_or_path, rows, config: SamplingConfig, tokenizer, shard_size, dtype: str, revision: str
-) -> int:
+) -> tuple[int, str]:
     """
     Write down what the candidates in `folder` are made of; refuse a folder that is made of something else.
 
     Returns:
-        `int`: prompts per shard.
+        `tuple`: prompts per shard, and a hash over what they are made of.
     """
-    state, file, problem = process_state(), folder / "sampling.json", None
+    state, file, problem, made_of = process_state(), folder / "sampling.json", None, ""
     if state.is_main_process:
-        found = json.loads(file.read_text()) if file.exists() else {}
+        try:
+            found = read_sealed(file, {"shard_size": int}) if file.exists() else {}
+        except ValueError as error:
+            found, problem = {}, f"{error} Remove {folder} to sample anew, or choose another folder."
         shard_size = shard_size or found.get("shard_size") or _default_shard_size(len(rows), state.num_processes)
         prompts = [[row["prompt"], row.get("tools"), row.get("chat_template_kwargs")] for row in rows]
-        is_local = Path(model_name_or_path).is_dir()
+        is_local = os.path.isdir(model_name_or_path)
         identity = {
             "model": model_fingerprint(model_name_or_path) + ("" if is_local else f"@{revision}"),
             "prompts": hashlib.sha256(json.dumps(prompts, default=str).encode()).hexdigest(),
@@ -693,7 +772,9 @@ def _check_identity(
             "vllm_args": {n: v for n, v in (config.vllm_args or {}).items() if n not in VLLM_ARGS_WITHOUT_EFFECT},
         }
         identity = json.loads(json.dumps(identity))  # a tuple is a list there
-        if found:
+        if problem is not None:
+            pass
+        elif found:
             changed = sorted(key for key in identity if identity[key] != found.get(key))
             if changed:
                 problem = (
@@ -702,12 +783,12 @@ def _check_identity(
                     + ". Go on with what they were sampled with, or choose another folder."
                 )
         else:
-            write_atomically(file, json.dumps(identity, indent=2))
-    told = [(problem, shard_size)]
-    problem, shard_size = (gather_object(told) if state.num_processes > 1 else told)[0]  # the main process's
+            write_atomically(file, sealed(identity))
+        made_of = _seal({**identity, "shard_size": shard_size})
+    problem, shard_size, made_of = from_all((problem, shard_size, made_of))[0]  # the main process's
     if problem is not None:
         raise FileExistsError(problem)
-    return shard_size
+    return shard_size, made_of
 
 
 def _default_shard_size(num_prompts: int, num_processes: int) -> int:
@@ -724,15 +805,14 @@ def model_fingerprint(model_name_or_path: str | Path) -> str:
     The same for equal files in another folder, and different once something changes that its answers depend on.
     """
     folder = Path(model_name_or_path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return str(model_name_or_path)
     digest = hashlib.sha256()
     files = {file for pattern in ("*.safetensors", "*.bin", *MODEL_FILES) for file in folder.glob(pattern)}
     for file in sorted(file for file in files if file.name not in NO_WEIGHTS):
         digest.update(f"{file.name} {file_digest(file)}\n".encode())
     if (folder / "adapter_config.json").is_file():
-        adapter = json.loads((folder / "adapter_config.json").read_text())
-        base = adapter.get("base_model_name_or_path")
+        base = _adapter_config(folder)["base_model_name_or_path"]
         if base is not None and Path(base).resolve() != folder.resolve():
             digest.update(f"base {model_fingerprint(base)}\n".encode())
     return f"sha256:{digest.hexdigest()}"
@@ -748,7 +828,10 @@ def file_digest(file: Path) -> str:
 def _file_digest(path: str, size: int, modified: int) -> str:
     with open(path, "rb") as opened:
         if Path(path).name in CONFIG_FILES:
-            content = {key: value for key, value in json.load(opened).items() if key not in ORIGIN_KEYS}
+            try:
+                content = {key: value for key, value in json.load(opened).items() if key not in ORIGIN_KEYS}
+            except (ValueError, AttributeError, RecursionError) as error:
+                raise ValueError(f"{path} is no config of a model: {error}. Mend it, or take another model.") from None
             return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
@@ -758,9 +841,18 @@ def load_causal_lm(model_name_or_path: str | Path, **model_init_kwargs) -> PreTr
     from transformers import AutoModelForCausalLM
 
     device = process_state().device
-    kwargs = {key: value for key, value in model_init_kwargs.items() if value is not None}
+    kwargs = {"trust_remote_code": False}  # at `None` transformers would ask on the terminal
+    kwargs |= {key: value for key, value in model_init_kwargs.items() if value is not None}
     kwargs.setdefault("dtype", torch.float32 if device.type == "cpu" else "auto")
-    return AutoModelForCausalLM.from_pretrained(model_name_or_path, **kwargs).to(device).requires_grad_(False).eval()
+    with explain_remote_code(), weights_only():
+        model = AutoModelForCausalLM.from_pretrained(model_name_or_path, **kwargs)
+    return model.to(device).requires_grad_(False).eval()
+
+
+def load_tokenizer(model_name_or_path: str | Path, **hub) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; `hub` may have `revision` and `trust_remote_code`, which is off by default."""
+    with explain_remote_code():
+        return AutoTokenizer.from_pretrained(model_name_or_path, **{"trust_remote_code": False, **hub})
 
 
 def _open_engine(model_name_or_path, tokenizer, config: SamplingConfig, model_init_kwargs, hub) -> Engine:
@@ -784,7 +876,7 @@ def _open_engine(model_name_or_path, tokenizer, config: SamplingConfig, model_in
 
 
 def _sample_shards(
-    numbers, shards, rows, model_name_or_path, tokenizer, config, folder, model_init_kwargs, hub, desc
+    numbers, shards, rows, model_name_or_path, tokenizer, config, folder, made_of, model_init_kwargs, hub, desc
 ) -> None:
     state = process_state()
     occurrences = _occurrences(rows)
@@ -799,7 +891,7 @@ def _sample_shards(
             tokens, start = 0, time.perf_counter()
             for number in numbers:
                 records = list(_sample_shard(shards[number], rows, occurrences, tokenizer, engine, config, window))
-                write_atomically(_shard_file(folder, number), "".join(json.dumps(record) + "\n" for record in records))
+                write_atomically(_shard_file(folder, number), _shard(records, made_of))
                 tokens += sum(sum(record["num_tokens"]) for record in records)
                 progress.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
                 progress.update(len(shards[number]))
@@ -828,13 +920,28 @@ def _whole_model(model_name_or_path: str | Path, revision: str) -> tuple[str, st
     file = Path(model_name_or_path) / "adapter_config.json"
     if not file.is_file():
         return str(model_name_or_path), revision
-    adapter = json.loads(file.read_text())
+    adapter = _adapter_config(file.parent)
+    if adapter["base_model_name_or_path"] is None:
+        raise ValueError(f"{file} names no base model. Set `base_model_name_or_path` in it.")
     return adapter["base_model_name_or_path"], adapter.get("revision") or "main"
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    file = folder / "adapter_config.json"
+    try:
+        adapter = json.loads(file.read_text(encoding="utf-8"))
+        base = adapter.get("base_model_name_or_path")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} is no config of an adapter: {error}. Mend it, or take another model.") from None
+    if not isinstance(base, str | None):
+        raise ValueError(f"{file} has the base model {base!r:.80}, which is no name. Mend it.")
+    return {**adapter, "base_model_name_or_path": base}
 
 
 def _model_config(model_name_or_path: str | Path, *, revision: str = "main", trust_remote_code: bool = False):
     name, revision = _whole_model(model_name_or_path, revision)
-    return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    with explain_remote_code():
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def context_window(model_name_or_path: str | Path, **hub) -> int | None:
@@ -868,13 +975,6 @@ def _check_end_tokens(model_name_or_path, tokenizer, *, revision: str, trust_rem
     end_token_ids(generation_config, tokenizer)
 
 
-def template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
-    """What a row has to say to the chat template, as in training: `tools` and `chat_template_kwargs`."""
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
-
-
 def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[int]:
     """The tokens a model answers to, by the template training uses too."""
     if isinstance(row["prompt"], str):
@@ -883,7 +983,15 @@ def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) ->
 
 
 def _sample_shard(indices, rows, occurrences, tokenizer, engine: Engine, config, window) -> Iterator[dict]:
-    prompts = {index: prompt_token_ids(tokenizer, rows[index]) for index in indices}
+    prompts = {}
+    for index in indices:
+        try:
+            prompts[index] = prompt_token_ids(tokenizer, rows[index])
+        except Exception as error:  # a chat template raises what it likes
+            raise ValueError(
+                f"Row {index}: the prompt {rows[index]['prompt']!r:.60} could not be tokenised: {error}. Mend the "
+                "row, or leave it out."
+            ) from error
     fitting = [index for index in indices if window is None or len(prompts[index]) + config.max_new_tokens <= window]
     fitting.sort(key=lambda index: len(prompts[index]))
     numbers = range(config.num_candidates)

@@ -40,7 +40,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -53,8 +52,10 @@ from transformers.utils import find_adapter_config_file
 
 from ._trl import _tokenize
 from .data import REMEDIES as ROW_REMEDIES
-from .data import RowError, _check_number, _check_text
-from .sampling import file_digest, model_fingerprint, process_state, template_kwargs, write_atomically
+from .data import RowError, _check_number, _check_text, template_kwargs
+from .machines import from_all, wait_as_long_as_it_takes
+from .safety import UnsafeFileError, explain_remote_code, weights_only
+from .sampling import file_digest, model_fingerprint, process_state, read_sealed, sealed, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ def load_reward_function(spec: str) -> Callable:
 
 def _import_file(where: str, spec: str):
     path = Path(where).expanduser().resolve()
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"{spec!r}: there is no file {path}. Correct the path before the colon.")
     # a name of its own, so that two files of the same name do not become one module
     name = f"trl_ext_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
@@ -203,7 +204,7 @@ def _code(function: Callable) -> str | None:
         file = inspect.getsourcefile(function if inspect.isroutine(function) else type(function))
     except TypeError:
         return None
-    return file_digest(Path(file)) if file is not None and Path(file).is_file() else None
+    return file_digest(Path(file)) if file is not None and os.path.isfile(file) else None
 
 
 def _check_arguments(function: Callable, what: str, names: Iterable[str]) -> None:
@@ -332,7 +333,8 @@ def _number(value: Any, what: str, row: int, completion: int) -> float | None:
 
 
 def _load_tokenizer(name_or_path: str, **kwargs) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+    with explain_remote_code("reward_trust_remote_code"):
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ValueError(
@@ -515,7 +517,7 @@ def _read_judge(path: str, max_length: int | None, **kwargs) -> tuple:
 
 def _model_identity(path: str, revision: str | None, dtype: str, max_length: int | None) -> list:
     """What a model's scores depend on."""
-    is_local = Path(path).is_dir()
+    is_local = os.path.isdir(path)
     return [model_fingerprint(path), None if is_local else revision or "main", str(dtype), max_length]
 
 
@@ -533,8 +535,14 @@ def _refuse_adapter(path: str, role: str, *, revision: str | None = None, trust_
 
 def _load(auto_class, path: str, role: str, **kwargs):
     try:
-        return auto_class.from_pretrained(path, **kwargs)
+        with weights_only():
+            return auto_class.from_pretrained(path, **kwargs)
+    except UnsafeFileError:
+        raise
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            with explain_remote_code("reward_trust_remote_code"):
+                raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"The {role} {path!r} could not be loaded: {reason.rstrip('.')}. Give the folder or Hub id of a model; a "
@@ -1058,7 +1066,7 @@ class ScorerConfig:
 def _names_a_model(spec: str, role: str) -> bool:
     """Whether a text is the name of a model, not of a function; refuses what is neither."""
     path = Path(spec).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         return True
     if ":" in spec:
         return False
@@ -1180,7 +1188,7 @@ def score_rows(
     if folder is not None:
         place = _open_scores(Path(folder), rows, scorers, batch_size)
         files = {start: _scores_file(place, number) for number, start in enumerate(starts)}
-        scored = {start: json.loads(file.read_text()) for start, file in files.items() if file.exists()}
+        scored = {start: _read_scores(file, place, start) for start, file in files.items() if file.exists()}
         state.wait_for_everyone()  # all processes have looked before one of them finishes a batch
     unfinished = [start for start in starts if start not in scored]
     counts_before = [Counter(getattr(scorer, "counts", {})) for scorer in scorers]
@@ -1195,13 +1203,13 @@ def score_rows(
         ):
             done.append((start, _score_batch(rows[start : start + batch_size], start, scorers, weights)))
             if start in files:
-                write_atomically(files[start], json.dumps(done[-1][1], default=float))
+                batch = json.loads(json.dumps(done[-1][1], default=float))
+                write_atomically(files[start], sealed({"of": [place.name, start], **batch}))
     except Exception as error:  # the other processes wait for us below
         failure = error
     message = None if failure is None else f"process {state.process_index}, {type(failure).__name__}: {failure}"
-    everything = [(done, message)]
-    if state.num_processes > 1:
-        everything = gather_object(everything)
+    wait_as_long_as_it_takes()
+    everything = from_all((done, message))
     if failure is not None:
         if folder is not None:
             failure.add_note(f"What was scored before is kept in {place}: the same call goes on from there.")
@@ -1279,7 +1287,7 @@ def _open_scores(folder: Path, rows: list, scorers: Sequence[Scorer], batch_size
         identity = json.dumps([said_to_scorers, who, batch_size], sort_keys=True, default=str)
         place = folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
         code, file = [getattr(scorer, "code", None) for scorer in scorers], place / "code.json"
-        if file.exists() and json.loads(file.read_text()) != code:
+        if file.exists() and file.read_text() != json.dumps(code):
             numbers = range(math.ceil(len(rows) / batch_size))
             kept = [_scores_file(place, number) for number in numbers if _scores_file(place, number).exists()]
             if len(kept) == len(numbers):
@@ -1292,7 +1300,17 @@ def _open_scores(folder: Path, rows: list, scorers: Sequence[Scorer], batch_size
                     f"portions in {place}; remove that folder to score everything anew."
                 )
         write_atomically(file, json.dumps(code))
-    return (gather_object([place]) if state.num_processes > 1 else [place])[0]  # the main process's
+    return from_all(place)[0]  # the main process's
+
+
+def _read_scores(file: Path, place: Path, start: int) -> dict[str, Any]:
+    try:
+        batch = read_sealed(file, {"of": list, "values": list, "counts": list})
+        if batch["of"] != [place.name, start]:
+            raise ValueError(f"{file} holds the scores of other rows.")
+    except ValueError as error:
+        raise ValueError(f"{error} Put back what was there, or remove it to score its rows again.") from None
+    return batch
 
 
 def _scores_file(place: Path, number: int) -> Path:

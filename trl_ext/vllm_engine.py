@@ -418,7 +418,7 @@ def _check_settings(model: str, temperature: float, engine_args: dict[str, Any])
             f"{LEAST_TEMPERATURE} instead. Set it to 0 (greedy), or to {LEAST_TEMPERATURE} or more."
         )
     folder = Path(model)
-    if str(model).startswith((".", "/", "~")) and not folder.is_dir():
+    if str(model).startswith((".", "/", "~")) and not os.path.isdir(folder):
         raise FileNotFoundError(f"model={str(model)!r} looks like a local folder, and there is none. Mend the path.")
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(
