@@ -18,7 +18,15 @@ from pathlib import Path
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
-from trl_ext.cli import load_prompts, local_model, refuse_all_but, run_recipe, use_all_cpu_cores, with_config_apart
+from trl_ext.cli import (
+    load_prompts,
+    local_model,
+    parse_args,
+    refuse_all_but,
+    run_recipe,
+    use_all_cpu_cores,
+    with_config_apart,
+)
 from trl_ext.rounds import RankingConfig, rank_stage, sample_stage
 from trl_ext.sampling import SamplingConfig
 from trl_ext.stages import all_processes
@@ -65,10 +73,8 @@ class WholeModelConfig(ModelConfig):
 
 
 def main(arguments):
-    from trl import TrlParser
-
     dataclasses = (ScriptArguments, SampleAndRankConfig, WholeModelConfig, DatasetMixtureConfig, SamplingConfig)
-    parsed = TrlParser(dataclasses).parse_args_and_config(with_config_apart(arguments))
+    parsed = parse_args(dataclasses, with_config_apart(arguments))
     script_args, config, model_args, dataset_args, sampling = parsed
     if model_args.model_name_or_path is None or (script_args.dataset_name is None and not dataset_args.datasets):
         raise ValueError("Set `--model_name_or_path` and `--dataset_name`: who answers, and to what.")

@@ -325,8 +325,8 @@ def test_another_version_does_not_use_what_this_one_cached(tokenizer, tmp_path, 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({**CHAT, "tools": "[{"}, r"row 0: column 'prompt' could not be tokenised: Expecting"),
-        ({**CHAT, "chat_template_kwargs": "x"}, r"row 0: column 'prompt' could not be tokenised"),
+        ({**CHAT, "tools": "[{"}, r"row 0: column 'tools' holds .*, which is not JSON \(Expecting"),
+        ({**CHAT, "chat_template_kwargs": "x"}, r"row 0: column 'chat_template_kwargs' is str, not names with"),
         (
             {**CHAT, "chosen": [{"role": "assistant", "content": [{"type": "text", "text": None}]}]},
             r"'chosen' is empty",

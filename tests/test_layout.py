@@ -209,12 +209,13 @@ def test_the_block_mask_is_the_dense_mask(window):
     assert (~(full | mixed)).any()  # and something is
 
 
-def test_forms_of_the_mask():
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mask_is_added_to_the_scores(backend, dtype):
     ids, mask, scored = batch_of([([5, 6, 7], [1, 2]), ([5, 6, 7], [3, 4])])
     layout = plan_layout(ids, mask, scored, cost=in_one_row)
-    for dtype in (torch.float32, torch.bfloat16):
-        seen = attention_mask(layout, None, backend="sdpa", dtype=dtype, device=CPU)
-        added = attention_mask(layout, None, backend="eager", dtype=dtype, device=CPU)
-        assert seen.dtype == torch.bool and added.dtype == dtype
-        assert torch.equal(added == 0, seen)
-        assert (added[~seen] == torch.finfo(dtype).min).all()
+    seen = visibility(layout, None, CPU)
+    added = attention_mask(layout, None, backend=backend, dtype=dtype, device=CPU)
+    assert added.dtype == dtype
+    assert torch.equal(added == 0, seen)
+    assert (added[~seen] == torch.finfo(dtype).min).all()

@@ -19,7 +19,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from tests.conftest import PAIRS, REPOSITORY, read_jsonl, real_data
 from trl_ext import CLICKConfig, RRHFConfig, SLiCConfig, SPINConfig
-from trl_ext.cli import checkpoint_to_resume, load_datasets, load_prompts, parse_recipe_args
+from trl_ext.cli import load_datasets, load_prompts, parse_recipe_args
 from trl_ext.data import RowOptions
 from trl_ext.plots import plot_training_curves
 from trl_ext.rounds import RoundsConfig, check_prompts, in_rounds, start_rounds
@@ -250,15 +250,6 @@ def test_every_config_is_parsed_whole():
                 assert any(getattr(part, key, None) == value for part in parsed), f"{config.name}: {key}"
 
 
-def test_every_accelerate_config_is_loaded_by_accelerate():
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    configs = sorted((REPOSITORY / "accelerate_configs").rglob("*.yaml"))
-    assert len(configs) >= 4
-    for config in configs:
-        assert load_config_from_file(str(config)).num_machines == 1
-
-
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "csv", "folder", "saved", "saved dict"])
 def test_local_data_of_every_kind(kind, tmp_path, pairs):
     from datasets import DatasetDict
@@ -303,29 +294,6 @@ def test_missing_data_is_said(tmp_path, pairs):
         load(str(tmp_path / "folder"), dataset_train_split="validation")
 
 
-def test_checkpoint_to_resume(tmp_path, capsys):
-    def wanted(value):
-        return checkpoint_to_resume(SLiCConfig(str(tmp_path), resume_from_checkpoint=value))
-
-    assert wanted(None) is None and wanted("false") is None and wanted("true") is None
-    for step in (3, 12, 20):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-20" / "trainer_state.json").write_text('{"global_')  # killed while writing
-    (tmp_path / "checkpoint-best").mkdir()
-    assert wanted("true") == wanted("last") == str(tmp_path / "checkpoint-12")
-    assert "checkpoint-20 is incomplete and passed over" in capsys.readouterr().out
-    assert wanted(str(tmp_path / "checkpoint-3")) == str(tmp_path / "checkpoint-3")
-    for path in ("gone", "checkpoint-20"):
-        with pytest.raises(FileNotFoundError, match="is not a complete checkpoint. Name one, or set it to 'true'"):
-            wanted(str(tmp_path / path))
-    with pytest.raises(
-        FileExistsError, match="holds checkpoints of an earlier run, up to checkpoint-20. Add `--resume"
-    ):
-        wanted(None)
-
-
 def test_plot_draws_train_and_eval(tmp_path):
     history = [
         {"step": 1, "loss": 2.0, "logps/chosen": -1.0, "logps/reference": -1.0},
@@ -351,6 +319,7 @@ def test_train_evaluate_save_on_local_files(model_dir, pairs_file, tmp_path):
     assert (output / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_to_the_same_weights(model_dir, pairs_file, tmp_path):
     """kill -9 in mid-training; the resumed run ends where an uninterrupted one does."""
     settings = {"save_strategy": "steps", "save_steps": 4, "num_train_epochs": 30, "max_steps": 300}
@@ -442,9 +411,11 @@ def test_sampled_and_ranked_data_train_any_recipe(model_dir, tmp_path):
         assert json.loads((tmp_path / recipe / "all_results.json").read_text())["train_loss"] > 0
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_process_of_several_ends_before_the_interpreter_is_torn_down(processes, fails):
+@pytest.mark.parametrize(
+    ("fails", "processes"),
+    [(True, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((True, 1), (False, 1), (False, 2)))],
+)
+def test_a_process_of_several_ends_before_the_interpreter_is_torn_down(fails, processes):
     """Exit handlers and threads of the recipe still come to their end, and a failed recipe has failed."""
     script = (
         "import atexit, threading, time\n"

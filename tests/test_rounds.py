@@ -98,7 +98,7 @@ def test_a_failing_reward_loses_no_candidates(model_dir, prompts_file, tmp_path,
     breakdown.touch()
     arguments = command("rrhf.py", model_dir, prompts_file, output, rewards=f"{REWARDS}:from_a_service", num_rounds=1)
     printed = run(arguments, expect_failure=True)
-    assert "the scoring service is down" in printed and "Everything finished is kept" in printed
+    assert "the scoring service is down" in printed and "What is finished is kept" in printed
     candidates = output / "round-1" / "candidates"
     stamps = {path: path.stat().st_mtime_ns for path in candidates.rglob("*") if path.is_file()}
     assert len(read_jsonl(candidates / "candidates.jsonl")) == 20

@@ -41,6 +41,8 @@ from trl_ext.sampling import (
     SamplingConfig,
     TransformersEngine,
     _default_shard_size,
+    _seal,
+    _shard,
     candidate_seed,
     decode,
     decode_behind,
@@ -397,8 +399,16 @@ def test_an_end_token_that_is_not_special_is_not_part_of_the_text(sampler_dir, s
 
 
 def test_shares_and_duplicates_by_hand(sampler_dir, tmp_path):
-    config = SamplingConfig(num_candidates=4, max_new_tokens=4)
-    sample_candidates(sampler_dir, PROMPTS[:4], config, tmp_path)
+    config, folder = SamplingConfig(num_candidates=4, max_new_tokens=4), tmp_path / "sampled"
+
+    def sampled(records, **how):
+        shutil.rmtree(folder, ignore_errors=True)
+        sample_candidates(sampler_dir, PROMPTS[:4], config, folder)
+        made_of = json.loads((folder / "sampling.json").read_text())
+        del made_of["digest"]
+        (folder / "shards" / "00000.jsonl").write_text(_shard(records, _seal(made_of)))
+        return sample_candidates(sampler_dir, PROMPTS[:4], config, folder, **how)
+
     records = [
         {"text": ["x", "y", "x", " "], "num_tokens": [1, 2, 1, 1], "end": ["stop", "length", "stop", "stop"]},
         {"text": ["", "\n", "", ""], "num_tokens": [1, 1, 1, 1], "end": ["stop"] * 4},
@@ -407,9 +417,7 @@ def test_shares_and_duplicates_by_hand(sampler_dir, tmp_path):
     ]
     for index, record in enumerate(records):
         record |= {"index": index, "logp": [-float(number) for number in record["num_tokens"]]}
-    file = tmp_path / "shards" / "00000.jsonl"
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    rows, report = sample_candidates(sampler_dir, PROMPTS[:4], config, tmp_path)
+    rows, report = sampled(records)
     assert [(row["number"], row["completions"], row["logps"]) for row in rows] == [
         (0, ["x", "y"], [-1, -2]),
         (3, ["a", "b"], [-4, -4]),
@@ -424,12 +432,10 @@ def test_shares_and_duplicates_by_hand(sampler_dir, tmp_path):
         "  1 prompts left out: no usable candidate",
     ]
     config.keep_duplicates = True
-    (tmp_path / "sampling.json").unlink()
-    rows, _ = sample_candidates(sampler_dir, PROMPTS[:4], config, tmp_path, keep_empty=True)
+    rows, _ = sampled(records, keep_empty=True)
     assert [row["completions"] for row in rows] == [["x", "y", "x", " "], ["", "\n", "", ""], ["a", "b", "a", "a"]]
-    file.write_text("".join(json.dumps({**record, "text": [" "] * len(record["text"])}) + "\n" for record in records))
     with pytest.raises(ValueError, match="None of the 4 prompts has a usable candidate: all candidates are empty"):
-        sample_candidates(sampler_dir, PROMPTS[:4], config, tmp_path)
+        sampled([{**record, "text": [" "] * len(record["text"])} for record in records])
 
 
 # tokenizers that leave out the space at the beginning of what they decode
@@ -932,7 +938,7 @@ def test_a_string_is_one_string():
         ({"vllm_python": "python"}, "vllm_python and vllm_args would do nothing. Set `sampling_engine` to 'vllm'"),
         (
             {"vllm_args": "{x", "sampling_engine": "vllm", "vllm_python": "python"},
-            "vllm_args='{x': not JSON .*. Write it like",
+            "vllm_args='{x' is not JSON .*. Mend it",
         ),
         (
             {"vllm_args": "[1]", "sampling_engine": "vllm", "vllm_python": "python"},

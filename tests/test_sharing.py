@@ -72,6 +72,29 @@ def test_prompts_are_computed_once():
     assert prefix_sharing.statistics.positions_padded == computed["padded"]
 
 
+def test_all_layers_keep_one_mask_and_it_goes_with_the_backward_pass():
+    _, shared, prefix_sharing = two_of()
+    batch = batch_of(random_sequences(1, 3, (30, 30), (8, 8)))
+    slots = 30 + 3 * 7
+    kept = []
+
+    def keep(tensor):
+        if tensor.shape[-2:] == (slots, slots):
+            kept.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = run(shared, batch)
+    assert len(kept) == shared.config.num_hidden_layers and len(set(kept)) == 1
+    del keep
+    masks_of_the_plan = prefix_sharing._last[-1].masks
+    assert len(masks_of_the_plan) == 1
+    outputs.log_probs.sum().backward()
+    del outputs
+    gc.collect()
+    assert len(masks_of_the_plan) == 0
+
+
 @pytest.mark.parametrize("pays", [True, False])
 def test_only_scored_positions_reach_the_head(pays, monkeypatch):
     from trl.trainer import utils

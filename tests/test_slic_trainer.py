@@ -387,7 +387,7 @@ def test_resumed_run_equals_the_uninterrupted_one(logging_steps, model_dir, toke
     whole, whole_losses = run(model_dir, tokenizer, pairs, kwargs)
     assert whole.state.global_step == 12
     losses = Losses()
-    resumed = build(model_dir, tokenizer, pairs, kwargs, callbacks=[losses])
+    resumed = build(model_dir, tokenizer, pairs, {**kwargs, "output_dir": str(tmp_path / "again")}, callbacks=[losses])
     resumed.train(resume_from_checkpoint=str(Path(kwargs["output_dir"]) / "checkpoint-6"))
     after = [log for log in whole_losses.logs if "loss" in log and log["step"] > 6]
     resumed_logs = [log for log in losses.logs if "loss" in log]
@@ -644,13 +644,6 @@ def test_padding_token_is_used_or_refused(model_dir, tokenizer, pairs, config_kw
     assert trainer.data_collator.pad_token_id == trainer.processing_class.convert_tokens_to_ids("!")
     with pytest.raises(ValueError, match="The padding token '<nope>' is not in the tokenizer's vocabulary"):
         build(model_dir, None, pairs, config_kwargs, pad_token="<nope>")
-
-
-def test_sharding_of_one_sequence_is_refused_by_name(model_dir, tokenizer, pairs, config_kwargs):
-    args = SLiCConfig(**config_kwargs)
-    args.parallelism_config = SimpleNamespace(tp_size=1, cp_size=2, sp_size=1)
-    with pytest.raises(NotImplementedError, match="does not run with cp_size > 1.* Leave `cp_size` at 1"):
-        SLiCTrainer(model_dir, args=args, train_dataset=pairs, processing_class=tokenizer)
 
 
 def test_foreign_collator_is_refused_by_name(model, tokenizer, pairs, config_kwargs):

@@ -1,6 +1,7 @@
 """SPINTrainer on pairs: one iteration, against the slow reference and TRL."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tests.conftest import PAIRS
 from tests.test_slic_trainer import Losses, assert_same_gradients, gradients, perturbed, weights
 from trl_ext import SPINConfig, SPINTrainer
 from trl_ext.losses import spin_loss
+from trl_ext.reference import refuse_fsdp
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 START = {"sigmoid": math.log(2), "hinge": 1.0}
@@ -305,8 +307,9 @@ def test_resumed_iteration_keeps_its_reference(lora, model_dir, tokenizer, pairs
     kwargs |= {"save_strategy": "steps", "save_steps": 3, "peft_config": LORA if lora else None}
     whole, whole_losses = run(model_dir, tokenizer, pairs, kwargs)
     stamp = Path(kwargs["output_dir"], "reference_train.npz").stat().st_mtime_ns
-    checkpoint = str(Path(kwargs["output_dir"]) / "checkpoint-3")
-    resumed, losses = run(model_dir, tokenizer, pairs, kwargs, resume=checkpoint)
+    for step in (6, 8):
+        shutil.rmtree(Path(kwargs["output_dir"]) / f"checkpoint-{step}")
+    resumed, losses = run(model_dir, tokenizer, pairs, kwargs, resume=True)
     assert Path(kwargs["output_dir"], "reference_train.npz").stat().st_mtime_ns == stamp
     assert resumed.train_dataset["reference_logps"][:] == whole.train_dataset["reference_logps"][:]
     assert len(losses.series()) == 5 and losses.series() == whole_losses.series()[3:]
@@ -372,6 +375,23 @@ def test_one_value_or_one_for_each_iteration(config_kwargs):
     assert (last.beta, last.learning_rate, last.output_dir, last.max_length) == (5.0, 1e-3, "elsewhere", 1024)
     config = SPINConfig("x", bf16=False, use_cpu=True)
     assert (config.output_dir, config.beta) == ("x", 0.1)
+    for name, value in (("learning_rate", 10**400), ("beta", [0.1, 10**400, 5])):
+        with pytest.raises(ValueError, match=f"{name}=.* is too large a number. Lower it"):
+            SPINConfig(**{**config_kwargs, name: value})
+    with pytest.raises(TypeError, match="weight_decay=.* is too large a number, and it has to be float"):
+        SPINConfig(**{**config_kwargs, "weight_decay": 10**400})
+    with pytest.raises(ValueError, match="lr_scheduler_kwargs='{' is not JSON"):
+        SPINConfig(**{**config_kwargs, "lr_scheduler_kwargs": "{"})
+    with pytest.raises(TypeError, match="fsdp=.None. holds None"):
+        SPINConfig(**{**config_kwargs, "fsdp": [None]})
+
+
+def test_fsdp_is_refused_by_name(config_kwargs, monkeypatch):
+    config = SPINConfig(**config_kwargs)
+    refuse_fsdp(config)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(NotImplementedError, match="before FSDP has sharded the model. Use DDP or DeepSpeed"):
+        refuse_fsdp(config)
 
 
 def test_refused_before_any_weight_is_loaded(model_dir, tokenizer, pairs, config_kwargs, monkeypatch):

@@ -75,8 +75,12 @@ BORROWED = {
     "trl.trainer.dpo_trainer:DPOTrainer.predict": ("self", "test_dataset", "ignore_keys", "metric_key_prefix"),
     "trl.trainer.dpo_trainer:DPOTrainer.log": ("self", "logs", "start_time"),
     # overridden, inherited by TRL from transformers.Trainer
+    "trl.trainer.dpo_trainer:DPOTrainer.train": ("self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"),
     "trl.trainer.dpo_trainer:DPOTrainer._prepare_input": ("self", "data"),
     "trl.trainer.dpo_trainer:DPOTrainer.get_batch_samples": ("self", "epoch_iterator", "num_batches", "device"),
+    "trl.trainer.dpo_trainer:DPOTrainer._save_checkpoint": ("self", "model", "trial"),
+    "trl.trainer.dpo_trainer:DPOTrainer._push_from_checkpoint": ("self", "checkpoint_folder"),
+    "trl.trainer.dpo_trainer:DPOTrainer.save_model": ("self", "output_dir", "_internal_call"),
     "trl.trainer.dpo_trainer:DPOTrainer.evaluation_loop": (
         "self",
         "dataloader",
@@ -168,6 +172,19 @@ def without_reference_model(policy_is_loaded_by_trl: bool):
         yield
     finally:
         dpo_trainer.create_model_from_path = load
+
+
+@contextlib.contextmanager
+def without_rotation():
+    """Keep `Trainer` from removing older checkpoints as soon as it has written a new one."""
+    from transformers import trainer
+
+    rotate = trainer.rotate_checkpoints
+    trainer.rotate_checkpoints = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        trainer.rotate_checkpoints = rotate
 
 
 @contextlib.contextmanager

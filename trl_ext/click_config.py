@@ -45,6 +45,7 @@ class CLICKConfig(CandidateConfig):
     )
 
     def __post_init__(self):
+        self.check_types()
         if not 0 < self.margin < float("inf"):
             raise ValueError(
                 f"margin={self.margin} is no margin: without a positive one a hinge is satisfied by ties. Set "

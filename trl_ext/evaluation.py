@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import AutoTokenizer
 
 from ._trl import add_fused_lm_head
 from .collators import CandidateCollator
-from .data import tokenize_candidates, without_end
+from .data import template_kwargs, tokenize_candidates, without_end
 from .execution.forward import score_completions
 from .logps import completion_logps
-from .sampling import load_causal_lm, process_state, template_kwargs
+from .sampling import load_causal_lm, load_tokenizer, process_state
 
 
 @torch.no_grad()
@@ -54,7 +53,7 @@ def answer_logps(
     """
     state = process_state()
     hub = {"revision": model_init_kwargs.get("revision") or "main", "trust_remote_code": trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **hub)
+    tokenizer = load_tokenizer(model_name_or_path, **hub)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = load_causal_lm(model_name_or_path, **{**model_init_kwargs, **hub})
     add_fused_lm_head(model)

@@ -14,7 +14,9 @@ from trl import DPOConfig, DPOTrainer
 from ._trl import after_fused_lm_head
 from .execution.chunking import chunking_outermost
 from .execution.sharing import PrefixSharing, cannot_be_honoured
-from .execution.support import adapter_reason, inspect_model
+from .execution.support import adapter_reason, inspect_model, refuse_sharding_that_would_not_be
+from .parallelism import sequence_split
+from .safety import explain_remote_code
 
 
 def enable_prefix_sharing(
@@ -51,7 +53,7 @@ def enable_prefix_sharing(
 
     Raises:
         TypeError: not a `DPOTrainer`.
-        ValueError: `prefix_sharing=True` and the model cannot share.
+        ValueError: `prefix_sharing=True` and the model cannot share, or FSDP on a CPU.
 
     Example:
     ```python
@@ -73,9 +75,10 @@ def enable_prefix_sharing(
         trainer.prefix_sharing = None
     if prefix_sharing is False:
         return None
+    refuse_sharding_that_would_not_be(trainer.args)
     sharing = PrefixSharing(prefix_sharing, self_check)
     try:
-        reason = settings_reason(trainer.args)
+        reason = settings_reason(trainer.args, trainer.model)
         if reason is not None:
             sharing.cannot(reason)
         for model in (trainer.model, trainer.ref_model):
@@ -124,7 +127,7 @@ def share_prefixes(prefix_sharing: str | bool = "auto", *, self_check: bool = Fa
             sharing.remove()  # a model that was passed in is left as it was
             raise
         self.prefix_sharing = sharing
-        reason = settings_reason(self.args)
+        reason = settings_reason(self.args, self.model)
         if reason is not None:
             sharing.remove()
             sharing.cannot(reason)
@@ -136,8 +139,11 @@ def share_prefixes(prefix_sharing: str | bool = "auto", *, self_check: bool = Fa
         DPOTrainer.__init__ = construct
 
 
-def settings_reason(args: DPOConfig) -> str | None:
+def settings_reason(args: DPOConfig, model: str | PreTrainedModel) -> str | None:
     """Why batches cannot be rearranged under these settings; `None` if they can."""
+    split = sequence_split(args, model)
+    if split is not None:
+        return f"with {split} a process does not compute its sequences whole"
     if args.torch_compile:
         return "the model is compiled as a whole (torch_compile), and layouts differ from batch to batch"
     if args.neftune_noise_alpha is not None:
@@ -149,9 +155,10 @@ def load_config(model_id: str, args: DPOConfig) -> PreTrainedConfig:
     """The config of the model that the trainer will load, without its weights."""
     names = ("revision", "trust_remote_code", "cache_dir", "token", "subfolder", "attn_implementation")
     init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    return AutoConfig.from_pretrained(
-        model_id, **{name: value for name, value in init_kwargs.items() if name in names}
-    )
+    with explain_remote_code():
+        return AutoConfig.from_pretrained(
+            model_id, **{name: value for name, value in init_kwargs.items() if name in names}
+        )
 
 
 def refuse_unless_shareable(model: str | PreTrainedModel, args: DPOConfig, peft_config: PeftConfig | None) -> None:
@@ -166,7 +173,7 @@ def refuse_unless_shareable(model: str | PreTrainedModel, args: DPOConfig, peft_
     Raises:
         ValueError: it cannot share prefixes; the message says why and what to set.
     """
-    reason = settings_reason(args)
+    reason = settings_reason(args, model)
     if reason is None and peft_config is not None:
         reason = adapter_reason(peft_config)
     if reason is None and isinstance(model, str):

@@ -3,7 +3,6 @@
 import gc
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,12 +19,15 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from ._trl import add_fused_lm_head, create_model_from_path, prepare_deepspeed, take_down_deepspeed
 from .execution.forward import score_completions
+from .execution.support import asks_for_fsdp
 from .logps import completion_logps
+from .machines import from_all
+from .safety import explain_remote_code, weights_only
 
 
 def refuse_fsdp(args: TrainingArguments) -> None:
     """Raise `NotImplementedError` where FSDP would shard the model, from its settings or by the launcher."""
-    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+    if asks_for_fsdp(args) is not None:
         raise NotImplementedError(
             "SPIN computes the reference before FSDP has sharded the model. Use DDP or DeepSpeed."
         )
@@ -82,18 +84,23 @@ class Reference:
             digest = _digest(dataset, weights)
             if file.is_file():
                 try:
-                    with np.load(file) as found:
-                        kept = [found["logps"].tolist() if str(found["digest"]) == digest else None]
-                except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # half-written
-                    kept = [None]
+                    with np.load(file, allow_pickle=False) as found:
+                        values, of = found["logps"], str(found["digest"])
+                    kept = [values.tolist() if of == _sealed_digest(digest, values) else None]
+                    why = "is of other rows or weights, or was changed"
+                except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+                    why = f"cannot be read ({error})"
+                if kept[0] is None:
+                    accelerator.print(f"{file} {why}: the reference is computed anew.")
         broadcast_object_list(kept)
         logps = kept[0]
         if logps is None:
             logps = self.logps(dataset)
             if accelerator.is_main_process:
                 file.parent.mkdir(parents=True, exist_ok=True)
+                values = np.array(logps)
                 with file.with_suffix(".unfinished").open("wb") as unfinished:
-                    np.savez(unfinished, logps=np.array(logps), digest=np.array(digest))
+                    np.savez(unfinished, logps=values, digest=np.array(_sealed_digest(digest, values)))
                 file.with_suffix(".unfinished").replace(file)
         return dataset.add_column("reference_logps", logps)
 
@@ -108,7 +115,8 @@ class Reference:
                 if isinstance(model, str | Path):
                     kwargs = {"dtype": trainer.model.dtype, "trust_remote_code": args.trust_remote_code}
                     kwargs.update(args.model_init_kwargs or {})
-                    model = create_model_from_path(str(model), **{**kwargs, "device_map": None})
+                    with explain_remote_code(), weights_only():
+                        model = create_model_from_path(str(model), **{**kwargs, "device_map": None})
                 model.requires_grad_(False)
                 add_fused_lm_head(model)
                 if trainer.prefix_sharing is not None:
@@ -133,8 +141,7 @@ class Reference:
                 values = share[: max(parameter.ds_numel - rank * share.numel(), 0)]
             values = values.double()
             digest.update(f"{name} {values.sum().item()!r} {values.square().sum().item()!r}\n".encode())
-        shares = [digest.hexdigest()]
-        return "".join(gather_object(shares) if self.trainer.accelerator.num_processes > 1 else shares)
+        return "".join(from_all(digest.hexdigest()))
 
     @torch.no_grad()
     def logps(self, dataset: Dataset) -> list[list[float]]:
@@ -163,6 +170,11 @@ class Reference:
         if accelerator.num_processes > 1:
             found = gather_object(found)
         return [logps for _, logps in sorted(found)]
+
+
+def _sealed_digest(digest: str, values: np.ndarray) -> str:
+    """Of what the values were computed from and of themselves, so that damaged ones are not taken."""
+    return hashlib.sha256(f"{digest} {values.dtype} {values.shape}".encode() + values.tobytes()).hexdigest()
 
 
 def _digest(dataset: Dataset, weights: str) -> str:

@@ -30,23 +30,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from scipy.stats import binomtest
-from transformers import AutoTokenizer
 
+from .checkpoints import RESUME_LAST, wants_to_resume
 from .cli import (
     MAY_CHANGE,
-    RESUME_LAST,
     changed_fields,
     is_playground,
     load_prompts,
     loading_for_sampling,
     local_model,
     run_settings,
-    wants_to_resume,
 )
 from .data import RowError, RowOptions, prepare_row, refusal
 from .evaluation import answer_logps, distinct_n, paired_difference, perplexity
 from .ranking import PAIR_RULES, check_pair_rule, pair_rows, rank_rows, score_report
-from .sampling import SamplingConfig, mixed_in, prompt_key, sample_candidates, write_atomically
+from .safety import check_field_types, explain_remote_code, weights_only
+from .sampling import SamplingConfig, load_tokenizer, mixed_in, prompt_key, sample_candidates, write_atomically
 from .scoring import CANDIDATE_COLUMNS, ScorerConfig, as_text, build_scorers, check_scorers, score_rows
 from .stages import Run, all_processes, settings_of, start_afresh
 
@@ -97,6 +96,7 @@ class RankingConfig(ScorerConfig):
 
     def check(self) -> None:
         """Refuse settings that contradict each other. A single name counts as a list of one."""
+        check_field_types(self)
         for name in ("rewards", "mix_in"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
@@ -113,7 +113,11 @@ class RankingConfig(ScorerConfig):
                 f"positive_above={self.positive_above} would do nothing. It belongs to `pair_rule` 'likelihood_near'."
             )
         if self.pair_rule is not None:
-            check_pair_rule(self.pair_rule, max_pairs=self.pairs_per_prompt, positive_above=self.positive_above)
+            try:
+                check_pair_rule(self.pair_rule, max_pairs=self.pairs_per_prompt, positive_above=self.positive_above)
+            except ValueError as error:  # it has other names for them
+                given = ("pair_rule", "pairs_per_prompt", "positive_above")
+                raise ValueError(f"{', '.join(f'{n}={getattr(self, n)!r:.40}' for n in given)}: {error}") from None
 
     def check_scorers(self, columns: Sequence[str]) -> None:
         """Find out what scoring rows with these columns would fail on, without loading a weight."""
@@ -176,6 +180,7 @@ class RoundsConfig(RankingConfig):
             check_scorers([self.judge], columns=columns, **self.scorer_options())
 
     def __post_init__(self):
+        check_field_types(self)
         if self.num_rounds < 0:
             raise ValueError(f"num_rounds={self.num_rounds}: set it to 0 (train on the data as it is) or more.")
         if self.num_watched_prompts < 2:
@@ -183,7 +188,7 @@ class RoundsConfig(RankingConfig):
                 f"num_watched_prompts={self.num_watched_prompts} shows nothing. Set it to 2 or more; 100 and more "
                 "tell models apart."
             )
-        if self.max_perplexity_ratio <= 1 or not 0 <= self.min_distinct_ratio < 1:
+        if not 1 < self.max_perplexity_ratio or not 0 <= self.min_distinct_ratio < 1:
             raise ValueError(
                 f"max_perplexity_ratio={self.max_perplexity_ratio}, min_distinct_ratio={self.min_distinct_ratio}: an "
                 "unchanged model would count as degenerate. Set the first above 1 and the second below 1."
@@ -254,9 +259,10 @@ def merge_stage(folder: Path, *, adapter: Path, trust_remote_code: bool) -> dict
 
     if PartialState().is_main_process:
         hub = {"trust_remote_code": trust_remote_code}
-        model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32, **hub)
+        with explain_remote_code(), weights_only():
+            model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32, **hub)
         model.merge_and_unload().save_pretrained(folder)
-        AutoTokenizer.from_pretrained(adapter, **hub).save_pretrained(folder)
+        load_tokenizer(adapter, **hub).save_pretrained(folder)
     return {}
 
 
@@ -605,13 +611,15 @@ def start_rounds(parsed: Sequence[Any], *, rows: RowOptions) -> Rounds:
     else:
         trust = training_args.trust_remote_code
         model, prompts = local_model(model_args, trust_remote_code=trust), load_prompts(script_args, dataset_args)
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
+        tokenizer = load_tokenizer(model, trust_remote_code=trust)
         rows = replace(rows, max_length=training_args.max_length)
         prompts = check_prompts(prompts, tokenizer, rows, config.mix_in or (), training_args.on_invalid_row)
         prompts, watched = set_apart(prompts, config.num_watched_prompts, training_args.seed)
     config.check_scorers(list(prompts[0]))
     settings = {**run_settings(parsed), "num_processes": all_processes().num_processes}
-    run = Run(training_args.output_dir, settings, resume=resume, may_change=MAY_CHANGE)
+    run = Run(
+        training_args.output_dir, settings, resume=resume, may_change=MAY_CHANGE, patience=training_args.ddp_timeout
+    )
     if on_playground:
         run.stage("sft", sft_stage, playground=playground)
         model = run.path("sft")

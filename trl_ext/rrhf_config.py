@@ -87,6 +87,7 @@ class RRHFConfig(CandidateConfig):
     )
 
     def __post_init__(self):
+        self.check_types()
         for name, allowed in (("arithmetic", ARITHMETICS), ("sft_reduction", SFT_REDUCTIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(

@@ -29,30 +29,29 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 from trl import ModelConfig
 
 from ._trl import get_config_model_id
+from .checkpoints import RESUME_LAST, checkpoint_to_resume, wants_to_resume
 from .cli import (
     MAY_CHANGE,
-    RESUME_LAST,
-    checkpoint_to_resume,
     is_playground,
     local_model,
     model_init_kwargs,
     refuse_unless_json,
     run_settings,
     use_all_cpu_cores,
-    wants_to_resume,
 )
-from .data import RowError, RowOptions, parse_row, prepare_row, refusal
+from .data import RowError, RowOptions, parse_row, prepare_row, refusal, refuse_decoding
 from .evaluation import answer_logps
 from .reference import refuse_fsdp
 from .rounds import as_jsonl, change, merged_model, read_jsonl, set_apart, wins, write_jsonl
 from .sampling import (
     SamplingConfig,
     context_window,
+    load_tokenizer,
     model_fingerprint,
     prompt_key,
     prompt_token_ids,
@@ -96,6 +95,7 @@ def sft_rows(
     Raises:
         ValueError: a column is missing, or rows cannot be used, unless `on_invalid_row="drop"`; nothing is left.
     """
+    refuse_decoding(dataset.features, name)
     columns = set(dataset.column_names)
     if "messages" not in columns and not {"prompt", "completion"} <= columns:
         raise ValueError(
@@ -677,7 +677,7 @@ class SelfPlay:
             "revision": (config.model_init_kwargs or {}).get("revision") or "main",
             "trust_remote_code": config.trust_remote_code,
         }
-        tokenizer = processing_class or AutoTokenizer.from_pretrained(model_id, **hub)
+        tokenizer = processing_class or load_tokenizer(model_id, **hub)
         if is_object:
             window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         else:
@@ -701,6 +701,7 @@ class SelfPlay:
             self.settings(model=type(model).__name__ if is_object else f"{model}@{revision}"),
             resume=bool(resume_from_checkpoint),
             may_change=self.may_change(),
+            patience=self.config.ddp_timeout,
         )
         if is_object:
             path = _save_start(run, model, tokenizer)
@@ -806,7 +807,7 @@ def start_self_play(
         config.model_init_kwargs = model_init_kwargs(model_args, config)
         model = local_model(model_args, trust_remote_code=config.trust_remote_code)
         hub = {"trust_remote_code": config.trust_remote_code}
-        tokenizer, window = AutoTokenizer.from_pretrained(model, **hub), context_window(model, **hub)
+        tokenizer, window = load_tokenizer(model, **hub), context_window(model, **hub)
         if not isinstance(train_dataset, Dataset):
             raise ValueError("Self-play goes over all rows in every iteration. Leave `--dataset_streaming` out.")
         # with it the loop evaluates each model; the pairs it trains on have no held-out part
@@ -827,7 +828,8 @@ def start_self_play(
         if not any(before.get(name) for name in ("model_name_or_path", "dataset_name", "model")):  # a playground
             start_afresh(config.output_dir)
     others = run_settings([part for part in parsed if part is not config])
-    run = Run(config.output_dir, game.settings(**others), resume=resume, may_change=game.may_change())
+    settings, may_change = game.settings(**others), game.may_change()
+    run = Run(config.output_dir, settings, resume=resume, may_change=may_change, patience=config.ddp_timeout)
     if on_playground:
         from .playground import sft_stage
 

@@ -107,6 +107,7 @@ class SLiCConfig(CandidateConfig):
         return self.reg_type == "kl"
 
     def __post_init__(self):
+        self.check_types()
         for name, allowed in (
             ("calibration", CALIBRATIONS),
             ("reg_type", REG_TYPES),

@@ -1,10 +1,12 @@
 """Settings of SPIN."""
 
 import dataclasses
+import reprlib
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from .candidate_config import UNUSED_DPO_FIELDS, CandidateConfig
+from .safety import check_field_types
 from .sampling import ENGINES, SamplingConfig
 from .scoring import ScorerConfig
 
@@ -155,7 +157,11 @@ class SPINConfig(ScorerConfig, CandidateConfig):
         default=None, metadata={"help": "Further arguments of vllm.LLM, as JSON: '{\"gpu_memory_utilization\": 0.8}'."}
     )
 
+    def check_types(self) -> None:
+        check_field_types(self, apart_from=("prefix_sharing", *BY_ITERATION))  # these are made of text, too
+
     def __post_init__(self):
+        self.check_types()
         if self.num_iterations < 1:
             raise ValueError(f"num_iterations={self.num_iterations} would play nothing. Set it to 1 or more.")
         if self.history < 0:
@@ -191,7 +197,10 @@ class SPINConfig(ScorerConfig, CandidateConfig):
 
     def _one_or_each(self, name: str) -> float | list[float]:
         given = getattr(self, name)
-        values = [float(value) for value in (given if isinstance(given, list | tuple) else [given])]
+        try:
+            values = [float(value) for value in (given if isinstance(given, list | tuple) else [given])]
+        except OverflowError:
+            raise ValueError(f"{name}={reprlib.repr(given)} is too large a number. Lower it.") from None
         if len(values) == 1:
             return values[0]
         if len(values) != self.num_iterations:

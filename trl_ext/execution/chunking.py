@@ -141,6 +141,8 @@ def _recomputing(backbone: nn.Module) -> Iterator[None]:
     determinism_check = "none" if is_deepspeed_zero3_enabled() else "default"
 
     def run(args: tuple, kwargs: dict[str, Any]):
+        if callable(kwargs.get("attention_mask")):
+            kwargs = {**kwargs, "attention_mask": kwargs["attention_mask"]()}
         output = forward(*args, **kwargs)
         output.last_hidden_state = _RunAgainNow.apply(output.last_hidden_state)
         return output
@@ -152,6 +154,8 @@ def _recomputing(backbone: nn.Module) -> Iterator[None]:
             run, args, kwargs, use_reentrant=False, determinism_check=determinism_check, early_stop=False
         )
 
+    # a mask is as large as a part is long, squared: it is made for each run, and not kept from one to the other
+    forward_twice.makes_masks = True
     backbone.forward = forward_twice
     try:
         yield

@@ -38,15 +38,16 @@ def attention_mask(
     Args:
         layout ([`Layout`]): the plan.
         window (`int`, *optional*): see [`visibility`].
-        backend (`str`): `"sdpa"` (bool), `"eager"` (0 or the lowest number of `dtype`, to be added to the scores) or
+        backend (`str`): `"sdpa"` or `"eager"` (0 or the lowest number of `dtype`, to be added to the scores), or
             `"flex_attention"` (block mask; T must be a multiple of `FLEX_BLOCK_SIZE`).
-        dtype (`torch.dtype`): of the attention scores.
+        dtype (`torch.dtype`): of the queries; or `torch.bool`, for SDPA, a quarter of the size where it is kept.
         device (`torch.device`): of the model's inputs.
     """
     if backend == "flex_attention":
         return block_mask(layout, window, device)
+    # SDPA takes a bool mask as well, but makes this of it in every layer, and each keeps its own for the backward pass
     visible = visibility(layout, window, device)
-    if backend == "sdpa":
+    if dtype == torch.bool:
         return visible
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
 

@@ -78,20 +78,22 @@ class _Plan:
     scored: torch.Tensor  # (N, L - 1), bool: positions of the output that are asked for
     predictors: torch.Tensor  # (M,): where, among all computed positions, each scored token is predicted
     source: torch.Tensor | None = None  # (R, T)
-    masks: dict[tuple, Any] = field(default_factory=dict)
+    # weakly, so that a mask goes with the last pass that needs it, and not with the next batch
+    masks: weakref.WeakValueDictionary = field(default_factory=weakref.WeakValueDictionary)
 
     def attention_masks(self, support: Support, dtype: torch.dtype) -> Any:
-        """The mask of a model's layers, or one for each kind of layer."""
+        """The mask of a model's layers, or one for each kind of layer; `dtype` is that of their queries."""
 
         def mask(window):
             if window is not None and window > self.layout.depth.max():
                 window = None
-            key = (window, support.backend, dtype if support.backend == "eager" else None)
-            if key not in self.masks:
-                self.masks[key] = attention_mask(
+            key = (window, support.backend, dtype)
+            made = self.masks.get(key)
+            if made is None:
+                made = self.masks[key] = attention_mask(
                     self.layout, window, backend=support.backend, dtype=dtype, device=self.scored.device
                 )
-            return self.masks[key]
+            return made
 
         masks = {kind: mask(window) for kind, window in support.windows.items()}
         different = {id(mask): mask for mask in masks.values()}
@@ -395,7 +397,13 @@ def _run(module, inner, support: Support, plan: _Plan, labels: torch.Tensor, kwa
         backbone_kwargs = dict(backbone_kwargs)
         backbone_kwargs["input_ids"] = input_ids.flatten()[source]
         backbone_kwargs["position_ids"] = position_ids.expand_as(input_ids).flatten()[source]
-        backbone_kwargs["attention_mask"] = plan.attention_masks(support, module.dtype)
+        autocasts = torch.is_autocast_enabled(input_ids.device.type)
+        dtype = torch.get_autocast_dtype(input_ids.device.type) if autocasts else module.dtype
+        makes_masks = getattr(backbone.forward, "makes_masks", False)
+        if makes_masks and support.backend == "sdpa" and module.is_activation_checkpointing:
+            dtype = torch.bool  # every part keeps its mask, where otherwise the layers of one would keep it
+        masks = functools.partial(plan.attention_masks, support, dtype)
+        backbone_kwargs["attention_mask"] = masks if makes_masks else masks()
         return args, backbone_kwargs
 
     def pick_scored(_module, _args, output):
