@@ -1,0 +1,122 @@
+"""
+Every method under every strategy gives the run of one process: the matrix.
+
+{SLiC-HF, RRHF, SPIN} x {full, LoRA, QLoRA} x {activation checkpointing on, off} x {one process, DDP, ZeRO-1, -2, -3 on
+two} x every split of a global batch of 4, each sharing prefixes, against one process that runs the batch at once and
+padded. The last batch of an epoch has 1 prompt (RRHF) or 3; lists differ in length from process to process.
+
+On CPU with gloo, through `accelerate launch` and the shipped configs. `pytest -m matrix` runs it.
+"""
+
+import itertools
+
+import pytest
+import torch
+from datasets import Dataset
+
+from tests import reference
+from tests.distributed import worker
+from tests.distributed.launching import (
+    JOB,
+    SETTINGS,
+    STRATEGIES,
+    Cell,
+    assert_as_one_process,
+    run_jobs,
+    strategy_command,
+)
+
+DATA = {"slic": "seven ranked", "rrhf": "ragged", "spin": "seven pairs"}
+SPLITS = {1: ("4x1x1", "2x2x1", "1x4x1"), 2: ("2x1x2", "1x2x2")}
+CELLS = [
+    Cell(strategy, method, trained, split, DATA[method], checkpointing, {"beta": 1.0} if method == "spin" else {})
+    for method, strategy in itertools.product(DATA, STRATEGIES)
+    for trained in ("full", "lora", "qlora")
+    for checkpointing in (False, True)
+    for split in SPLITS[STRATEGIES[strategy][2]]
+]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_as_one_process(cell, outcome_of):
+    assert_as_one_process(cell, outcome_of(cell.reference), outcome_of(cell))
+
+
+SLOW_LOSSES = {
+    "slic": lambda model, opponent, rows: reference.slic_loss(
+        model, rows, calibration="rank", delta=1.0, reg_weight=0.1
+    ),
+    "rrhf": lambda model, opponent, rows: reference.rrhf_loss(model, rows),
+    "spin": lambda model, opponent, rows: reference.spin_loss(model, opponent, rows, beta=1.0),
+}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("trained", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("method", DATA)
+def test_one_process_is_the_loop_by_hand(method, trained, wide_model_dir, tmp_path):
+    """What the matrix compares with: one sequence at a time from plain logits, and the steps of AdamW written out."""
+    if trained == "qlora":
+        pytest.importorskip("bitsandbytes", reason="needs the extra trl_ext[quantization]")
+    cell = next(c for c in CELLS if (c.method, c.trained) == (method, trained)).reference
+    job = {**JOB, **cell.job(wide_model_dir)}
+    settings = {**SETTINGS, "output_dir": str(tmp_path), "train_sampling_strategy": "sequential", **job["settings"]}
+
+    def construct():
+        logs = worker.Logs()
+        config = worker.METHODS[method][1](**settings)
+        return worker.construct(job, config, Dataset.from_list(job["rows"]), logs), logs
+
+    trainer, logs = construct()
+    rows = list(trainer.train_dataset)
+    trainer.train()
+    steps = [log for log in logs.logs if "loss" in log]
+
+    by_hand, opponent = construct()[0].model, construct()[0].model  # of the same seed
+    weights = [parameter for parameter in by_hand.parameters() if parameter.requires_grad]
+    moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in weights]
+    for number, step in enumerate(steps):
+        batches = -(-len(rows) // 4)
+        start = number % batches * 4
+        loss = SLOW_LOSSES[method](by_hand, opponent, rows[start : start + 4])
+        assert step["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
+        gradients = torch.autograd.grad(loss, weights)
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        assert step["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+        rate = SETTINGS["learning_rate"] * (1 - number / len(steps))
+        for weight, gradient, (first, second) in zip(weights, gradients, moments, strict=True):
+            gradient = gradient * min(1, 1 / (norm + 1e-6))
+            first.mul_(0.9).add_(0.1 * gradient)
+            second.mul_(0.999).add_(0.001 * gradient**2)
+            mean, square = first / (1 - 0.9 ** (number + 1)), second / (1 - 0.999 ** (number + 1))
+            with torch.no_grad():
+                weight -= rate * mean / (square.sqrt() + SETTINGS["adam_epsilon"])
+    assert len(steps) == 6
+    found = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    for expected, weight in zip(weights, found, strict=True):
+        torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.matrix
+def test_a_run_in_a_row_is_the_run_alone(wide_model_dir, tmp_path):
+    """Nothing of the runs before is left in the processes: under ZeRO-3, where most is kept about a model."""
+    pytest.importorskip("deepspeed", reason="needs the extra trl_ext[deepspeed]")
+    cells = [
+        Cell("zero3", "spin", "lora", checkpointing=True, rows="seven pairs"),
+        Cell("zero3", "slic", split="1x2x2", rows="seven ranked", checkpointing=True),
+        Cell("zero3", "rrhf"),
+    ]
+    found = []
+    for name, jobs in (("row", cells), ("alone", cells[-1:])):
+        outcomes, said = run_jobs(
+            strategy_command("zero3"), tmp_path / name, {cell.name: cell.job(wide_model_dir) for cell in jobs}
+        )
+        assert not said, said
+        found.append(outcomes[cells[-1].name])
+    row, alone = found
+    figures = [[(log["loss"], log["grad_norm"]) for log in outcome.steps] for outcome in found]
+    assert figures[0] == figures[1]
+    assert row.weights.keys() == alone.weights.keys()
+    for name, weight in row.weights.items():
+        assert torch.equal(weight, alone.weights[name]), name
