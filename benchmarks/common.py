@@ -4,6 +4,7 @@ import csv
 import os
 import platform
 import random
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def make_model(name: str, attn_implementation: str | None = None):
         num_attention_heads=num_heads,
         num_key_value_heads=num_key_value_heads,
         tie_word_embeddings=tied,
-        max_position_embeddings=16384,
+        max_position_embeddings=131072,
         attn_implementation=attn_implementation,
     )
     torch.manual_seed(0)
@@ -85,7 +86,7 @@ def circumstances() -> dict[str, Any]:
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=REPOSITORY
         ).stdout.strip(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
     }
 
 

@@ -12,6 +12,7 @@ before a whole step AdamW's moments). Rows are appended to
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -93,7 +94,7 @@ def main() -> None:
     if options.job:
         measure(json.loads(options.job))
         return
-    command = " ".join(["python", *sys.argv])
+    command = shlex.join(["python", *sys.argv])
     for k in options.k:
         for stage in options.stages:
             rows = []

@@ -13,6 +13,7 @@ import csv
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -125,7 +126,7 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     versions = " ".join(f"{name}=={version(name)}" for name in ("torch", "transformers", "trl"))
-    command = " ".join(["python", *sys.argv])
+    command = shlex.join(["python", *sys.argv])
     rows = []
     for shape in options.shapes:
         with tempfile.TemporaryDirectory() as directory:
