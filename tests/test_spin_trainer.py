@@ -73,7 +73,7 @@ def test_compute_loss_equals_slow_reference_and_trl(
     rows = {"plain": pairs, "chat": chat_pairs}[form]
     opponent = copy_of(model)
     trainer = build(model, tokenizer, rows, config_kwargs, loss=loss, beta=beta)
-    trainer._check_first_loss = False  # the weights are moved behind its back
+    trainer._checks_first_loss = False  # the weights are moved behind its back
     move(trainer.model)
     slow_model = copy_of(trainer.model)
     prepared = list(trainer.train_dataset)
@@ -105,7 +105,7 @@ def test_layouts_change_nothing(settings, model, tokenizer, pairs, config_kwargs
     results = []
     for layout in ({"prefix_sharing": True, "check_prefix_sharing": True}, settings):
         trainer = build(copy_of(model), tokenizer, pairs, config_kwargs, beta=2.0, **layout)
-        trainer._check_first_loss = False
+        trainer._checks_first_loss = False
         move(trainer.model)
         loss = trainer.compute_loss(trainer.model, one_batch(trainer))
         loss.backward()

@@ -7,7 +7,7 @@ import sys
 import pytest
 import trl.trainer.dpo_trainer
 
-from trl_ext import _trl, candidate_trainer
+from trl_ext import _trl, candidate_trainer, resumable
 
 
 @pytest.mark.parametrize("path", _trl.BORROWED)
@@ -19,7 +19,8 @@ def test_borrowed_name_is_there_with_the_parameters_it_was_read_with(path, monke
 def test_every_overridden_private_method_is_listed():
     overridden = {
         name
-        for name, value in vars(candidate_trainer.CandidateTrainer).items()
+        for base in (candidate_trainer.CandidateTrainer, resumable.ResumableTrainer)
+        for name, value in vars(base).items()
         if inspect.isfunction(value) and hasattr(trl.DPOTrainer, name) and name not in ("__init__",)
     }
     listed = {path.rpartition("DPOTrainer.")[2] for path in _trl.BORROWED if "DPOTrainer." in path}

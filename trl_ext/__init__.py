@@ -17,6 +17,8 @@ _PUBLIC_NAMES = {
     "CLICKTrainer": "click_trainer",
     "CandidateCollator": "collators",
     "CandidateTrainer": "candidate_trainer",
+    "IPOConfig": "ipo_config",
+    "IPOTrainer": "ipo_trainer",
     "RRHFConfig": "rrhf_config",
     "RRHFTrainer": "rrhf_trainer",
     "SLiCConfig": "slic_config",
@@ -31,6 +33,8 @@ __all__ = [
     "CLICKTrainer",
     "CandidateCollator",
     "CandidateTrainer",
+    "IPOConfig",
+    "IPOTrainer",
     "RRHFConfig",
     "RRHFTrainer",
     "SLiCConfig",
@@ -46,6 +50,8 @@ if TYPE_CHECKING:
     from .click_config import CLICKConfig
     from .click_trainer import CLICKTrainer
     from .collators import CandidateCollator
+    from .ipo_config import IPOConfig
+    from .ipo_trainer import IPOTrainer
     from .prefix_sharing import enable_prefix_sharing, share_prefixes
     from .rrhf_config import RRHFConfig
     from .rrhf_trainer import RRHFTrainer

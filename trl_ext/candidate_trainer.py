@@ -3,11 +3,8 @@
 import contextlib
 import copy
 import dataclasses
-import os
-import signal
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -26,22 +23,21 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import EvalPrediction, rotate_checkpoints
+from transformers.trainer_utils import EvalPrediction
 from trl import DPOTrainer
 
-from ._trl import get_config_model_id, without_reference_model, without_rotation
+from ._trl import get_config_model_id, without_reference_model
 from .candidate_config import CandidateConfig
-from .checkpoints import find_checkpoint, make_room, naming_a_full_disk, seal
 from .collators import CandidateCollator
 from .data import PREPARED_FEATURES, PreparationReport, RowOptions, prepare_dataset
 from .execution.chunking import add_chunking, chunk_sizes
 from .execution.forward import score_completions
 from .execution.support import adapter_reason, refuse_sharding_that_would_not_be
-from .faults import GO_ON, TERMINATED, SaveOnSigterm, WatchCallback, on_sigterm
 from .logps import CompletionLogps, completion_logps
 from .metrics import MetricAccumulator
 from .parallelism import sequence_split
 from .prefix_sharing import enable_prefix_sharing, load_config, refuse_unless_shareable
+from .resumable import ResumableTrainer
 from .safety import explain_remote_code, refuse_code_in_deepspeed, weights_only
 
 REQUIRED_BATCH_KEYS = {
@@ -57,7 +53,7 @@ REQUIRED_BATCH_KEYS = {
 }
 
 
-class CandidateTrainer(DPOTrainer):
+class CandidateTrainer(ResumableTrainer, DPOTrainer):
     """
     A [`~trl.DPOTrainer`] for losses over the log-likelihoods of K completions of one prompt.
 
@@ -130,7 +126,7 @@ class CandidateTrainer(DPOTrainer):
                 processing_class = AutoProcessor.from_pretrained(
                     model_id, revision=init_kwargs.get("revision"), trust_remote_code=args.trust_remote_code
                 )
-        tokenizer = _tokenizer_of(processing_class)
+        tokenizer = tokenizer_of(processing_class)
         pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
         if pad_token is None:
             raise ValueError("The tokenizer has neither a padding nor an end token. Set `tokenizer.pad_token`.")
@@ -326,7 +322,7 @@ class CandidateTrainer(DPOTrainer):
         return self._prepare(dataset, processing_class, args, dataset_name, options)
 
     def _prepare(self, dataset, processing_class, args, dataset_name, options):
-        options = dataclasses.replace(options, eos_token=_tokenizer_of(processing_class).eos_token)
+        options = dataclasses.replace(options, eos_token=tokenizer_of(processing_class).eos_token)
         if options.eos_token is None:
             warnings.warn(
                 "The tokenizer has no end token, so plain-text answers get none and the model does not learn to stop. "
@@ -498,81 +494,6 @@ class CandidateTrainer(DPOTrainer):
         output.metrics.update(self._reduce_metrics("eval"))
         return output
 
-    # The run
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """
-        As in `Trainer`, and:
-
-        - `True` goes on from the last checkpoint that is whole, see `checkpoints.py`; one that is named has to be.
-        - Meanwhile `torch.load` gives tensors and plain values alone, whoever calls it: DeepSpeed would unpickle its
-          checkpoints whole. (FSDP's `SHARDED_STATE_DICT` has an index that torch unpickles by another way.)
-        - On SIGTERM the step is finished, a checkpoint saved, and the process ends with exit code 143.
-        - When no process has got on for four fifths of `args.ddp_timeout` (30 minutes by default), the run ends with
-          a message that says where each of them was, see `faults.py`.
-
-        Raises:
-            ValueError: there is no whole checkpoint, or it does not fit this run.
-            FileNotFoundError: the checkpoint that is named is not whole, or not for all processes.
-            UnsafeFileError: a file of the checkpoint holds more than tensors and plain values.
-        """
-        is_trial = kwargs.get("trial") is not None  # of a hyper-parameter search, which has its own way of resuming
-        if resume_from_checkpoint is not None and resume_from_checkpoint is not False and not is_trial:
-            found = find_checkpoint(self.args, resume_from_checkpoint)
-            if found is None:
-                raise ValueError(
-                    f"resume_from_checkpoint={resume_from_checkpoint}, and there is no whole checkpoint in "
-                    f"{self.args.output_dir}. Leave it out to begin anew."
-                )
-            resume_from_checkpoint = found
-        save, watch = SaveOnSigterm(), WatchCallback(0.8 * self.args.ddp_timeout)
-        callbacks = [save, watch]
-        for callback in callbacks:
-            self.add_callback(callback)
-        try:
-            with on_sigterm(save.ask), weights_only():
-                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        finally:
-            watch.stop()
-            for callback in callbacks:
-                self.remove_callback(callback)
-        if save.is_asked and not save.has_stopped:  # after the last step
-            os.kill(os.getpid(), signal.SIGTERM)
-        if save.has_stopped:
-            self.accelerator.print(f"SIGTERM: checkpoint-{self.state.global_step} is saved. {GO_ON}")
-            raise SystemExit(TERMINATED)
-        return output
-
-    def _save_checkpoint(self, model, trial):
-        self._pushes_checkpoints = trial is not None
-        if trial is not None:  # it is in a folder of the search's
-            super()._save_checkpoint(model, trial)
-            return
-        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        with naming_a_full_disk(checkpoint):
-            make_room(checkpoint)
-            with without_rotation():  # older ones are removed when this one is whole, not before
-                super()._save_checkpoint(model, trial)
-            seal(checkpoint, self.args)
-        if self.args.should_save:
-            rotate_checkpoints(
-                self.args.output_dir,
-                self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-        if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(checkpoint))
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        """Left to [`~CandidateTrainer._save_checkpoint`], which does it once the checkpoint is sealed."""
-        if self._pushes_checkpoints:
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        with naming_a_full_disk(Path(output_dir or self.args.output_dir)):
-            super().save_model(output_dir, _internal_call)
-
     # Metrics
 
     @torch.no_grad()
@@ -616,7 +537,7 @@ class CandidateTrainer(DPOTrainer):
         return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
 
 
-def _tokenizer_of(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+def tokenizer_of(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 

@@ -14,7 +14,7 @@ Conventions, the same for every function here:
 Papers: SLiC-HF (https://huggingface.co/papers/2305.10425); its predecessor SLiC
 (https://huggingface.co/papers/2210.00045), from which the other calibration losses come; RRHF
 (https://huggingface.co/papers/2304.05302); CLICK (https://huggingface.co/papers/2306.03350); SPIN
-(https://huggingface.co/papers/2401.01335).
+(https://huggingface.co/papers/2401.01335); IPO (https://huggingface.co/papers/2310.12036).
 """
 
 import torch
@@ -333,3 +333,61 @@ def spin_loss(real: torch.Tensor, generated: torch.Tensor, *, beta: float, loss:
     """
     margins = beta * (real - generated)
     return -logsigmoid(margins) if loss == "sigmoid" else torch.relu(1 - margins)
+
+
+def ipo_loss(
+    log_ratios: torch.Tensor, scores: torch.Tensor, candidate_mask: torch.Tensor, *, beta: float
+) -> torch.Tensor:
+    """
+    IPO: `(h - 1 / (2 beta))^2` with `h = r(y+) - r(y-)` (IPO eq. 17, whose tau is `beta` here as in TRL).
+
+    The loss has a finite target and pulls back beyond it. With more than two candidates it is the mean over all
+    strictly ordered pairs, as in [`slic_rank_loss`]; the paper has pairs.
+
+    Args:
+        log_ratios (`torch.Tensor` of shape `(B, K)`):
+            r of each candidate in nats: S under the model less S under the reference, as in the paper, or both
+            averaged per token, as in TRL.
+        scores, candidate_mask:
+            See the module docstring.
+        beta (`float`):
+            Above 0. The larger, the closer the optimum is to the reference.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`; zero for a prompt without a strictly ordered pair.
+    """
+    errors = (pair_gaps(log_ratios, candidate_mask) - 1 / (2 * beta)).square()
+    return _mean_over_pairs(errors.masked_fill(~ordered_pairs(scores, candidate_mask), 0.0), scores, candidate_mask)
+
+
+def bradley_terry_loss(
+    chosen_rewards: torch.Tensor,
+    rejected_rewards: torch.Tensor,
+    margins: torch.Tensor | float = 0.0,
+    *,
+    difference_penalty: float = 0.0,
+    max_difference: float | None = None,
+) -> torch.Tensor:
+    """
+    Negative log-likelihood of a preference under Bradley-Terry: `-log sigmoid(d - margin) + difference_penalty * d^2`
+    with `d = r(y+) - r(y-)`.
+
+    A pair that is seen once is certain to the model, which then pushes d without bound. The penalty gives d a finite
+    optimum; the clamp ends the gradient once d has reached `max_difference`.
+
+    Args:
+        chosen_rewards, rejected_rewards (`torch.Tensor` of shape `(B,)`):
+            Rewards of the two answers.
+        margins (`torch.Tensor` of shape `(B,)` or `float`, defaults to 0):
+            By how much the better answer should be better.
+        difference_penalty (`float`, defaults to 0):
+            Weight of the squared difference, at least 0.
+        max_difference (`float`, *optional*):
+            Above 0: d is clamped to at most this in the first term.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`.
+    """
+    differences = chosen_rewards - rejected_rewards
+    clamped = differences if max_difference is None else differences.clamp(max=max_difference)
+    return -logsigmoid(clamped - margins) + difference_penalty * differences.square()

@@ -25,11 +25,11 @@ from .machines import from_all
 from .safety import explain_remote_code, weights_only
 
 
-def refuse_fsdp(args: TrainingArguments) -> None:
+def refuse_fsdp(args: TrainingArguments, who: str = "SPIN") -> None:
     """Raise `NotImplementedError` where FSDP would shard the model, from its settings or by the launcher."""
     if asks_for_fsdp(args) is not None:
         raise NotImplementedError(
-            "SPIN computes the reference before FSDP has sharded the model. Use DDP or DeepSpeed."
+            f"{who} computes the reference before FSDP has sharded the model. Use DDP or DeepSpeed."
         )
 
 

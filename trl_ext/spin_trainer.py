@@ -10,21 +10,15 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
 
 from .candidate_trainer import CandidateTrainer, best_and_worst
-from .data import PREPARED_FEATURES
 from .logps import CompletionLogps
 from .losses import spin_loss
-from .reference import Reference, ReferenceCollator, refuse_fsdp
+from .referenced_trainer import ReferencedTrainer
 from .self_play import SelfPlay, is_sft_data
 from .spin_config import BY_ITERATION, SPINConfig
 from .stages import MARK
 
-# how far from the opponent's a log-likelihood may be before anything was trained, in nats over the square root of its
-# number of tokens, as a quadratic mean over a batch: batches of other shapes round differently. The value for half
-# precision is a guess on the wide side: a run stopped without cause could not go on
-ROUNDING = {"float32": 1e-3, "half": 0.1}
 
-
-class SPINTrainer(CandidateTrainer):
+class SPINTrainer(ReferencedTrainer):
     r"""
     Trainer for SPIN, self-play fine-tuning (https://huggingface.co/papers/2401.01335), eq. 4.7. With y the real answer
     to x and y' the one that the opponent, the model at the start of the iteration, has generated:
@@ -118,7 +112,6 @@ class SPINTrainer(CandidateTrainer):
     ):
         self._self_play: SelfPlay | None = None
         self._played: str | None = None
-        self._has_reference = False
         if train_dataset is not None and model is not None and is_sft_data(train_dataset):
             objects = {
                 "ref_model": ref_model,
@@ -140,41 +133,22 @@ class SPINTrainer(CandidateTrainer):
             self.args = self._self_play.config
             return
         self._check_reference(args, model, ref_model)
-        self._check_eval_dataset(eval_dataset)
         super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
+            model,
+            ref_model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            compute_metrics,
+            callbacks,
+            optimizers,
+            quantization_config,
+            peft_config,
         )
-        # attention of some architectures keeps its dropout in a number of its own
-        for module in self.model.modules():
-            for name, value in list(vars(module).items()):
-                if "dropout" in name and isinstance(value, float):
-                    setattr(module, name, 0.0)
-        self.data_collator = ReferenceCollator(self.data_collator)
-        self._check_first_loss = ref_model is None
-        with Reference(self, ref_model) as reference:
-            self.train_dataset = reference.add_to(self.train_dataset, "train")
-            if isinstance(self.eval_dataset, dict):
-                self.eval_dataset = {name: reference.add_to(rows, name) for name, rows in self.eval_dataset.items()}
-            elif self.eval_dataset is not None:
-                self.eval_dataset = reference.add_to(self.eval_dataset, "eval")
-        self._has_reference = True
 
     def _check_arguments(self, args, model, ref_model, train_dataset, compute_metrics, peft_config) -> None:
-        if isinstance(train_dataset, IterableDataset):
-            raise NotImplementedError(
-                "SPINTrainer does not take a stream: the reference goes over all rows before the first step. Pass a "
-                "`Dataset`."
-            )
         super()._check_arguments(args, model, ref_model, train_dataset, compute_metrics, peft_config)
         for name in BY_ITERATION:
             if isinstance(getattr(args, name), list):
@@ -193,16 +167,6 @@ class SPINTrainer(CandidateTrainer):
             raise ValueError(
                 f"The train dataset has the columns {sorted(columns)}. One iteration of SPIN takes one real and one "
                 "generated answer: make `completions` the columns `chosen` and `rejected`."
-            )
-        refuse_fsdp(args)
-
-    @staticmethod
-    def _check_eval_dataset(eval_dataset: Any) -> None:
-        datasets = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-        if any(isinstance(dataset, IterableDataset) for dataset in datasets):
-            raise NotImplementedError(
-                "SPINTrainer does not take a stream as `eval_dataset`: the reference goes over all rows before the "
-                "first step. Pass a `Dataset`."
             )
 
     @staticmethod
@@ -248,7 +212,7 @@ class SPINTrainer(CandidateTrainer):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         output, model_to_take, last = self._self_play.play_for_trainer(resume_from_checkpoint)
         self._self_play, self._played = None, model_to_take
-        super().__init__(**last)  # with the model to take, to look at, save or publish
+        CandidateTrainer.__init__(self, **last)  # the model to take, to look at, save or publish; no reference
         return output
 
     def _nothing_left(self, what: str) -> RuntimeError:
@@ -288,25 +252,6 @@ class SPINTrainer(CandidateTrainer):
                 ignore=shutil.ignore_patterns("checkpoint-*", "reference_*.npz", "manifest.json", MARK),
             )
 
-    # The reference
-
-    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if not self._has_reference or "reference_logps" in dataset.column_names:
-            return dataset
-        # rows given to `evaluate` or `predict`
-        if self.state.global_step > 0 or not self._check_first_loss:
-            raise ValueError(
-                f"The reference is needed for the {dataset_name} dataset, and it is gone: it was the model before "
-                "training. Pass these rows as `eval_dataset` to the constructor."
-            )
-        with Reference(self, None) as reference:
-            return reference.add_to(dataset, dataset_name)
-
-    def _set_signature_columns_if_needed(self):
-        if self._signature_columns is None:
-            self._signature_columns = [*PREPARED_FEATURES, "reference_logps"]
-
     # One iteration
 
     def loss_from_logps(
@@ -317,10 +262,8 @@ class SPINTrainer(CandidateTrainer):
         log_ratios = logps.sums - inputs["reference_logps"]
         real, generated = log_ratios[real_row], log_ratios[generated_row]
         losses = spin_loss(real, generated, beta=beta, loss=loss)
+        self.check_first_loss(losses, log_ratios, logps.lengths)
         with torch.no_grad():
-            if self.model.training and self.state.global_step == 0 and self._check_first_loss:
-                self._check_first_loss = False
-                self._stop_unless_at_the_start(losses.mean().item(), log_ratios, logps.lengths)
             margins = beta * (real - generated)
             metrics = {
                 "rewards/chosen": beta * real,
@@ -335,17 +278,6 @@ class SPINTrainer(CandidateTrainer):
                 metrics[f"lengths/{name}"] = logps.lengths[rows].float()
         return losses, metrics
 
-    def _stop_unless_at_the_start(self, found: float, log_ratios: torch.Tensor, lengths: torch.Tensor) -> None:
-        half = self.args.bf16 or self.args.fp16 or self.model.dtype != torch.float32
-        allowed = ROUNDING["half" if half else "float32"]
-        distance = (log_ratios / lengths.sqrt()).square().mean().sqrt().item()
-        if not distance <= allowed:
-            expected = "ln 2 = 0.6931" if self.args.loss == "sigmoid" else "1"
-            raise RuntimeError(
-                f"The first loss is {found:.4f}, where {expected} is right: the log-likelihoods are "
-                f"{distance:.4f} nats / sqrt(tokens) off the reference's, and rounding explains {allowed}. So the "
-                "reference is not the model that training starts from. Either the weights were changed after the "
-                "trainer was constructed, which is when the reference is computed: construct it anew. Or the model "
-                "computes something else in training: look for dropout, noise on the embeddings (`neftune_noise_alpha`"
-                ") or another source of chance, and switch it off."
-            )
+    @property
+    def expected_first_loss(self) -> str:
+        return "ln 2 = 0.6931" if self.args.loss == "sigmoid" else "1"

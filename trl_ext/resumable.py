@@ -1,0 +1,100 @@
+"""What a run needs to be interrupted and gone on with: for every trainer here, and, by [`resumable`], for TRL's."""
+
+import functools
+import os
+import signal
+from pathlib import Path
+
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+from ._trl import without_rotation
+from .checkpoints import find_checkpoint, make_room, naming_a_full_disk, seal
+from .faults import GO_ON, TERMINATED, SaveOnSigterm, WatchCallback, on_sigterm
+from .safety import weights_only
+
+
+class ResumableTrainer(Trainer):
+    """
+    A base to put before a [`~transformers.Trainer`] in the list of bases. Checkpoints are sealed when they are whole,
+    and older ones are removed after that; `train` describes the rest.
+    """
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """
+        As in `Trainer`, and:
+
+        - `True` goes on from the last checkpoint that is whole, see `checkpoints.py`; one that is named has to be.
+        - Meanwhile `torch.load` gives tensors and plain values alone, whoever calls it: DeepSpeed would unpickle its
+          checkpoints whole. (FSDP's `SHARDED_STATE_DICT` has an index that torch unpickles by another way.)
+        - On SIGTERM the step is finished, a checkpoint saved, and the process ends with exit code 143.
+        - When no process has got on for four fifths of `args.ddp_timeout` (30 minutes by default), the run ends with
+          a message that says where each of them was, see `faults.py`.
+
+        Raises:
+            ValueError: there is no whole checkpoint, or it does not fit this run.
+            FileNotFoundError: the checkpoint that is named is not whole, or not for all processes.
+            UnsafeFileError: a file of the checkpoint holds more than tensors and plain values.
+        """
+        is_trial = kwargs.get("trial") is not None  # of a hyper-parameter search, which has its own way of resuming
+        if resume_from_checkpoint is not None and resume_from_checkpoint is not False and not is_trial:
+            found = find_checkpoint(self.args, resume_from_checkpoint)
+            if found is None:
+                raise ValueError(
+                    f"resume_from_checkpoint={resume_from_checkpoint}, and there is no whole checkpoint in "
+                    f"{self.args.output_dir}. Leave it out to begin anew."
+                )
+            resume_from_checkpoint = found
+        save, watch = SaveOnSigterm(), WatchCallback(0.8 * self.args.ddp_timeout)
+        callbacks = [save, watch]
+        for callback in callbacks:
+            self.add_callback(callback)
+        try:
+            with on_sigterm(save.ask), weights_only():
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            watch.stop()
+            for callback in callbacks:
+                self.remove_callback(callback)
+        if save.is_asked and not save.has_stopped:  # after the last step
+            os.kill(os.getpid(), signal.SIGTERM)
+        if save.has_stopped:
+            self.accelerator.print(f"SIGTERM: checkpoint-{self.state.global_step} is saved. {GO_ON}")
+            raise SystemExit(TERMINATED)
+        return output
+
+    def _save_checkpoint(self, model, trial):
+        self._pushes_checkpoints = trial is not None
+        if trial is not None:  # it is in a folder of the search's
+            super()._save_checkpoint(model, trial)
+            return
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with naming_a_full_disk(checkpoint):
+            make_room(checkpoint)
+            with without_rotation():  # older ones are removed when this one is whole, not before
+                super()._save_checkpoint(model, trial)
+            seal(checkpoint, self.args)
+        if self.args.should_save:
+            rotate_checkpoints(
+                self.args.output_dir,
+                self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(checkpoint))
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """Left to [`~ResumableTrainer._save_checkpoint`], which does it once the checkpoint is sealed."""
+        if self._pushes_checkpoints:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with naming_a_full_disk(Path(output_dir or self.args.output_dir)):
+            super().save_model(output_dir, _internal_call)
+
+
+@functools.cache
+def resumable(trainer_class: type[Trainer]) -> type[Trainer]:
+    """A trainer of TRL with what [`ResumableTrainer`] adds; of the same name, losses and results."""
+    return type(trainer_class.__name__, (ResumableTrainer, trainer_class), {"__module__": __name__})

@@ -1,0 +1,202 @@
+"""
+TRL's own trainers as the recipes use them: fed with the rows of this package, resumable, and sharing prefixes where
+they can. Losses, metrics and sampling are TRL's.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+import trl
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from transformers import AutoProcessor
+
+from .candidate_trainer import tokenizer_of
+from .data import PREPARED_FEATURES, PreparationReport, RowOptions, is_prepared, prepare_dataset
+from .losses import bradley_terry_loss
+from .prefix_sharing import refuse_unless_shareable, share_prefixes
+from .resumable import ResumableTrainer
+from .safety import explain_remote_code, weights_only
+from .trl_data import for_dpo, for_kto, for_reward, for_sft, labelled, with_mismatched
+
+logger = get_logger(__name__)
+
+
+class OurRows(ResumableTrainer):
+    """
+    A base to put before a trainer of TRL in the list of bases: rows are checked, tokenised and cut as for every
+    trainer here (`data.py`), before any weight is loaded, and TRL gets the tokens.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]), args, train_dataset, eval_dataset, processing_class:
+            As in TRL, with rows as described in `data.py`.
+        kwargs: what else TRL's trainer takes.
+
+    Raises:
+        ValueError: unusable rows, before any weight is loaded.
+    """
+
+    row_options: ClassVar[RowOptions] = RowOptions()
+    # what makes TRL's columns of a batch of prepared rows
+    columns_for: ClassVar[Callable[[dict[str, list]], dict[str, list]]]
+    # columns that are kept beside the tokens
+    kept_columns: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        args: Any,
+        train_dataset: Dataset | IterableDataset,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ):
+        self.data_reports: dict[str, PreparationReport] = {}
+        self.prefix_sharing = None
+        with explain_remote_code(), weights_only():
+            if processing_class is None:
+                name = model if isinstance(model, str) else model.config._name_or_path
+                revision = (args.model_init_kwargs or {}).get("revision")
+                processing_class = AutoProcessor.from_pretrained(
+                    name, revision=revision, trust_remote_code=args.trust_remote_code
+                )
+            train_dataset = self.trl_rows(train_dataset, processing_class, args, "train")
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {
+                    name: self.trl_rows(rows, processing_class, args, name) for name, rows in eval_dataset.items()
+                }
+            elif eval_dataset is not None:
+                eval_dataset = self.trl_rows(eval_dataset, processing_class, args, "eval")
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                **kwargs,
+            )
+
+    def trl_rows(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
+        """Rows of `data.py` as TRL's trainer reads them; those that it can read already as they are."""
+        columns = dataset.column_names or list(next(iter(dataset), {}))
+        if has_trl_columns(columns):
+            return dataset
+        kept = [column for column in self.kept_columns if column in columns]
+        eos_token = tokenizer_of(processing_class).eos_token
+        options = replace(self.row_options, max_length=args.max_length, eos_token=eos_token)
+        dataset, report = prepare_dataset(
+            dataset,
+            processing_class,
+            options,
+            name=name,
+            num_proc=args.dataset_num_proc,
+            on_invalid_row=args.on_invalid_row,
+            keep_columns=bool(kept),
+        )
+        if report is not None:
+            self.data_reports[name] = report
+        names = [*PREPARED_FEATURES, *kept]
+        dataset = dataset.select_columns(names).map(type(self).columns_for, batched=True, remove_columns=names)
+        if isinstance(dataset, Dataset) and not len(dataset):
+            raise ValueError(
+                f"No row of the {name} dataset has two answers with different scores, so there is nothing to compare. "
+                "Give it such rows."
+            )
+        return dataset
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        """What TRL would tokenise: rows for `evaluate` and `predict`, and those of the constructor once more."""
+        return self.trl_rows(dataset, processing_class, args, dataset_name)
+
+
+def has_trl_columns(columns: list[str]) -> bool:
+    """Whether rows with these columns have been through [`~OurRows.trl_rows`] already."""
+    tokens = {"prompt_ids", "input_ids", "chosen_ids", "prompt_input_ids"}
+    return bool(tokens & set(columns)) and not is_prepared(columns)
+
+
+class DPOTrainer(OurRows, trl.DPOTrainer):
+    """
+    [`~trl.DPOTrainer`] on the best and the worst answer to each prompt, computing each prompt once for both
+    (`args.prefix_sharing`).
+    """
+
+    columns_for = staticmethod(for_dpo)
+
+    def __init__(self, model: Any, *, args: Any, peft_config: Any = None, **kwargs: Any):
+        if args.prefix_sharing is True:
+            refuse_unless_shareable(model, args, peft_config)
+        with share_prefixes(args.prefix_sharing, self_check=args.check_prefix_sharing):
+            super().__init__(model, args=args, peft_config=peft_config, **kwargs)
+
+
+class KTOTrainer(OurRows, trl.KTOTrainer):
+    """
+    [`~trl.KTOTrainer`] on single answers that are good or bad: rows of `prompt`, `completion` and `label`, or of
+    several answers, of which the best is good and the worst bad. They are shuffled by `args.seed`: the reference point
+    is estimated from prompts with the answer of the row before, which has to be another prompt's.
+    """
+
+    row_options = RowOptions(min_completions=1)
+    columns_for = staticmethod(for_kto)
+
+    def trl_rows(self, dataset, processing_class, args, name):
+        columns = dataset.column_names or list(next(iter(dataset), {}))
+        if has_trl_columns(columns):
+            return dataset
+        if {"completion", "label"} <= set(columns):
+            dataset = dataset.map(labelled, remove_columns=["completion", "label"])
+        dataset = super().trl_rows(dataset, processing_class, args, name)
+        if name == "train":
+            dataset = dataset.shuffle(seed=args.seed)
+            if isinstance(dataset, Dataset):
+                _say_if_unbalanced(dataset["label"], args)
+        if args.loss_type == "apo_zero_unpaired":  # the one loss without a reference point
+            return dataset
+        return dataset.map(with_mismatched, batched=True, batch_size=args.per_device_train_batch_size)
+
+
+def _say_if_unbalanced(labels: list[bool], args: Any) -> None:
+    """KTO (https://huggingface.co/papers/2402.01306, eq. 8) wants good and bad answers of about equal total weight."""
+    good = sum(labels)
+    weights = args.desirable_weight * good, args.undesirable_weight * (len(labels) - good)
+    if min(weights) == 0 or not 1 <= weights[0] / weights[1] <= 4 / 3:
+        logger.log(
+            logging.WARNING,
+            f"{good} answers are good and {len(labels) - good} bad, with the weights {args.desirable_weight} and "
+            f"{args.undesirable_weight}. KTO advises weights with which good over bad is between 1 and 4/3: set "
+            "`desirable_weight` or `undesirable_weight`.",
+        )
+
+
+class RewardTrainer(OurRows, trl.RewardTrainer):
+    """
+    [`~trl.RewardTrainer`] on the best and the worst answer to each prompt, with two ways to keep rewards bounded; see
+    [`bradley_terry_loss`]. Rows may have a `margin` (https://huggingface.co/papers/2307.09288, eq. 2).
+    """
+
+    columns_for = staticmethod(for_reward)
+    kept_columns = ("margin",)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.args.difference_penalty or self.args.max_difference is not None:
+            chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
+            margins = inputs.get("margin", torch.zeros_like(chosen))
+            settings = {"difference_penalty": self.args.difference_penalty, "max_difference": self.args.max_difference}
+            plain = bradley_terry_loss(chosen, rejected, margins)
+            loss = loss + (bradley_terry_loss(chosen, rejected, margins, **settings) - plain).mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+class BestOfNTrainer(OurRows, trl.SFTTrainer):
+    """[`~trl.SFTTrainer`] on the best answer to each prompt, of which the answer alone is learned."""
+
+    row_options = RowOptions(min_completions=1, best_only=True)
+    columns_for = staticmethod(for_sft)
+
+    _prepare_dataset = trl.SFTTrainer._prepare_dataset  # which takes tokens as they are, and may pack them
