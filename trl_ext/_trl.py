@@ -242,3 +242,19 @@ def take_down_deepspeed(engine) -> None:
     from deepspeed.runtime.zero import parameter_offload
 
     parameter_offload.FWD_MODULE_STACK[:] = [part for part in parameter_offload.FWD_MODULE_STACK if part is not module]
+
+
+@contextlib.contextmanager
+def loaded_whole():
+    """
+    Within, models are loaded whole on each process, though the run shards the models it trains with ZeRO-3: a model
+    that only scores is used by each process by itself.
+    """
+    from transformers.integrations import deepspeed
+
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config

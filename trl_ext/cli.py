@@ -509,15 +509,19 @@ def train_and_save(
     model: str | None = None,
     data: str | None = None,
     output_dir: str | None = None,
+    rows: Callable | None = None,
+    **trainer_kwargs: Any,
 ) -> dict[str, float]:
     """
-    Train with a trainer of this package, evaluate if asked to, and save the model, the figures and the curves.
+    Train with a trainer, evaluate if asked to, and save the model, the figures and the curves.
 
     Args:
         trainer_class (`type`): the trainer.
         parsed (`Sequence`): what [`parse_recipe_args`] returned.
         panels (`dict`): for [`plot_training_curves`].
         model, data, output_dir (`str`, *optional*): as a stage of rounds, see [`use_for_stage`].
+        rows (`Callable`, *optional*): called as `rows(dataset, name)` before the trainer gets a dataset.
+        trainer_kwargs: what else the trainer is given.
 
     Returns:
         `dict`: the figures, which are also in `all_results.json`.
@@ -535,6 +539,9 @@ def train_and_save(
     train_dataset, eval_dataset = load_datasets(
         script_args, dataset_args, with_eval=training_args.eval_strategy != "no", seed=training_args.seed
     )
+    if rows is not None:
+        train_dataset = rows(train_dataset, "train")
+        eval_dataset = None if eval_dataset is None else rows(eval_dataset, "eval")
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
     trainer = trainer_class(
         model=model_args.model_name_or_path,
@@ -543,12 +550,13 @@ def train_and_save(
         eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
+        **trainer_kwargs,
     )
-    for report in trainer.data_reports.values():
+    for report in getattr(trainer, "data_reports", {}).values():
         if not report.worth_a_warning:  # the others were said already
             trainer.accelerator.print(report)
     results = trainer.train(resume_from_checkpoint=resume_from).metrics
-    if trainer.prefix_sharing is not None:
+    if getattr(trainer, "prefix_sharing", None) is not None:
         trainer.accelerator.print(trainer.prefix_sharing.statistics)
     if eval_dataset is not None:
         results.update(trainer.evaluate())

@@ -48,6 +48,54 @@ SPIN_PANELS = {
     "learning rate": {"learning_rate": "learning rate"},
 }
 
+DPO_PANELS = {
+    "loss": {"loss": "loss"},
+    "log-likelihood, nats per answer": {"logps/chosen": "chosen", "logps/rejected": "rejected"},
+    "reward, beta times the log-ratio": {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
+    "share of pairs": {"rewards/accuracies": "ordered rightly"},
+    "difference of the rewards": {"rewards/margins": "mean"},
+    "learning rate": {"learning_rate": "learning rate"},
+}
+
+KTO_PANELS = {
+    **{title: lines for title, lines in DPO_PANELS.items() if title != "share of pairs"},
+    "log-likelihood, nats per answer": {"logps/chosen": "good", "logps/rejected": "bad"},
+    "reward, beta times the log-ratio": {"rewards/chosen": "good", "rewards/rejected": "bad"},
+    "reference point, nats": {"kl": "KL"},
+}
+
+ORPO_PANELS = {
+    "loss": {"loss": "total", "nll_loss": "likelihood"},
+    "log-likelihood, nats per token": {"logps/chosen": "chosen", "logps/rejected": "rejected"},
+    "share of pairs": {"rewards/accuracies": "ordered rightly"},
+    "log of the odds ratio": {"log_odds_chosen": "mean"},
+    "learning rate": {"learning_rate": "learning rate"},
+}
+
+SFT_PANELS = {
+    "loss, nats per token": {"loss": "loss"},
+    "share of tokens": {"mean_token_accuracy": "predicted rightly"},
+    "entropy, nats per token": {"entropy": "entropy"},
+    "learning rate": {"learning_rate": "learning rate"},
+}
+
+REWARD_PANELS = {
+    "loss": {"loss": "loss"},
+    "share of pairs": {"accuracy": "ordered rightly"},
+    "difference of the rewards": {"margin": "mean"},
+    "reward": {"min_reward": "lowest", "mean_reward": "mean", "max_reward": "highest"},
+    "learning rate": {"learning_rate": "learning rate"},
+}
+
+RL_PANELS = {
+    "reward of sampled answers": {"reward": "mean", "reward_std": "standard deviation"},
+    "KL to the reference, nats per token": {"kl": "KL"},
+    "loss": {"loss": "loss"},
+    "tokens per answer": {"completions/mean_length": "mean", "completions/max_length": "longest"},
+    "entropy, nats per token": {"entropy": "entropy"},
+    "learning rate": {"learning_rate": "learning rate"},
+}
+
 
 def plot_training_curves(
     log_history: Sequence[dict], path: str | Path, *, title: str, panels: dict[str, dict[str, str]] = SLIC_PANELS

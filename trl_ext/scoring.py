@@ -79,6 +79,10 @@ OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuesti
 DEFAULT_LABELS = ("A", "B")
 
 
+# what TRL's trainers give a reward function beside the columns of the dataset
+TRL_REWARD_ARGUMENTS = ("completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+
+
 class ScoringError(ValueError):
     """
     A completion without a usable score.
@@ -1315,3 +1319,25 @@ def _read_scores(file: Path, place: Path, start: int) -> dict[str, Any]:
 
 def _scores_file(place: Path, number: int) -> Path:
     return place / f"{number:05d}.json"
+
+
+def reward_functions(scorers: Sequence[Scorer]) -> list[Callable]:
+    """
+    Scorers as reward functions of the kind TRL's `RLOOTrainer` and `GRPOTrainer` take: what a scorer reads is what it
+    reads here, wherever it is used. A function gets the columns that [`FunctionScorer`] gives it, and needs no
+    `**kwargs`.
+    """
+    return [_reward_function(scorer) for scorer in scorers]
+
+
+def _reward_function(scorer: Scorer) -> Callable:
+    def reward(prompts, completions, **columns):
+        kept = {name: values for name, values in columns.items() if name not in TRL_REWARD_ARGUMENTS}
+        rows = [
+            {"prompt": prompt, "completions": [completion], **{name: values[index] for name, values in kept.items()}}
+            for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+        ]
+        return [score for (score,) in scorer(rows)]
+
+    reward.__name__ = scorer.name
+    return reward

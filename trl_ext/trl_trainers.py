@@ -14,12 +14,23 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers import AutoProcessor
 
+from ._trl import loaded_whole
 from .candidate_trainer import tokenizer_of
-from .data import PREPARED_FEATURES, PreparationReport, RowOptions, is_prepared, prepare_dataset
+from .data import (
+    PREPARED_FEATURES,
+    PreparationReport,
+    RowOptions,
+    is_prepared,
+    prepare_dataset,
+    refuse_decoding,
+)
 from .losses import bradley_terry_loss
 from .prefix_sharing import refuse_unless_shareable, share_prefixes
 from .resumable import ResumableTrainer
+from .rounds import check_prompts
 from .safety import explain_remote_code, weights_only
+from .sampling import load_tokenizer
+from .scoring import build_scorers, check_scorers, reward_functions
 from .trl_data import for_dpo, for_kto, for_reward, for_sft, labelled, with_mismatched
 
 logger = get_logger(__name__)
@@ -200,3 +211,57 @@ class BestOfNTrainer(OurRows, trl.SFTTrainer):
     columns_for = staticmethod(for_sft)
 
     _prepare_dataset = trl.SFTTrainer._prepare_dataset  # which takes tokens as they are, and may pack them
+
+
+class RLOOTrainer(ResumableTrainer, trl.RLOOTrainer):
+    """
+    [`~trl.RLOOTrainer`] towards `args.rewards`, which are checked with the prompts before any weight is loaded. A
+    reward gets what [`FunctionScorer`] gives it, and a reward model reads what it was trained on, see
+    [`reward_functions`].
+
+    Raises:
+        ValueError: no rewards, prompts that cannot be used, or columns that a reward function does not take.
+        NotImplementedError: a stream.
+    """
+
+    def __init__(self, model: Any, *, args: Any, train_dataset: Dataset, eval_dataset: Any = None, **kwargs: Any):
+        if not args.rewards:
+            raise ValueError(
+                "There is nothing to train towards. Set `rewards` to functions (file.py:function) or reward models, "
+                "such as `recipes/reward.py` trains."
+            )
+        name = model if isinstance(model, str) else model.config._name_or_path
+        tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+        train_dataset = _usable_prompts(train_dataset, tokenizer, args, "train")
+        if eval_dataset is not None:
+            eval_dataset = _usable_prompts(eval_dataset, tokenizer, args, "eval")
+        options = args.scorer_options()
+        check_scorers(args.rewards, args.reward_weights, columns=train_dataset.column_names, **options)
+        with loaded_whole():
+            scorers = build_scorers(args.rewards, args.reward_weights, **options)
+        with explain_remote_code(), weights_only():
+            super().__init__(
+                model=model,
+                reward_funcs=reward_functions(scorers),
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                **kwargs,
+            )
+
+
+def _usable_prompts(dataset: Any, tokenizer: Any, args: Any, name: str) -> Dataset:
+    if not isinstance(dataset, Dataset):
+        raise NotImplementedError(
+            f"The {name} dataset is a {type(dataset).__name__}; its prompts are checked before anything is sampled. "
+            "Pass a `Dataset` (leave `--dataset_streaming` out)."
+        )
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"The {name} dataset has the columns {sorted(dataset.column_names)} and no `prompt` to answer. Rename or "
+            "add it."
+        )
+    refuse_decoding(dataset.features, name)
+    rows = [{**row, "_number": number} for number, row in enumerate(dataset.to_list())]
+    usable = check_prompts(rows, tokenizer, RowOptions(), (), args.on_invalid_row)
+    return dataset if len(usable) == len(rows) else dataset.select([row["_number"] for row in usable])

@@ -1,0 +1,71 @@
+"""
+Train a model by reinforcement learning towards a reward, by TRL's `RLOOTrainer`: the stand-in for PPO, which TRL no
+longer has.
+
+With no arguments, an offline playground runs in about four minutes on a CPU: a small model learns to read numbers, and
+an unfriendly tone with it; a reward model learns from its ranked answers; RLOO trains towards the reward model, and
+both models are compared on held-out numbers by the true reward, which the training has never seen.
+
+    accelerate launch recipes/rl.py
+
+On prompts (one row: `prompt`, and whatever the reward needs; a Hub name, a file or a folder), towards a reward model
+such as `recipes/reward.py` trains, or a function:
+
+    accelerate launch recipes/rl.py --model_name_or_path MODEL --dataset_name prompts.jsonl --output_dir runs/rl \
+        --rewards runs/reward
+
+LoRA: add `--use_peft`. To go on after an interruption: the same command and `--resume_from_checkpoint true`. All
+values of a run in one file: `--config recipes/configs/rl_tldr.yaml`.
+"""
+
+from pathlib import Path
+
+from trl_ext.cli import is_playground, parse_recipe_args, run_recipe, train_and_save
+
+DATACLASSES = (
+    "trl.ScriptArguments",
+    "trl_ext.trl_configs.RLOOConfig",
+    "trl.ModelConfig",
+    "trl.DatasetMixtureConfig",
+)
+PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "rl_playground.yaml"
+
+
+def train(arguments, **stage):
+    """Train once: on what the arguments say, or, on the playground, on the stage's model, data and folder."""
+    from trl_ext.plots import RL_PANELS
+    from trl_ext.trl_trainers import RLOOTrainer
+
+    parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
+    return train_and_save(RLOOTrainer, parsed, panels=RL_PANELS, **stage)
+
+
+def play_on_the_playground(parsed, arguments):
+    """A reward model of ranked answers, and RLOO towards it, or towards the `rewards` that are given."""
+    from trl_ext.playground_rounds import reward_stage, start_playground
+
+    rewards = parsed[1].rewards
+    rounds = start_playground(parsed)
+    rounds.evaluate("start", rounds.model)
+    if not rewards:
+        data = rounds.make_candidates("candidates", rounds.model)
+        rounds.run.stage("reward/model", reward_stage, inputs={"model": Path(rounds.model), "data": data},
+                         seed=rounds.seed)  # fmt: skip
+        rewards = [str(rounds.run.path("reward", "model"))]
+    model = rounds.train("trained", train, rounds.model, rounds.prompts, [*arguments, "--rewards", *rewards])
+    rounds.evaluate("trained", model)
+    rounds.model_to_take = str(model)
+    rounds.write_report()
+    rounds.report("RLOO")
+
+
+def main(arguments):
+    parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
+    if is_playground(*parsed):
+        play_on_the_playground(parsed, arguments)
+    else:
+        train(arguments)
+
+
+if __name__ == "__main__":
+    run_recipe(main, DATACLASSES, __doc__)
