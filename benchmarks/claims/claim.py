@@ -7,8 +7,8 @@ A script of this folder makes a [`Claim`] named like itself, calls it CLAIM, and
     python benchmarks/claims/NAME.py                # all seeds; goes on where an earlier run was cut off
     python benchmarks/claims/NAME.py --seeds 1 2    # these
 
-What a seed gave is kept in `runs/claims/NAME/` as soon as it is there, and not run again. `results/` gets `NAME.csv`,
-rows of figures, `NAME.json`, the outcome, and `NAME.png`, the picture; `summary.py` makes the README of them.
+What a seed gave is kept in `runs/claims/NAME/` and not run again; move the folder away after a change of the code. In
+`results/`, `NAME.csv` gets rows of figures, `NAME.json` the outcome; `summary.py` makes the README of them.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common import REPOSITORY, circumstances
+from summary import CAME_TRUE, DID_NOT, OPEN
 
 from trl_ext.sampling import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = REPOSITORY / "runs" / "claims"
-CAME_TRUE, DID_NOT, OPEN = "came true", "did not come true", "open"
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,13 @@ class Claim:
     What a paper says, how it is tried, and what should be seen.
 
     Args:
-        name (`str`): of the script and of its results.
-        title, source, paper (`str`): heading; paper, section, figure; what it says there.
+        name, title, source, paper (`str`): name of the script; heading; paper, section, figure; what it says there.
         settings (`dict`): all that determines a seed's result, in JSON's types.
         seeds (`Sequence[int]`): what is run unless `--seeds` says otherwise.
         run (`Callable`): seed and settings to a result, in JSON's types; its "rows", alike dicts, go to the .csv.
         draw (`Callable`): the results by seed, drawn to a path.
         expectations (`Sequence[Expectation]`): fixed before the run.
-        known_beforehand (`str`, defaults to none): why the outcome was no prediction, where it was none.
-        remarks (`str`, defaults to none): what to say about the outcome.
+        known_beforehand, remarks (`str`): why the outcome was no prediction, if it was none; what to say about it.
     """
 
     name: str
@@ -96,7 +94,7 @@ def judge(values: Sequence[float], above: float | None, below: float | None) -> 
 
 
 def result_of(claim: Claim, seed: int, folder: Path) -> dict[str, Any]:
-    """What a seed gave, and how and when: read from `folder`, or run now and kept there."""
+    """What a seed gave, and by what: read from `folder`, or run now and kept there."""
     file = folder / f"seed-{seed}.json"
     settings = json.loads(json.dumps(claim.settings))
     if file.exists():
@@ -110,16 +108,15 @@ def result_of(claim: Claim, seed: int, folder: Path) -> dict[str, Any]:
         print(f"seed {seed}: kept", flush=True)
         return kept
     start = time.perf_counter()
-    result = claim.run(seed, settings)
-    seconds = round(time.perf_counter() - start, 1)
-    print(f"seed {seed}: {seconds} s", flush=True)
-    kept = {"settings": settings, "made": circumstances(), "seconds": seconds, "result": result}
+    kept = {"settings": settings, "result": claim.run(seed, settings), "made": circumstances()}
+    kept["seconds"] = round(time.perf_counter() - start, 1)
     write_atomically(file, json.dumps(kept))
+    print(f"seed {seed}: {kept['seconds']} s", flush=True)
     return kept
 
 
 def main(claim: Claim, argv: Sequence[str] | None = None, *, runs: Path = RUNS, results: Path = RESULTS) -> None:
-    """Run what is missing, judge, and write the three files of results."""
+    """Run the seeds that are missing, judge, and write the results."""
     parser = argparse.ArgumentParser(description=f"{claim.title}. {claim.source}.")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(claim.seeds))
     seeds = parser.parse_args(argv).seeds
