@@ -1,7 +1,7 @@
 """
 IPO and DPO on a bandit with three actions: what becomes of the reference policy as the regularisation grows.
 
-    python benchmarks/claims/ipo_bandit.py    # about two minutes on one core
+    python benchmarks/claims/ipo_bandit.py    # about five minutes on one core
 
 The policy is a softmax over three logits, the reference uniform, and each of the data sets a handful of pairs (winner,
 loser) of the actions a, b and c. Both losses are trained at every tau on every data set, in two ways: "sampled", as in
