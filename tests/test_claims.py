@@ -1,0 +1,255 @@
+"""The frame that papers' claims are tried in, the claims' committed outcomes, and the algebra of the IPO bandit."""
+
+import csv
+import dataclasses
+import importlib
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+
+from tests.conftest import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks" / "claims"))
+
+import ipo_bandit
+import summary
+from claim import Claim, Expectation, judge, main
+
+FOLDER = REPOSITORY / "benchmarks" / "claims"
+NAMES = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem not in ("claim", "summary"))
+
+
+def small_claim(run=None, **changes) -> Claim:
+    """A claim whose result is its seed times `settings["factor"]`."""
+    claim = Claim(
+        name="small",
+        title="Seeds are small",
+        source="Nowhere",
+        paper="Seeds are small.",
+        settings={"factor": 2, "sizes": (1, 2)},
+        seeds=(1, 2, 3),
+        run=run or (lambda seed, settings: {"rows": [{"value": seed * settings["factor"]}]}),
+        draw=lambda results, path: path.write_text(str(results)),
+        expectations=[Expectation("small", lambda result: result["rows"][0]["value"], below=10)],
+    )
+    return dataclasses.replace(claim, **changes)
+
+
+@pytest.mark.parametrize(
+    ("values", "above", "below", "outcome"),
+    [
+        # mean 2, interval 2 -+ 2.484 (t of 2 degrees of freedom, 4.303, by 1 by 1 / sqrt(3))
+        ([1.0, 2.0, 3.0], -0.5, None, "came true"),
+        ([1.0, 2.0, 3.0], None, 4.5, "came true"),
+        ([1.0, 2.0, 3.0], -0.5, 4.5, "came true"),
+        ([1.0, 2.0, 3.0], -0.4, 4.5, "open"),
+        ([1.0, 2.0, 3.0], -0.5, 4.4, "open"),
+        ([1.0, 2.0, 3.0], 1.0, None, "open"),
+        ([1.0, 2.0, 3.0], 3.0, None, "open"),
+        ([1.0, 2.0, 3.0], 4.5, None, "did not come true"),
+        ([1.0, 2.0, 3.0], None, -0.5, "did not come true"),
+        ([1.0, 1.0], 0.0, None, "came true"),
+        ([1.0, 1.0], 1.0, None, "did not come true"),  # a bound is not within the bounds
+        ([1.0], 0.0, None, "open"),  # nothing says how much a single seed means
+    ],
+)
+def test_an_interval_within_the_bounds_outside_or_across(values, above, below, outcome):
+    assert judge(values, above, below)["outcome"] == outcome
+
+
+def test_the_interval_by_hand():
+    judged = judge([1.0, 2.0, 3.0], 0.0, None)
+    assert judged["mean"] == 2
+    assert judged["interval"] == pytest.approx([2 - 2.4841, 2 + 2.4841], abs=1e-4)
+    assert judge([5.0], 0.0, None)["interval"] is None
+
+
+def test_the_outcome_is_written_whichever_way(tmp_path):
+    measure = small_claim().expectations[0].measure
+    sides = [Expectation("under", measure, below=100), Expectation("over", measure, above=100)]
+    main(small_claim(expectations=sides), [], runs=tmp_path / "runs", results=tmp_path / "results")
+    written = json.loads((tmp_path / "results" / "small.json").read_text())
+    assert [expectation["outcome"] for expectation in written["expectations"]] == ["came true", "did not come true"]
+    assert [expectation["values"] for expectation in written["expectations"]] == [[2, 4, 6]] * 2
+    with (tmp_path / "results" / "small.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["seed"], row["value"]) for row in rows] == [("1", "2"), ("2", "4"), ("3", "6")]
+    assert all(row["versions"] and row["commit"] and row["command"] for row in rows)
+    assert (tmp_path / "results" / "small.png").exists()
+    page = summary.readme(tmp_path / "results")
+    assert "- [small](#small): over: 4 [-0.9683, 8.968], expected above 100" in page
+    assert "**Open**: nothing." in page
+    assert "| [small](#small): Seeds are small | 1 | 1 | 0 |  |" in page
+
+
+def test_a_finished_seed_is_not_run_again(tmp_path):
+    started = []
+
+    def run(seed, settings):
+        started.append(seed)
+        if seed == 2 and started.count(2) == 1:
+            raise KeyboardInterrupt
+        return {"rows": [{"value": seed}]}
+
+    places = {"runs": tmp_path / "runs", "results": tmp_path / "results"}
+    with pytest.raises(KeyboardInterrupt):
+        main(small_claim(run), [], **places)
+    assert not (tmp_path / "results").exists()
+    main(small_claim(run), [], **places)
+    assert started == [1, 2, 2, 3]
+    main(small_claim(run), ["--seeds", "4", "1"], **places)
+    assert started == [1, 2, 2, 3, 4]
+    assert json.loads((tmp_path / "results" / "small.json").read_text())["seeds"] == [4, 1]
+
+
+def test_seeds_of_other_settings_are_refused(tmp_path):
+    places = {"runs": tmp_path / "runs", "results": tmp_path / "results"}
+    main(small_claim(), ["--seeds", "1"], **places)
+    other = small_claim(settings={"factor": 3, "sizes": (1, 2), "new": 1})
+    with pytest.raises(
+        ValueError, match=r"seed-1.json was made with other settings \(factor, new\).*Move .*small away"
+    ):
+        main(other, ["--seeds", "1", "2"], **places)
+    assert not (tmp_path / "runs" / "small" / "seed-2.json").exists()
+
+
+def test_what_cannot_be_judged_is_refused(tmp_path, capsys):
+    with pytest.raises(ValueError, match="has no bound"):
+        Expectation("anything", lambda result: 0.0)
+    diverged = small_claim(lambda seed, settings: {"rows": [{"value": math.nan}]})
+    with pytest.raises(ValueError, match=r"'small' measured \[nan, nan, nan\] for seeds \[1, 2, 3\]"):
+        main(diverged, [], runs=tmp_path, results=tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+    with pytest.raises(SystemExit):
+        main(small_claim(), ["--seeds", "1", "1"], runs=tmp_path, results=tmp_path)
+    assert "counts a seed twice" in capsys.readouterr().err
+
+
+def test_there_are_claims():
+    assert "ipo_bandit" in NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_committed_outcome_is_of_the_committed_script(name):
+    claim = importlib.import_module(name).CLAIM
+    assert claim.name == name
+    assert (FOLDER / "results" / f"{name}.png").stat().st_size > 10_000
+    written = json.loads((FOLDER / "results" / f"{name}.json").read_text())
+    for part in ("title", "source", "paper", "known_beforehand", "remarks"):
+        assert written[part] == getattr(claim, part), part
+    assert written["settings"] == json.loads(json.dumps(claim.settings))
+    assert written["seeds"] == list(claim.seeds)
+    assert len(claim.seeds) > 1
+    for expectation, outcome in zip(claim.expectations, written["expectations"], strict=True):
+        assert (expectation.text, expectation.above, expectation.below) == (
+            outcome["text"],
+            outcome["above"],
+            outcome["below"],
+        )
+        again = judge(outcome["values"], outcome["above"], outcome["below"])
+        assert (again["mean"], again["interval"]) == (
+            pytest.approx(outcome["mean"]),
+            pytest.approx(outcome["interval"]),
+        )
+        assert again["outcome"] == outcome["outcome"]
+        assert len(outcome["values"]) == len(claim.seeds)
+    with (FOLDER / "results" / f"{name}.csv").open() as file:
+        assert {int(row["seed"]) for row in csv.DictReader(file)} == set(claim.seeds)
+
+
+def test_no_outcome_is_left_of_a_script_that_is_gone():
+    assert sorted({file.stem for file in (FOLDER / "results").iterdir()}) == NAMES
+
+
+def test_the_readme_is_what_summary_would_write():
+    assert (FOLDER / "README.md").read_text() == summary.readme(FOLDER / "results")
+
+
+# --- the IPO bandit
+
+
+def by_brute_force(loss, data, tau, start, largest=None):
+    """The policy where the mean loss over the pairs is least, logits within `largest` of 0."""
+    pairs = [tuple("abc".index(action) for action in pair) for pair in ipo_bandit.DATA[data]]
+
+    def mean_loss(logits):
+        gaps = np.array([logits[winner] - logits[loser] for winner, loser in pairs])  # the reference is uniform
+        return np.mean((gaps - 1 / (2 * tau)) ** 2 if loss == "IPO" else np.log1p(np.exp(-tau * gaps)))
+
+    bounds = None if largest is None else [(-largest, largest)] * 3
+    logits = minimize(mean_loss, start, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-15, "gtol": 1e-9}).x
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+@pytest.mark.parametrize("tau", ipo_bandit.TAUS)
+@pytest.mark.parametrize("data", ipo_bandit.DATA)
+def test_the_optimum_of_ipo_by_brute_force(data, tau):
+    start = [0.7, -1.1, 0.4]
+    found = by_brute_force("IPO", data, tau, start)
+    assert ipo_bandit.optimum("IPO", data, tau, start) == pytest.approx(found, abs=1e-5)
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0])
+@pytest.mark.parametrize("data", ipo_bandit.DATA)
+def test_the_optimum_or_limit_of_dpo_by_brute_force(data, tau):
+    start = [0.7, -1.1, 0.4]
+    found = by_brute_force("DPO", data, tau, start, largest=12)
+    assert ipo_bandit.optimum("DPO", data, tau, start) == pytest.approx(found, abs=1e-4)
+
+
+def test_the_losses_by_hand():
+    tau = torch.tensor([[0.1], [1.0]])
+    gaps = torch.tensor([[2.0, 5.0], [2.0, 0.5]])
+    torch.testing.assert_close(ipo_bandit.ipo(gaps, tau), torch.tensor([[9.0, 0.0], [2.25, 0.0]]))
+    assert ipo_bandit.dpo(gaps, tau)[0, 0].item() == pytest.approx(0.598139)
+
+
+def test_training_reaches_the_optimum():
+    settings = {**ipo_bandit.CLAIM.settings, "steps": 1200}
+    result = ipo_bandit.run(0, settings)
+    assert len(result["steps"]) == 5
+    assert np.shape(result["curves"]) == (2, 4, 4, 5, 3)
+    assert len(result["rows"]) == 2 * 4 * 4
+    assert result["starts"]["sampled"] == [0, 0, 0]
+    assert min(np.abs(result["starts"]["whole"])) > 0
+    assert ipo_bandit.from_optimum("whole", "IPO", list(ipo_bandit.DATA))(result) < 1e-2
+    assert ipo_bandit.from_optimum("sampled", "IPO", ["D1"])(result) < 0.1
+    assert ipo_bandit.extreme(min, "DPO", "D1", "a", [0.1, 0.5])(result) > 0.99
+    # curves and rows are of the same policies
+    for row in result["rows"][:16]:
+        place = list(ipo_bandit.DATA).index(row["data"]), ipo_bandit.TAUS.index(row["tau"])
+        for number, loss in enumerate(ipo_bandit.LOSSES):
+            last = result["curves"][number][place[0]][place[1]][-1]
+            assert last == pytest.approx([row[f"{loss}_{action}"] for action in "abc"], abs=1e-6)
+
+
+def test_seeds_differ_in_what_is_random_only():
+    settings = {**ipo_bandit.CLAIM.settings, "steps": 300}
+    first, again, other = (ipo_bandit.run(seed, settings) for seed in (0, 0, 1))
+    assert first == again
+    assert first["starts"]["whole"] != other["starts"]["whole"]
+    for d in range(len(ipo_bandit.DATA)):  # other mini-batches of every data set
+        assert first["curves"][0][d] != other["curves"][0][d]
+
+
+def test_the_committed_rows_repeat_the_outcome():
+    """What the outcome says of the optima, computed again from the rows by other means."""
+    written = json.loads((FOLDER / "results" / "ipo_bandit.json").read_text())
+    values = {expectation["text"]: expectation["values"] for expectation in written["expectations"]}
+    with (FOLDER / "results" / "ipo_bandit.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["way"] == "sampled"]
+    greedy = [text for text in values if text.startswith("D1, DPO: deterministic. ")]
+    unseen = [text for text in values if text.startswith("D3, DPO: ")]
+    for seed in written["seeds"]:
+        of_seed = [row for row in rows if int(row["seed"]) == seed]
+        assert len(of_seed) == 16
+        least = min(float(row["DPO_a"]) for row in of_seed if row["data"] == "D1" and float(row["tau"]) < 10)
+        most = max(float(row["DPO_c"]) for row in of_seed if row["data"] == "D3")
+        assert values[greedy[0]][seed] == pytest.approx(least, abs=1e-6)
+        assert values[unseen[0]][seed] == pytest.approx(most, abs=1e-6)
