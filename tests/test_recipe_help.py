@@ -253,11 +253,15 @@ def test_what_cannot_be_read_is_said_or_shown_as_written(package, tmp_path):
     module.write_text(head + "class Third:\n    cores: int = field(default=os.cpu_count(), metadata={'help': 'c'})\n")
     text = recipe_help("x.py", "X.", [f"{package}.third.Third"], width=80)
     assert "--cores int = os.cpu_count()\n" in text
+    (tmp_path / package / "fifth.py").write_text(
+        head + "class Fifth:\n    size = 1\n    size = size + 1\n    a: int = size\n"
+    )
+    assert "--a int = size\n" in recipe_help("x.py", "X.", [f"{package}.fifth.Fifth"], width=80)
     (tmp_path / package / "fourth.py").write_text(head + "class Fourth(make_base()):\n    a: int = 1\n")
     with pytest.raises(ValueError, match=r"Fourth in .*fourth.py inherits make_base\(\), which is not found"):
         read_dataclass(f"{package}.fourth.Fourth")
-    with pytest.raises(ValueError, match=r"has no Fifth that can be read"):
-        read_dataclass(f"{package}.third.Fifth")
+    with pytest.raises(ValueError, match=r"has no Sixth that can be read"):
+        read_dataclass(f"{package}.third.Sixth")
     with pytest.raises(ValueError, match=r"no source file of the module \w+\.nowhere"):
         read_dataclass(f"{package}.nowhere.One")
     recipe = tmp_path / "recipe.py"

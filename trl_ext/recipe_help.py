@@ -135,9 +135,11 @@ class SourceModule:
         bound = {part.id for part in parts if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
         bound |= {part.arg for part in parts if isinstance(part, ast.arg)}
         free = {part.id for part in parts if isinstance(part, ast.Name)} - bound
-        values = {name: self.value(name, class_names) for name in free if not hasattr(builtins, name)}
         try:
+            values = {name: self.value(name, class_names) for name in free if not hasattr(builtins, name)}
             return eval(compile(ast.Expression(node), str(self.file), "eval"), values)
+        except UnreadableError:
+            raise
         except Exception as error:  # of any kind: it may ask a stand-in for what only the real object has
             raise UnreadableError(f"{ast.unparse(node)} in {self.file}: {error}") from error
 
@@ -431,9 +433,9 @@ def recipe_help(prog: str, docstring: str, paths: Sequence[str], *, width: int |
     parts = [f"usage: {prog} [--config FILE] [--NAME VALUE ...]", *_filled_docstring(docstring, width)]
     parts.append(
         filled(
-            "Options are written --name value, or --name alone to set a bool, and several values of a list with "
-            "spaces between them. A bool that is True by default is also unset by --no_name. In names `-` is as "
-            "good as `_`. Behind each stand its type and its default."
+            "Options are written --name value, or --name alone to set a bool; the values of a list have spaces between "
+            "them, and a dict is JSON. A bool that is True by default is also unset by --no_name. In names - is as good "
+            "as _. Each is followed by its type and, if it has one, its default."
         )
     )
     entries = [("-h, --help", "Show this text and end.")]

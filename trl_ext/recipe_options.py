@@ -30,9 +30,9 @@ INTRODUCTION = """\
 Made by `python -m trl_ext.recipe_options recipes > recipes/OPTIONS.md`; do not edit.
 
 Each option is given on the command line (`--name value`) or in a file (`name: value`, with `--config FILE`); the
-command line wins. Several values of a list are written with spaces between them on the command line, and as a YAML
-list in a file. A default that is not shown is `None`. `python recipes/NAME.py --help` prints the options of one
-recipe. What is said here is said in more detail, with ranges and sources, in the docstrings of the classes.
+command line wins. On the command line the values of a list have spaces between them and a dict is JSON; in a file
+both are YAML. A default that is not shown is `None`. `python recipes/NAME.py --help` prints the options of one recipe.
+The docstrings of the classes say more, with ranges and sources.
 
 ## Which recipe has which
 
