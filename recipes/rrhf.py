@@ -22,15 +22,16 @@ and `--resume_from_checkpoint true`. All values of a run in one file: `--config 
 
 from pathlib import Path
 
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
-
-from trl_ext import RRHFConfig
 from trl_ext.cli import is_playground, parse_recipe_args, run_recipe, train_and_save
-from trl_ext.data import RowOptions
-from trl_ext.rounds import RoundsConfig, in_rounds, start_rounds
-from trl_ext.sampling import SamplingConfig
 
-DATACLASSES = (ScriptArguments, RRHFConfig, ModelConfig, DatasetMixtureConfig, SamplingConfig, RoundsConfig)
+DATACLASSES = (
+    "trl.ScriptArguments",
+    "trl_ext.RRHFConfig",
+    "trl.ModelConfig",
+    "trl.DatasetMixtureConfig",
+    "trl_ext.sampling.SamplingConfig",
+    "trl_ext.rounds.RoundsConfig",
+)
 PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "rrhf_playground.yaml"
 
 
@@ -44,6 +45,9 @@ def train(arguments, **stage):
 
 
 def main(arguments):
+    from trl_ext.data import RowOptions
+    from trl_ext.rounds import in_rounds, start_rounds
+
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
     if not in_rounds(parsed):
         train(arguments)
@@ -60,4 +64,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    run_recipe(main)
+    run_recipe(main, DATACLASSES, __doc__)

@@ -10,13 +10,10 @@ One row of the prompts: `prompt` (text or messages) and whatever the reward func
 file (`datasets: [{path: json, data_files: data/ranked/pairs.jsonl}]`), TRL's own scripts.
 
 The same command again goes on where it was interrupted, with any number of processes. Answers that are in the data
-join in with `--mix_in chosen rejected`.
+join in with `--mix_in chosen rejected`. Of TRL's options those are refused that mean nothing without training.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
-
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from trl_ext.cli import (
     load_prompts,
@@ -27,10 +24,14 @@ from trl_ext.cli import (
     use_all_cpu_cores,
     with_config_apart,
 )
-from trl_ext.rounds import RankingConfig, rank_stage, sample_stage
-from trl_ext.sampling import SamplingConfig
-from trl_ext.stages import all_processes
 
+DATACLASSES = (
+    "trl.ScriptArguments",
+    "trl_ext.sample_and_rank_config.SampleAndRankConfig",
+    "trl_ext.sample_and_rank_config.WholeModelConfig",
+    "trl.DatasetMixtureConfig",
+    "trl_ext.sampling.SamplingConfig",
+)
 MADE = ("ranked.jsonl", "pairs.jsonl")
 # of TRL's arguments, what has a meaning here
 USED = (
@@ -39,42 +40,11 @@ USED = (
 )  # fmt: skip
 
 
-@dataclass
-class SampleAndRankConfig(RankingConfig):
-    """
-    What to make of the candidates: the fields of [`RankingConfig`], and
-
-    Parameters:
-        output_dir (`str`): folder for the data.
-        seed (`int`, *optional*, defaults to `42`): of tournaments and pairs.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): run code that comes with the model.
-    """
-
-    output_dir: str = field(default="runs/candidates", metadata={"help": "Folder for the data."})
-    seed: int = field(default=42, metadata={"help": "Of tournaments and pairs."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
-
-    def __post_init__(self):
-        self.check()
-
-
-@dataclass
-class WholeModelConfig(ModelConfig):
-    """
-    TRL's arguments of a model, with another default.
-
-    Parameters:
-        dtype (`str`, *optional*): float32 on a CPU, elsewhere the type the weights were saved in.
-    """
-
-    dtype: str | None = field(
-        default=None, metadata={"help": "Type of the weights; default: float32 on a CPU, else as they were saved."}
-    )
-
-
 def main(arguments):
-    dataclasses = (ScriptArguments, SampleAndRankConfig, WholeModelConfig, DatasetMixtureConfig, SamplingConfig)
-    parsed = parse_args(dataclasses, with_config_apart(arguments))
+    from trl_ext.rounds import rank_stage, sample_stage
+    from trl_ext.stages import all_processes
+
+    parsed = parse_args(DATACLASSES, with_config_apart(arguments))
     script_args, config, model_args, dataset_args, sampling = parsed
     if model_args.model_name_or_path is None or (script_args.dataset_name is None and not dataset_args.datasets):
         raise ValueError("Set `--model_name_or_path` and `--dataset_name`: who answers, and to what.")
@@ -100,4 +70,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    run_recipe(main)
+    run_recipe(main, DATACLASSES, __doc__)

@@ -26,15 +26,16 @@ LoRA: `--use_peft`. To go on after an interruption: the same command and `--resu
 
 from pathlib import Path
 
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
-
-from trl_ext import CLICKConfig
 from trl_ext.cli import parse_recipe_args, run_recipe, train_and_save
-from trl_ext.data import RowOptions
-from trl_ext.rounds import RoundsConfig, in_rounds, start_rounds
-from trl_ext.sampling import SamplingConfig
 
-DATACLASSES = (ScriptArguments, CLICKConfig, ModelConfig, DatasetMixtureConfig, SamplingConfig, RoundsConfig)
+DATACLASSES = (
+    "trl.ScriptArguments",
+    "trl_ext.CLICKConfig",
+    "trl.ModelConfig",
+    "trl.DatasetMixtureConfig",
+    "trl_ext.sampling.SamplingConfig",
+    "trl_ext.rounds.RoundsConfig",
+)
 PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "click_playground.yaml"
 
 
@@ -48,6 +49,9 @@ def train(arguments, **stage):
 
 
 def main(arguments):
+    from trl_ext.data import RowOptions
+    from trl_ext.rounds import in_rounds, start_rounds
+
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
     if not in_rounds(parsed):
         train(arguments)
@@ -58,4 +62,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    run_recipe(main)
+    run_recipe(main, DATACLASSES, __doc__)

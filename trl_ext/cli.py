@@ -9,6 +9,7 @@ import os
 import reprlib
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -17,7 +18,23 @@ from .safety import WIDER_THAN_DECLARED, has_type, list_items, refuse_code_in_co
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
-def parse_recipe_args(dataclass_types: Sequence[type], playground_config: str | Path, args: list[str] | None = None):
+def imported(dataclass_types: Sequence[str | type]) -> tuple[type, ...]:
+    """
+    The classes that dotted names such as `"trl.ModelConfig"` stand for; classes stay what they are.
+
+    A recipe names its dataclasses, so that its `--help` does not have to wait until they are imported.
+    """
+
+    def one(path: str) -> type:
+        module, _, name = path.rpartition(".")
+        return getattr(import_module(module), name)
+
+    return tuple(one(entry) if isinstance(entry, str) else entry for entry in dataclass_types)
+
+
+def parse_recipe_args(
+    dataclass_types: Sequence[str | type], playground_config: str | Path, args: list[str] | None = None
+) -> tuple[Any, ...]:
     """
     Parse a recipe's command line, with `--config file.yaml` for values kept in a file.
 
@@ -26,8 +43,9 @@ def parse_recipe_args(dataclass_types: Sequence[type], playground_config: str | 
     line or in the file, are fatal.
 
     Args:
-        dataclass_types (`Sequence[type]`): as for [`~trl.TrlParser`]: [`~trl.ScriptArguments`], the trainer's config,
-            [`~trl.ModelConfig`] and [`~trl.DatasetMixtureConfig`], in this order, and any further ones.
+        dataclass_types (`Sequence[str | type]`): as for [`~trl.TrlParser`], or dotted names of them:
+            [`~trl.ScriptArguments`], the trainer's config, [`~trl.ModelConfig`] and [`~trl.DatasetMixtureConfig`], in
+            this order, and any further ones.
         playground_config (`str` or `Path`): YAML file of the playground's values.
         args (`list[str]`, *optional*): arguments, by default those of the command line.
 
@@ -38,6 +56,7 @@ def parse_recipe_args(dataclass_types: Sequence[type], playground_config: str | 
         FileNotFoundError, ValueError, TypeError: see [`read_config`]; unknown arguments, data without a model, or a
             flag that would do nothing.
     """
+    dataclass_types = imported(dataclass_types)
     args = with_config_apart(sys.argv[1:] if args is None else args)
     model, data, config = _model_data_and_config(args, dataclass_types)
     if not (model or data):
@@ -82,15 +101,17 @@ def with_config_apart(args: Sequence[str]) -> list[str]:
     return args
 
 
-def parse_args(dataclass_types: Sequence[type], args: Sequence[str]) -> tuple[Any, ...]:
+def parse_args(dataclass_types: Sequence[str | type], args: Sequence[str]) -> tuple[Any, ...]:
     """
-    One object per dataclass, from a command line that [`with_config_apart`] has been over.
+    One object per dataclass, given as such or by its dotted name, from a command line that [`with_config_apart`] has
+    been over.
 
     Raises:
         FileNotFoundError, ValueError, TypeError: see [`read_config`]; or unknown arguments on the command line.
     """
     from trl import TrlParser
 
+    dataclass_types = imported(dataclass_types)
     if "--config" in args:
         read_config(args[args.index("--config") + 1], dataclass_types, args)
     return TrlParser(dataclass_types).parse_args_and_config(args)
@@ -318,10 +339,13 @@ def model_init_kwargs(model_args, training_args) -> dict[str, Any]:
     }
 
 
-def run_recipe(main: Callable[[list[str]], Any]) -> None:
+def run_recipe(
+    main: Callable[[list[str]], Any], dataclass_types: Sequence[str] = (), docstring: str | None = None
+) -> None:
     """
-    Call a recipe's `main` with the command line; end on SIGTERM, and when the launcher is gone, with what is finished
-    kept; and end a process that is one of several as soon as all else is done.
+    Call a recipe's `main` with the command line, or print the recipe's help if that is asked for; end on SIGTERM, and
+    when the launcher is gone, with what is finished kept; and end a process that is one of several as soon as all else
+    is done.
 
     Under DDP on CPU, gloo's threads outlive `destroy_process_group` (torch 2.13 never frees the group of a
     `DistributedDataParallel`). If one of them lets go of a tensor while the interpreter is being torn down, the
@@ -330,7 +354,13 @@ def run_recipe(main: Callable[[list[str]], Any]) -> None:
 
     Args:
         main (`Callable`): takes the arguments of the command line. What it raises is raised.
+        dataclass_types (`Sequence[str]`, *optional*): dotted names of the dataclasses whose fields are the recipe's
+            options. Without them `--help` is left to `main`.
+        docstring (`str`, *optional*): of the recipe, for its help.
     """
+    if dataclass_types and asks_for_help(sys.argv[1:]):
+        _print_help(dataclass_types, docstring or "")
+        return
     from .faults import end_with_launcher, on_sigterm
 
     exit_codes: list[int] = []
@@ -351,6 +381,27 @@ def run_recipe(main: Callable[[list[str]], Any]) -> None:
             exit_codes.append(ending.code)
         raise
     exit_codes.append(0)
+
+
+def asks_for_help(args: Sequence[str]) -> bool:
+    """Whether `-h` or `--help` is among the arguments, and neither the name of a config file nor behind `--`."""
+    for before, arg in zip(["", *args], args, strict=False):
+        if arg == "--":
+            return False
+        if arg in ("-h", "--help") and before != "--config":
+            return True
+    return False
+
+
+def _print_help(dataclass_types: Sequence[str], docstring: str) -> None:
+    from .recipe_help import recipe_help
+
+    if os.environ.get("RANK", "0") != "0":  # one process of several is enough
+        return
+    try:
+        print(recipe_help(os.path.basename(sys.argv[0]), docstring, dataclass_types), end="", flush=True)
+    except BrokenPipeError:  # whoever reads it has seen enough, as `head` has; the interpreter flushes once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def use_all_cpu_cores() -> None:
