@@ -11,8 +11,8 @@ drawn by itself.
 **How far to trust it.** Few seeds say little about training runs that were not made. Simulated, with 200 prompts and 1
 as the standard deviation of what is not due to prompt or seed, "95 %" intervals contained the truth in 99 % of cases
 where seeds did not differ (they are too wide then); where they differed by a standard deviation of 0.1, in 92 % with 2
-seeds, 94 % with 3, 96 % with 5; where they differed by 0.3, in only 73 %, 81 % and 87 %. And what was never seen is never
-drawn: where all values are equal, as when all pairs are won, the interval is a single point.
+seeds, 94 % with 3, 96 % with 5; where they differed by 0.3, in only 73 %, 81 % and 87 %. And what was never seen is
+never drawn: where all values are equal, as when all pairs are won, the interval is a single point.
 
 Comparisons are paired: only answers to the same prompt with the same seed are set against each other. Draws are the
 same for all methods with the same seeds, and from run to run.
@@ -160,10 +160,10 @@ def length_controlled_win_rate(
         P(a wins) = sigmoid(theta + phi * tanh((length_a - length_b) / std of that difference))
 
     and the figure is `sigmoid(theta)`. A ridge of [`RIDGE`]`/2 * (theta² + phi²)` on the sum of log-likelihoods keeps
-    both finite when one side wins all pairs, or all in which it is longer: with 100 pairs, all won at equal length, the
-    figure is 99.5 % instead of 100. The std stays that of all pairs in the draws for the interval. Where the answers of
-    each pair are equally long, this is the win rate but for the ridge. Where all differ by the same number of tokens,
-    length and method cannot be told apart, and the figure is NaN.
+    both finite when one side wins all pairs, or all in which it is longer: with 100 pairs, all won at equal length,
+    the figure is 99.5 % instead of 100. The std stays that of all pairs in the draws for the interval. Where the
+    answers of each pair are equally long, this is the win rate but for the ridge. Where all differ by the same number
+    of tokens, length and method cannot be told apart, and the figure is NaN.
 
     Args:
         a, b, prompts_keys: as in [`win_rate`].
@@ -322,13 +322,14 @@ class MethodSummary:
         seeds (`tuple[int, ...]`): those that are done.
         failures (`dict[int, str]`): seed to error.
         scores (`dict[str, Estimate]`): scorer to mean score.
-        differences (`dict[str, Estimate]`): scorer to mean difference from the base, and `length` (tokens) to that.
+        differences (`dict[str, Estimate]`): scorer to mean difference from the base.
         win_rates (`dict[str, Estimate]`): scorer to win rate over the base.
         length_controlled (`dict[str, Estimate]`): scorer to length-controlled win rate over the base.
         kl (`Estimate`): nats per answer.
         perplexity (`Estimate`): of the answers under the fixed model.
         perplexity_ratio (`Estimate`): to that of the base.
         length (`Estimate`): tokens per answer.
+        length_difference (`Estimate`): to that of the base.
         updates, completions_sampled, seconds, sampling_seconds, tokens_per_second, peak_memory_mib (`float`): means
             over seeds; NaN where nothing was measured.
         models_resident (`str`): as in `MethodResult`.
@@ -347,6 +348,7 @@ class MethodSummary:
     perplexity: Estimate = MISSING
     perplexity_ratio: Estimate = MISSING
     length: Estimate = MISSING
+    length_difference: Estimate = MISSING
     updates: float = math.nan
     completions_sampled: float = math.nan
     seconds: float = math.nan
@@ -385,8 +387,7 @@ def summarize(results: Iterable[MethodResult], base: Iterable[MethodResult]) -> 
         figures["length_controlled"][scorer] = length_controlled_win_rate(
             a, b, *_both(pairs, lambda one: one.lengths), pair_keys
         )
-    figures["differences"]["length"] = difference_interval(*_both(pairs, lambda one: one.lengths), pair_keys)
-    nll, lengths = (_both(pairs, lambda one: one.nll), _both(pairs, lambda one: one.lengths))
+    nll, lengths = _both(pairs, lambda one: one.nll), _both(pairs, lambda one: one.lengths)
     return MethodSummary(
         results[0].method,
         results[0].label,
@@ -397,6 +398,7 @@ def summarize(results: Iterable[MethodResult], base: Iterable[MethodResult]) -> 
         perplexity=perplexity_interval(_rows(done, lambda one: one.nll), _rows(done, lambda one: one.lengths), keys),
         perplexity_ratio=perplexity_ratio_interval(nll[0], lengths[0], nll[1], lengths[1], pair_keys),
         length=mean_interval(_rows(done, lambda one: one.lengths), keys),
+        length_difference=difference_interval(*lengths, pair_keys),
         updates=_mean(one.updates for one in done),
         completions_sampled=_mean(one.completions_sampled for one in done),
         seconds=_mean(one.seconds for one in done),
