@@ -85,9 +85,9 @@ def write_report(results: ComparisonResults, folder: str | Path) -> None:
     """
     results.check()
     folder, report = Path(folder), _Report(results)
-    write_atomically(folder / "comparison.csv", report.csv())
-    write_atomically(folder / "comparison.md", report.markdown())
-    write_atomically(folder / "comparison.html", report.html())
+    write_atomically(folder / "comparison.csv", clean_text(report.csv()))
+    write_atomically(folder / "comparison.md", clean_text(report.markdown()))
+    write_atomically(folder / "comparison.html", clean_text(report.html()))
 
 
 class _Report:
@@ -141,20 +141,22 @@ class _Report:
 
     def _prices(self, more: Sequence[MethodSummary]) -> list[str]:
         """What got worse where there is more reward: the signs of reward hacking."""
-        watched = {"a higher perplexity": [one for one in more if direction(one.perplexity_ratio, 1) > 0]}
+        worse = {"a higher perplexity": [one for one in more if direction(one.perplexity_ratio, 1) > 0]}
         for scorer in self.scorers:
             if scorer != REWARD:
-                watched[f"less {scorer}"] = [
-                    one for one in more if direction(one.differences.get(scorer, MISSING), 0) < 0
-                ]
+                falls = [one for one in more if direction(one.differences.get(scorer, MISSING), 0) < 0]
+                worse[f"a lower {scorer}"] = falls
         longer = [one for one in more if direction(one.length_difference, 0) > 0]
         by_length = [one for one in longer if direction(one.length_controlled.get(REWARD, MISSING), 0.5) < 1]
-        watched["longer answers, and no win at equal length"] = by_length
-        found = [f"{what} with {_listed(one.label for one in these)}" for what, these in watched.items() if these]
-        if not more:
-            return []
-        if found:
-            return [f"More {REWARD} goes with {'; '.join(found)}. That can be reward hacking: read the answers."]
+        worse["longer answers, and no more wins than losses that can be told at equal length"] = by_length
+        points = [
+            f"Of those with more {REWARD} some have {what}, which can be a sign of reward hacking (read the answers): "
+            f"{_listed(one.label for one in these)}."
+            for what, these in worse.items()
+            if these
+        ]
+        if points or not more:
+            return points
         measured = [scorer for scorer in self.scorers if scorer != REWARD]
         measured += ["perplexity"] if any(math.isfinite(one.perplexity_ratio.value) for one in more) else []
         if not measured:
@@ -226,7 +228,7 @@ class _Report:
         about = {"method": one.method, "label": one.label, "seed": seed}
         if not one.seeds:
             error = "; ".join(dict.fromkeys(one.failures.values()))
-            writer.writerow(_cleaned({**about, "status": "failed", "error": error}))
+            writer.writerow({**about, "status": "failed", "error": error})
             return
         about["status"] = "done"
         is_base = one.method == over
@@ -247,7 +249,7 @@ class _Report:
         for figure in PLAIN_FIGURES:
             value = getattr(one, figure)
             shown = value if isinstance(value, str) else _exact(value)
-            writer.writerow(_cleaned({**about, "figure": figure, "value": shown, "seeds": len(one.seeds)}))
+            writer.writerow({**about, "figure": figure, "value": shown, "seeds": len(one.seeds)})
 
     # --- comparison.md ---
 
@@ -268,7 +270,7 @@ class _Report:
                 lines.append(f"- {_markdown(f'{one.label}, seed {seed}, failed: {_last_line(error)}')}")
         lines += [f"- {_markdown(note)}" for note in self.notes()]
         if self.comparison.command:
-            lines += ["", *("    " + line for line in clean_text(self.comparison.command).splitlines())]
+            lines += ["", *("    " + line for line in self.comparison.command.splitlines())]
         return "\n".join(lines).rstrip() + "\n"
 
     def _table(
@@ -402,7 +404,7 @@ class _Report:
     def _scores_figure(self, number: int, part: Sequence[str]) -> str:
         panels = [
             Panel(
-                scorer,
+                shortened(scorer),
                 lambda one, scorer=scorer: one.scores.get(scorer, MISSING),
                 lambda one, scorer=scorer: (one.differences.get(scorer, MISSING), 0.0),
                 line=self.base.scores.get(scorer, MISSING).value,
@@ -607,11 +609,7 @@ INTERVALS = (
 def _write_figure(writer: csv.DictWriter, about: dict[str, str], estimate: Estimate) -> None:
     numbers = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
     counts = {"seeds": estimate.num_seeds, "values": estimate.num_values}
-    writer.writerow(_cleaned({**about, **{key: _exact(number) for key, number in numbers.items()}, **counts}))
-
-
-def _cleaned(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: clean_text(value) if isinstance(value, str) else value for key, value in row.items()}
+    writer.writerow({**about, **{key: _exact(number) for key, number in numbers.items()}, **counts})
 
 
 def _exact(value: float) -> str:
@@ -645,7 +643,8 @@ def _cell(estimate: Estimate, shown: Callable[[float], str], way: int) -> str:
 
 def _listed(words: Iterable[str], last: str = "and") -> str:
     words = list(words)
-    return f"{', '.join(words[:-1])} {last} {words[-1]}" if len(words) > 1 else "".join(words)
+    comma = "; " if any("," in word for word in words) else ", "
+    return f"{comma.join(words[:-1])} {last} {words[-1]}" if len(words) > 1 else "".join(words)
 
 
 def _as_text(value: Any) -> str:
@@ -662,7 +661,7 @@ def _last_line(text: str) -> str:
 
 def _markdown(text: str) -> str:
     """Text in one line in which nothing is markup."""
-    return re.sub(r"([\\|*_`\[\]<>#~@])", r"\\\1", " ".join(clean_text(text).split()))
+    return re.sub(r"([\\|*_`\[\]<>#~@])", r"\\\1", " ".join(text.split()))
 
 
 def _markdown_row(cells: Iterable[str]) -> str:
@@ -670,7 +669,7 @@ def _markdown_row(cells: Iterable[str]) -> str:
 
 
 def _escaped(text: str) -> str:
-    return html.escape(clean_text(str(text)))
+    return html.escape(text)
 
 
 def _section(name: str, title: str, content: str) -> str:

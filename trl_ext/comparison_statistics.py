@@ -101,9 +101,7 @@ def perplexity_interval(
     prompts_keys: Sequence[Hashable] | None = None,
 ) -> Estimate:
     """exp of nats per token, over all answers together, as in [`~trl_ext.evaluation.perplexity`]."""
-    ratios = _Ratios(nll, lengths, prompts_keys)
-    with np.errstate(over="ignore"):
-        return ratios.estimate(float(np.exp(ratios.value)), np.exp(ratios.drawn))
+    return _exponential(ratio_interval(nll, lengths, prompts_keys))
 
 
 def perplexity_ratio_interval(
@@ -115,15 +113,15 @@ def perplexity_ratio_interval(
 ) -> Estimate:
     """The perplexity of a over that of b on the same seeds and prompts: 1 where they are equal."""
     a, b = _Ratios(nll_a, lengths_a, prompts_keys), _Ratios(nll_b, lengths_b, prompts_keys)
-    with np.errstate(over="ignore"):
-        return a.estimate(float(np.exp(a.value - b.value)), np.exp(a.drawn - b.drawn))
+    return _exponential(a.estimate(a.value - b.value, a.drawn - b.drawn))
 
 
 def difference_interval(
     a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], prompts_keys: Sequence[Hashable] | None = None
 ) -> Estimate:
     """Mean of `a - b` over the same seeds and prompts; a pair with a missing value is left out."""
-    return mean_interval([np.subtract(one, other) for one, other in _paired(a, b)], prompts_keys)
+    with np.errstate(invalid="ignore"):  # of two infinities
+        return mean_interval([one - other for one, other in _paired(a, b)], prompts_keys)
 
 
 def win_rate(
@@ -173,7 +171,7 @@ def length_controlled_win_rate(
         ValueError: shapes differ.
     """
     outcomes = _outcomes(a, b)
-    longer = [np.subtract(one, other) for one, other in _paired(lengths_a, lengths_b)]
+    longer = [one - other for one, other in _paired(lengths_a, lengths_b)]
     if [len(row) for row in outcomes] != [len(row) for row in longer]:
         raise ValueError(
             "There are scores of other answers than there are lengths of. Give both for the same answers."
@@ -279,8 +277,14 @@ class _Ratios:
         return _estimate(value, drawn, self.num_seeds, self.num_values)
 
 
+def _exponential(estimate: Estimate) -> Estimate:
+    with np.errstate(over="ignore"):
+        ends = (float(np.exp(one)) for one in (estimate.value, estimate.low, estimate.high))
+        return Estimate(*ends, estimate.num_seeds, estimate.num_values)
+
+
 def _estimate(value: float, drawn: np.ndarray, num_seeds: int, num_values: int) -> Estimate:
-    drawn = drawn[~np.isnan(drawn)]  # draws in which nothing was measured
+    drawn = drawn[np.isfinite(drawn)]  # without draws in which nothing was measured
     if num_values < 2 or not len(drawn):  # one value says nothing of others
         return Estimate(value, math.nan, math.nan, num_seeds, num_values)
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
