@@ -141,22 +141,20 @@ class _Report:
 
     def _prices(self, more: Sequence[MethodSummary]) -> list[str]:
         """What got worse where there is more reward: the signs of reward hacking."""
-        worse = {"a higher perplexity": [one for one in more if direction(one.perplexity_ratio, 1) > 0]}
+        worse = {"A higher perplexity": [one for one in more if direction(one.perplexity_ratio, 1) > 0]}
         for scorer in self.scorers:
             if scorer != REWARD:
                 falls = [one for one in more if direction(one.differences.get(scorer, MISSING), 0) < 0]
-                worse[f"a lower {scorer}"] = falls
+                worse[f"A lower {scorer}"] = falls
         longer = [one for one in more if direction(one.length_difference, 0) > 0]
         by_length = [one for one in longer if direction(one.length_controlled.get(REWARD, MISSING), 0.5) < 1]
-        worse["longer answers, and no more wins than losses that can be told at equal length"] = by_length
-        points = [
-            f"Of those with more {REWARD} some have {what}, which can be a sign of reward hacking (read the answers): "
-            f"{_listed(one.label for one in these)}."
-            for what, these in worse.items()
-            if these
-        ]
-        if points or not more:
-            return points
+        worse["Longer answers, and no lead at equal length"] = by_length
+        found = [f"{what}: {_listed(one.label for one in these)}." for what, these in worse.items() if these]
+        if not more:
+            return []
+        if found:
+            said = f"Some with more {REWARD} are worse in what was only watched."
+            return [f"{said} That can be reward hacking: read the answers. {' '.join(found)}"]
         measured = [scorer for scorer in self.scorers if scorer != REWARD]
         measured += ["perplexity"] if any(math.isfinite(one.perplexity_ratio.value) for one in more) else []
         if not measured:
@@ -744,6 +742,7 @@ h2{font-size:1.25rem;margin:2.2rem 0 .5rem}
 h3{font-size:1rem;margin:1.2rem 0 .3rem}
 p,dl,ul{margin:.5rem 0;max-width:52rem}
 .summary{background:var(--raised);border-left:4px solid var(--up);padding:.3rem 1rem}
+.summary p,.summary ul{max-width:none}
 .summary ul{padding-left:1.2rem}
 .summary p:last-child{color:var(--muted);font-size:.9rem}
 .notes{font-size:.9rem}
@@ -757,7 +756,8 @@ svg text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",san
 #paths text{paint-order:stroke;stroke:var(--page);stroke-width:3px}
 table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums;overflow-wrap:normal}
 th,td{padding:.35rem .6rem;text-align:right;vertical-align:top;border-bottom:1px solid var(--grid)}
-thead th{vertical-align:bottom;border-bottom:2px solid var(--muted);min-width:4.2rem}
+thead th{vertical-align:bottom;border-bottom:2px solid var(--muted);min-width:4.2rem;
+ max-width:10rem;overflow-wrap:anywhere}
 th[scope=row],thead th:first-child{text-align:left;position:sticky;left:0;background:var(--page);
  min-width:7rem;max-width:14rem;overflow-wrap:anywhere}
 th[scope=row]{font-weight:500}
@@ -771,7 +771,7 @@ th[aria-sort=ascending] button::after{content:" ↑"}
 .up{color:var(--up)}
 .down,.failed{color:var(--down)}
 .bar{display:block;height:4px;margin:2px 0 0 auto;background:var(--up);border-radius:2px}
-.texts td.text{text-align:left;min-width:16rem}
+.texts td.text,.texts thead th:last-child{text-align:left;min-width:11rem}
 .text,pre{white-space:pre-wrap;overflow-wrap:anywhere}
 .prompt{background:var(--raised);padding:.4rem .7rem}
 pre{background:var(--raised);padding:.6rem .8rem;margin:.4rem 0;font-size:.85rem;max-height:24rem;overflow:auto}

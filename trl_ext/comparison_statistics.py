@@ -268,10 +268,10 @@ class _Ratios:
             return
         self.value = float(sum(row.sum() for row in above) / total)
         draws = _draws(tuple(prompts_keys or [0] * len(pairs)), tuple(len(row) for row, _ in pairs))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            self.drawn = sum(weights @ row for weights, row in zip(draws, above, strict=True)) / sum(
-                weights @ row for weights, row in zip(draws, below, strict=True)
-            )
+        above_drawn = sum(weights @ row for weights, row in zip(draws, above, strict=True))
+        below_drawn = sum(weights @ row for weights, row in zip(draws, below, strict=True))
+        self.drawn = np.full(DRAWS, math.nan)
+        np.divide(above_drawn, below_drawn, out=self.drawn, where=below_drawn != 0)
 
     def estimate(self, value: float, drawn: np.ndarray) -> Estimate:
         return _estimate(value, drawn, self.num_seeds, self.num_values)
@@ -284,7 +284,7 @@ def _exponential(estimate: Estimate) -> Estimate:
 
 
 def _estimate(value: float, drawn: np.ndarray, num_seeds: int, num_values: int) -> Estimate:
-    drawn = drawn[np.isfinite(drawn)]  # without draws in which nothing was measured
+    drawn = drawn[~np.isnan(drawn)]  # draws in which nothing was measured
     if num_values < 2 or not len(drawn):  # one value says nothing of others
         return Estimate(value, math.nan, math.nan, num_seeds, num_values)
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
