@@ -15,20 +15,20 @@ import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+from trl import DatasetMixtureConfig, ScriptArguments
 
 from tests.conftest import PAIRS, REPOSITORY, read_jsonl, real_data
-from trl_ext import CLICKConfig, RRHFConfig, SLiCConfig, SPINConfig
 from trl_ext.cli import load_datasets, load_prompts, parse_recipe_args
 from trl_ext.data import RowOptions
 from trl_ext.plots import plot_training_curves
-from trl_ext.rounds import RoundsConfig, check_prompts, in_rounds, start_rounds
-from trl_ext.sampling import SamplingConfig
+from trl_ext.recipe_help import recipe_dataclasses
+from trl_ext.rounds import check_prompts, in_rounds, start_rounds
 from trl_ext.stages import Run
 
 RECIPE = REPOSITORY / "recipes" / "slic.py"
 PLAYGROUND = REPOSITORY / "recipes" / "configs" / "slic_playground.yaml"
-METHODS = {"slic": SLiCConfig, "rrhf": RRHFConfig, "click": CLICKConfig, "spin": SPINConfig}
+# recipes whose name is not that of their configs
+CONFIGS_OF = {"train_click": "click"}
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", str(RECIPE)]
 
 
@@ -61,12 +61,10 @@ def launch(command, **kwargs):
 # Arguments and data
 
 
-def parse(*args, method="slic"):
-    dataclasses = [ScriptArguments, METHODS[method], ModelConfig, DatasetMixtureConfig]
-    if method != "spin":  # whose config has what it needs of these
-        dataclasses += [SamplingConfig, RoundsConfig]
-    playground = PLAYGROUND.with_name(f"{method}_playground.yaml")
-    return parse_recipe_args(dataclasses, playground, list(args))
+def parse(*args, recipe="slic"):
+    names = recipe_dataclasses(REPOSITORY / "recipes" / f"{recipe}.py")
+    playground = PLAYGROUND.with_name(f"{CONFIGS_OF.get(recipe, recipe)}_playground.yaml")
+    return parse_recipe_args(names, playground, list(args))
 
 
 def test_no_arguments_mean_the_playground(tmp_path):
@@ -239,15 +237,20 @@ def test_sampling_settings_without_rounds_are_refused(tmp_path):
 
 def test_every_config_is_parsed_whole():
     configs = sorted((REPOSITORY / "recipes" / "configs").rglob("*.yaml"))
-    assert len(configs) >= 6
+    recipes = {CONFIGS_OF.get(path.stem, path.stem): path.stem for path in (REPOSITORY / "recipes").glob("*.py")}
+    found = set()
     for config in configs:
         values = yaml.safe_load(config.read_text())
-        parsed = parse("--config", str(config), "--bf16", "False", method=config.name.split("_")[0])
+        method = next(name for name in sorted(recipes, key=len, reverse=True) if config.stem.startswith(f"{name}_"))
+        found.add((method, config.stem.endswith("_playground")))
+        parsed = parse("--config", str(config), "--bf16", "False", recipe=recipes[method])
         for key, value in values.items():
             if key == "datasets":
                 assert [entry.path for entry in parsed[3].datasets] == [entry["path"] for entry in value]
             elif key not in ("bf16", "report_to"):  # one is overridden above, the other is turned into a list
                 assert any(getattr(part, key, None) == value for part in parsed), f"{config.name}: {key}"
+    without = {"sample_and_rank"}  # it has no playground, and nothing of it is published
+    assert found == {(method, kind) for method in set(recipes) - without for kind in (True, False)}
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "csv", "folder", "saved", "saved dict"])
@@ -371,7 +374,7 @@ def test_real_preference_data(tmp_path, model_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["slic", "rrhf", "train_click"])
+@pytest.mark.parametrize("recipe", ["slic", "rrhf", "train_click", "rl"])
 def test_playgrounds_as_the_readme_has_them(recipe, tmp_path):
     output = tmp_path / "playground"
     script = str(REPOSITORY / "recipes" / f"{recipe}.py")

@@ -86,7 +86,7 @@ class Reference:
                 try:
                     with np.load(file, allow_pickle=False) as found:
                         values, of = found["logps"], str(found["digest"])
-                    kept = [values.tolist() if of == _sealed_digest(digest, values) else None]
+                    kept = [_by_row(values, dataset) if of == _sealed_digest(digest, values) else None]
                     why = "is of other rows or weights, or was changed"
                 except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
                     why = f"cannot be read ({error})"
@@ -98,7 +98,7 @@ class Reference:
             logps = self.logps(dataset)
             if accelerator.is_main_process:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                values = np.array(logps)
+                values = np.array([logp for row in logps for logp in row])  # rows may have different numbers of them
                 with file.with_suffix(".unfinished").open("wb") as unfinished:
                     np.savez(unfinished, logps=values, digest=np.array(_sealed_digest(digest, values)))
                 file.with_suffix(".unfinished").replace(file)
@@ -170,6 +170,11 @@ class Reference:
         if accelerator.num_processes > 1:
             found = gather_object(found)
         return [logps for _, logps in sorted(found)]
+
+
+def _by_row(values: np.ndarray, dataset: Dataset) -> list[list[float]]:
+    values = iter(values.tolist())
+    return [[next(values) for _ in ids] for ids in dataset["completion_ids"]]
 
 
 def _sealed_digest(digest: str, values: np.ndarray) -> str:
