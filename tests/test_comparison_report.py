@@ -17,10 +17,13 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq, minimize
 
 from tests import browser
+from trl_ext.comparison_plots import path_plot
 from trl_ext.comparison_report import CSV_COLUMNS, THEMES, write_report
 from trl_ext.comparison_results import ComparisonResults, MethodResult
 from trl_ext.comparison_statistics import (
     RIDGE,
+    Estimate,
+    MethodSummary,
     length_controlled_win_rate,
     mean_curve,
     mean_interval,
@@ -312,8 +315,8 @@ def test_curves_of_several_seeds_are_interpolated():
         ]
         return MethodResult("a", "A", seed, "done", curve=curve)
 
-    results = [result(0, [(0.0, 1.0), (0.5, 2.0), (1.0, 4.0)]), result(1, [(0.0, 3.0), (0.8, None), (1.0, 5.0)])]
-    assert mean_curve(results, "reward") == [(0.0, 2.0), (0.5, 3.0), (1.0, 4.5)]
+    results = [result(0, [(0.0, 1.0), (0.5, 2.0), (1.0, 4.0)]), result(1, [(0.25, 3.0), (0.8, None), (0.75, 5.0)])]
+    assert mean_curve(results, "reward") == [(0.25, 2.25), (0.5, 3.0), (0.75, 4.0)]  # where both were looked at
     assert mean_curve(results, "kl") == []
 
 
@@ -662,15 +665,31 @@ def test_the_page_reads_well(chromium, full_page, width, dark):
 
 
 @in_browser
-def test_labels_of_the_paths_do_not_hide_each_other(chromium, full_page):
-    page = chromium.open(full_page[1], width=1200)
+def test_labels_of_ends_that_are_close_do_not_hide_each_other(chromium, tmp_path):
+    def exactly(value):
+        return Estimate(value, value, value, num_seeds=1, num_values=9)
+
+    ends = [
+        MethodSummary(
+            method,
+            label,
+            (0,),
+            {},
+            scores={"reward": exactly(0.7 + 0.01 * number if number else 0.1)},
+            kl=exactly(4 + 0.1 * (number % 3) if number else 0.0),
+        )
+        for number, (method, (label, *_)) in enumerate(INVENTED.items())
+    ]
+    svg = path_plot("paths", "ends", ends, {end.method: [] for end in ends}, "sft")
+    (tmp_path / "paths.html").write_text(f"<!DOCTYPE html><meta charset=utf-8>{svg}", encoding="utf-8")
+    page = chromium.open(tmp_path / "paths.html", width=1200)
     boxes = page.evaluate(
-        """[...document.querySelectorAll("#paths text")].map(one => {
+        """[...document.querySelectorAll("text")].map(one => {
              const box = one.getBoundingClientRect();
              return [one.textContent, box.left, box.right, box.top + 3, box.bottom - 3];
            })"""
     )
-    assert len(boxes) > 20
+    assert {label for label, *_ in boxes} >= {label[0] for label in INVENTED.values() if label[0] != "SFT"}
     for number, (one, left, right, top, bottom) in enumerate(boxes):
         for other, other_left, other_right, other_top, other_bottom in boxes[number + 1 :]:
             apart = left >= other_right or other_left >= right or top >= other_bottom or other_top >= bottom

@@ -388,7 +388,7 @@ def _svg(name: str, described: str, size: tuple[float, float], draw: Callable[[A
         FigureCanvasAgg(figure)
         draw(figure)
         opened = io.StringIO()
-        figure.savefig(opened, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(opened, format="svg")
     text = opened.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style type=\"text/css\">.*?</style>", "", text, flags=re.S)

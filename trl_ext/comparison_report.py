@@ -91,6 +91,8 @@ def write_report(results: ComparisonResults, folder: str | Path) -> None:
 
 
 class _Report:
+    """What the three files say of one comparison."""
+
     def __init__(self, comparison: ComparisonResults):
         self.comparison = comparison
         self.by_method = results_by_method(comparison)
