@@ -34,6 +34,15 @@ CONTROL_LEARNING_RATE = 2e-4
 PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "spin_playground.yaml"
 
 
+def train(arguments, **stage):
+    """One iteration, on pairs of a real and a generated answer."""
+    from trl_ext import SPINTrainer
+    from trl_ext.plots import SPIN_PANELS
+
+    parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
+    return train_and_save(SPINTrainer, parsed, panels=SPIN_PANELS, **stage)
+
+
 def play_on_the_playground(parsed):
     """Three iterations, and SFT going on for as many updates as they have had."""
     from trl_ext import SPINTrainer
@@ -64,7 +73,6 @@ def play_on_the_playground(parsed):
 
 def main(arguments):
     from trl_ext import SPINTrainer
-    from trl_ext.plots import SPIN_PANELS
     from trl_ext.self_play import is_sft_data, start_self_play
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
@@ -78,7 +86,7 @@ def main(arguments):
         game.play()
         game.report()
     else:
-        train_and_save(SPINTrainer, parsed, panels=SPIN_PANELS)
+        train(arguments)
 
 
 if __name__ == "__main__":

@@ -347,7 +347,7 @@ def test_a_cache_of_reference_values_cannot_run_code(model_dir, tmp_path, marker
     SPINTrainer(model=model_dir, args=config, train_dataset=Dataset.from_list(PAIRS)).train()
     assert not marker.exists()
     values = np.load(file)["logps"]
-    assert values.shape == (len(PAIRS), 2), "computed anew"
+    assert values.shape == (2 * len(PAIRS),), "computed anew"
     digest = np.load(file)["digest"]
     np.savez(file, logps=values + 1, digest=digest)
     args = SPINConfig(str(tmp_path / "out"), **{**SETTINGS, "save_steps": 100})

@@ -331,6 +331,7 @@ def test_bf16_is_as_close_to_fp32_as_padded_bf16_is():
     assert errors[1] < 0.02 and gradient_errors[1] < 0.2
 
 
+@pytest.mark.slow
 def test_flex_attention_on_cpu():
     # forward only: FlexAttention has no backward on CPU
     small = {"num_hidden_layers": 1, "head_dim": 16}

@@ -43,7 +43,11 @@ def test_lost_or_changed_name_is_refused_in_one_sentence(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "lost", ["data_utils.common_prefix_length", "trainer.dpo_trainer.DPOTrainer._prepare_dataset"]
+    "lost",
+    [
+        "data_utils.common_prefix_length",
+        pytest.param("trainer.dpo_trainer.DPOTrainer._prepare_dataset", marks=pytest.mark.slow),
+    ],
 )
 def test_the_refusal_is_what_a_user_sees(lost):
     """A name that is called as well as one that is overridden, from a fresh interpreter."""

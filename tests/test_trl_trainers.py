@@ -59,7 +59,7 @@ def losses_of(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("rows", ["pairs", "chat_pairs"])
+@pytest.mark.parametrize("rows", ["pairs", pytest.param("chat_pairs", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_losses_as_trl(kind, rows, trained_dir, config_kwargs, tokenizer, request):
     if (kind, rows) == ("kto", "chat_pairs"):

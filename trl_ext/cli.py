@@ -425,6 +425,8 @@ MAY_CHANGE = (
     "resume_from_checkpoint",
     "on_invalid_row",  # whatever is finished had no such row
     "num_rounds",
+    "methods",  # of a comparison
+    "seeds",
     "report_to",
     "run_name",
     "disable_tqdm",

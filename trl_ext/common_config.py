@@ -69,7 +69,7 @@ class CommonConfig:
             ) from error
 
     def _refuse_unused_fields(self) -> None:
-        parent = next(one for one in type(self).__mro__ if one.__module__.partition(".")[0] == "trl")
+        parent = next(one for one in type(self).__mro__ if one.__module__.partition(".")[0] in ("trl", "transformers"))
         changed = []
         for config_field in fields(parent):  # its defaults, whatever a subclass makes of them
             if config_field.name not in self.unused_fields:

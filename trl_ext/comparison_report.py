@@ -518,9 +518,9 @@ class _Report:
             "likelihoods",
             "Log-probability of chosen and rejected answers over training",
             svg,
-            "▲ and solid: chosen, ▼ and dashed: rejected; the first point is the SFT model, and every panel has a "
-            "scale of its own. The distance should grow. Where both fall, likelihood goes to answers that are in "
-            "neither set (likelihood displacement). Methods that were not watched so have no panel.",
+            "▲ and solid: chosen, ▼ and dashed: rejected; the first point is as early as it was logged, and every "
+            "panel has a scale of its own. The distance should grow. Where both fall, likelihood goes to answers that "
+            "are in neither set (likelihood displacement). Methods that were not watched so have no panel.",
         )
 
     def _over_base(self, one: MethodSummary, name: str) -> Estimate:
@@ -759,7 +759,7 @@ svg text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",san
 table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums;overflow-wrap:normal}
 th,td{padding:.35rem .6rem;text-align:right;vertical-align:top;border-bottom:1px solid var(--grid)}
 thead th{vertical-align:bottom;border-bottom:2px solid var(--muted);min-width:4.2rem;
- max-width:10rem;overflow-wrap:anywhere}
+ max-width:10rem}
 th[scope=row],thead th:first-child{text-align:left;position:sticky;left:0;background:var(--page);
  min-width:7rem;max-width:14rem;overflow-wrap:anywhere}
 th[scope=row]{font-weight:500}

@@ -158,6 +158,28 @@ def is_polite(completions: Sequence[str], **kwargs) -> list[float]:
     return [float(not any(word in text for word in TONES[:2])) for text in completions]
 
 
+def preference_rows(rows: Sequence[dict], seed: int) -> list[dict]:
+    """
+    Preferences that no model has sampled: to each prompt two answers as the examples have them, right and each in a
+    tone of its own, of which the friendlier is chosen.
+
+    Args:
+        rows (`Sequence[dict]`): of [`~Playground.rows`].
+        seed (`int`): of the tones.
+    """
+    generator = random.Random(seed)
+    made = []
+    for row in rows:
+        tones = set()
+        while len(tones) < 2:
+            tones |= set(generator.choices(range(len(TONES)), TONE_SHARES))
+        worse, better = sorted(tones)
+        made.append(
+            {**row, "chosen": f"{row['answer']} {TONES[better]}", "rejected": f"{row['answer']} {TONES[worse]}"}
+        )
+    return made
+
+
 def sft_stage(folder: Path, *, playground: "Playground") -> dict[str, float]:
     """The playground's SFT model, as a stage of a [`Run`]."""
     playground.train_sft(folder)

@@ -43,6 +43,7 @@ from .cli import (
 )
 from .data import RowError, RowOptions, prepare_row, refusal
 from .evaluation import answer_logps, distinct_n, paired_difference, perplexity
+from .machines import from_all
 from .ranking import PAIR_RULES, check_pair_rule, pair_rows, rank_rows, score_report
 from .safety import check_field_types, explain_remote_code, weights_only
 from .sampling import SamplingConfig, load_tokenizer, mixed_in, prompt_key, sample_candidates, write_atomically
@@ -605,7 +606,7 @@ def start_rounds(parsed: Sequence[Any], *, rows: RowOptions) -> Rounds:
 
         playground = Playground(seed=training_args.seed)
         prompts, watched = playground.rows("train", reference=rows.reference), playground.rows("held_out")
-        before = settings_of(training_args.output_dir)
+        before = from_all(settings_of(training_args.output_dir))[0]  # the same decision on all processes
         if not resume and before is not None and not (before["model_name_or_path"] or before["dataset_name"]):
             start_afresh(training_args.output_dir)  # over a playground only
     else:

@@ -46,6 +46,7 @@ from .cli import (
 )
 from .data import RowError, RowOptions, parse_row, prepare_row, refusal, refuse_decoding
 from .evaluation import answer_logps
+from .machines import from_all
 from .reference import refuse_fsdp
 from .rounds import as_jsonl, change, merged_model, read_jsonl, set_apart, wins, write_jsonl
 from .sampling import (
@@ -823,7 +824,7 @@ def start_self_play(
             "quantization_config": get_quantization_config(model_args),
         },
     )
-    before = settings_of(config.output_dir)
+    before = from_all(settings_of(config.output_dir))[0]  # the same decision on all processes
     if on_playground and not resume and before is not None:
         if not any(before.get(name) for name in ("model_name_or_path", "dataset_name", "model")):  # a playground
             start_afresh(config.output_dir)

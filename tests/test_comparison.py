@@ -1,0 +1,215 @@
+"""`recipes/compare.py`: what it refuses, how the budget is shared out, and whole comparisons on a tiny model."""
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+import yaml
+
+from tests.conftest import PAIRS, REPOSITORY, read_jsonl
+from trl_ext.cli import parse_recipe_args
+from trl_ext.comparison import OneSeed, shared_settings
+from trl_ext.comparison_config import METHODS, ComparisonConfig
+from trl_ext.comparison_results import ComparisonResults
+from trl_ext.playground import Playground, preference_rows, read_answer
+from trl_ext.recipe_help import recipe_dataclasses
+
+RECIPES = REPOSITORY / "recipes"
+RECIPE = RECIPES / "compare.py"
+PLAYGROUND = RECIPES / "configs" / "compare_playground.yaml"
+ROWS = [{**row, "reference": row["chosen"]} for row in PAIRS * 2]
+ROWS = [{**row, "prompt": f"{number}. {row['prompt']}"} for number, row in enumerate(ROWS)]
+
+
+@pytest.fixture
+def prompts_file(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def command(model_dir, data, output_dir, *methods, **settings):
+    values = {
+        "model_name_or_path": model_dir, "dataset_name": data, "output_dir": output_dir, "bf16": False,
+        "rewards": f"{REPOSITORY / 'tests' / 'rewards.py'}:vowels", "max_steps": 2, "per_device_train_batch_size": 2,
+        "num_candidates": 4, "max_new_tokens": 8, "num_watched_prompts": 4, "click_threshold": 0.1,
+        "temperature": 1.0, **settings,
+    }  # fmt: skip
+    words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "accelerate.commands.launch", str(RECIPE), *words, "--methods", *methods]
+
+
+def run(words, *launch, code=0):
+    words = [*words[:3], *launch, *words[3:]]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900, cwd=REPOSITORY)
+    assert (done.returncode == 0) == (code == 0), done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+# What is set
+
+
+def one_seed(*arguments):
+    """What a comparison knows before it begins anything."""
+    parsed = parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, list(arguments))
+    game = OneSeed.__new__(OneSeed)
+    game.config, game.model_args, game.sampling, game.seed, game.recipes = parsed[1], parsed[2], parsed[4], 1, RECIPES
+    return game
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"methods": ["dpoo"]}, "'dpoo' is not known.* it may be meant for 'dpo'"),
+        ({"seeds": [1, 1]}, "has none, or one twice"),
+        ({"max_steps": 1}, "max_steps=1: methods that train twice"),
+        ({"settings": "{"}, "is not JSON"),
+        ({"settings": {"dpo": 3}}, "'dpo' has 3, and it has to be options by name"),
+        ({"settings": {"dpo": {"max_steps": 3}}}, "'dpo' sets max_steps, which the comparison sets itself"),
+        ({"settings": {"all": {"output_dir": "x"}}}, "'all' sets output_dir"),
+        ({"settings": {"dpo": {"label": "x"}}}, "'dpo' is a name that is taken"),
+        ({"settings": {"mine": {"beta": 1.0}}}, "'mine' is no method"),
+        ({"settings": {"../x": {"method": "dpo"}}}, "'../x' cannot be the name of a further method"),
+        ({"settings": {"candidates": {"method": "dpo"}}}, "'candidates' cannot be the name"),
+        ({"settings": {"mine": {"method": "dpo", "label": 3}}}, "the `label` of 'mine' is 3"),
+        ({"num_checkpoints": -1}, "num_checkpoints=-1"),
+        ({"num_train_epochs": 2.0}, "num_train_epochs=2.0: set `max_steps`"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        ComparisonConfig(str(tmp_path), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dpo": {"betta": 1.0}}, "'dpo' has the unknown options betta.* meant for 'beta'"),
+        ({"dpo": {"learning_rate": [1]}}, "dpo: "),
+        ({"sft": {"beta": 1.0}}, "'sft' is not trained"),
+        ({"slic_direct": {"delta": -1.0}}, "slic_direct: delta=-1.0"),
+    ],
+)
+def test_options_of_methods_are_checked_before_anything_is_begun(settings, message, tmp_path):
+    arguments = ["--output_dir", str(tmp_path / "out"), "--settings", json.dumps(settings)]
+    parsed = parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, arguments)
+    with pytest.raises((ValueError, TypeError), match=message):
+        OneSeed(parsed, RECIPES, 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_help_names_every_method():
+    text = next(entry for entry in fields(ComparisonConfig) if entry.name == "methods").metadata["help"]
+    assert text.startswith(f"Of {', '.join(METHODS)} and those of `settings`")
+
+
+def test_every_method_has_the_same_budget(tmp_path):
+    game = one_seed("--output_dir", str(tmp_path), "--max_steps", "7", "--gradient_accumulation_steps", "3")
+    for name, method in METHODS.items():
+        if method.recipe is None:
+            continue
+        values = game._values(name, method, updates=7, answers=8)
+        rows = {"kto": 2, "rl": 8}.get(name, 1)  # rows of a prompt
+        assert values["max_steps"] == 7 and values["per_device_train_batch_size"] == 32 * rows
+        assert values["gradient_accumulation_steps"] == 3 and values["seed"] == 1
+        wanted = yaml.safe_load(PLAYGROUND.read_text())["settings"]
+        assert all(values[key] == value for key, value in wanted[name].items())
+        assert values["lr_scheduler_type"] == "linear", "what is for all reaches all"
+    assert game._values("rl", METHODS["rl"], updates=7, answers=8)["num_generations"] == 8
+
+
+def test_what_is_set_for_the_comparison_reaches_the_methods(tmp_path):
+    settings = json.dumps({"dpo_low": {"method": "dpo", "label": "low", "beta": 0.01}, "dpo": {"beta": 0.5}})
+    words = ["--output_dir", str(tmp_path), "--settings", settings, "--weight_decay", "0.1", "--use_peft",
+             "--attn_implementation", "eager", "--lora_r", "4"]  # fmt: skip
+    game = one_seed(*words)
+    low, plain = (game._values(name, METHODS["dpo"], updates=4, answers=8) for name in ("dpo_low", "dpo"))
+    assert low["beta"] == 0.01 and plain["beta"] == 0.5
+    for name in ("dpo", "slic_direct", "rl"):
+        values = game._values(name, METHODS[name], updates=4, answers=8)
+        assert (values["weight_decay"], values["use_peft"], values["lora_r"]) == (0.1, True, 4)
+        assert values["attn_implementation"] == "eager"
+    assert game.config.variants["dpo_low"].label == "low"
+    assert shared_settings(ComparisonConfig(str(tmp_path))) == {}
+
+
+def test_preferences_of_the_playground_are_right_and_friendlier():
+    rows = Playground(num_sft=10, num_prompts=20, num_held_out=5).rows("train")
+    made = preference_rows(rows, seed=1)
+    for row in made:
+        chosen, rejected = (read_answer(row[name], row["answer"]) for name in ("chosen", "rejected"))
+        assert chosen[0] and rejected[0] and chosen[2] > rejected[2]
+    assert made == preference_rows(rows, seed=1) != preference_rows(rows, seed=2)
+
+
+# Whole comparisons
+
+
+@pytest.mark.slow
+def test_every_method_is_compared_and_more_can_be_added(model_dir, prompts_file, tmp_path):
+    output = tmp_path / "compared"
+    further = {"dpo_low": {"method": "dpo", "label": "DPO, low beta", "beta": 0.01}}
+    first = ["best_of_n", "slic_direct", "slic_sample_rank", "rrhf", "rrhf_two_rounds", "spin", "click", "dpo", "ipo"]
+    extra = {"settings": json.dumps(further), "num_checkpoints": 1}
+    printed = run(command(model_dir, prompts_file, output, *first, "dpo_low", **extra))
+    assert "comparison.html, .md, .csv and .json are in" in printed
+    found = ComparisonResults.load(output / "comparison.json")
+    assert [result.method for result in found.results] == ["sft", *first, "dpo_low"]
+    for result in found.results:
+        assert result.status == "done" and len(result.scores["reward"]) == len(result.kl) == 4
+        assert result.updates == (0 if result.method == "sft" else 2)
+    sampled = {result.method: result.completions_sampled for result in found.results}
+    assert sampled["slic_direct"] == sampled["sft"] == 0 and sampled["dpo"] == sampled["rrhf"] == 12 * 4
+    assert sampled["rrhf_two_rounds"] == 2 * 12 * 2 and sampled["spin"] == 2 * 12
+    curve = next(result.curve for result in found.results if result.method == "dpo")
+    assert [point["updates"] for point in curve] == [1, 2] and curve[0]["reward"] is not None
+    page = (output / "comparison.html").read_text()
+    assert "DPO, low beta" in page and "RRHF, two rounds" in page
+    trained = yaml.safe_load((output / "seed-1" / "dpo_low" / "model" / "config.yaml").read_text())
+    assert trained["beta"] == 0.01 and trained["max_steps"] == 2
+    stamps = {path: path.stat().st_mtime_ns for path in (output / "seed-1").rglob("manifest.json")}
+
+    # what is trained stays, what is added is trained
+    again = {**extra, "resume_from_checkpoint": True}
+    run(command(model_dir, prompts_file, output, "dpo", "orpo", "kto", "rl", **again))
+    found = ComparisonResults.load(output / "comparison.json")
+    asked = ["sft", "dpo", "orpo", "kto", "rl"]
+    kept = [name for name in (*first, "dpo_low") if name not in asked]
+    assert [result.method for result in found.results] == [*asked, *kept], "what was there before stays in the report"
+    assert all(result.status == "done" for result in found.results)
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+
+
+@pytest.mark.slow
+def test_a_method_that_fails_does_not_take_the_others_with_it(model_dir, prompts_file, tmp_path):
+    output = tmp_path / "compared"
+    broken = {"rl": {"reward_max_length": 100_000}}  # more than the reward model has positions
+    printed = run(command(model_dir, prompts_file, output, "rl", "dpo", settings=json.dumps(broken)), code=1)
+    assert "RLOO failed and is left out" in printed and "Some methods failed" in printed
+    found = {result.method: result for result in ComparisonResults.load(output / "comparison.json").results}
+    assert found["rl"].status == "failed" and found["dpo"].status == "done"
+    assert "RLOO" in (output / "comparison.md").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes(model_dir, prompts_file, tmp_path):
+    results = []
+    for processes, batch in ((1, 4), (2, 2)):
+        output = tmp_path / str(processes)
+        words = command(model_dir, prompts_file, output, "slic_direct", "dpo", "rl", "kto",
+                        per_device_train_batch_size=batch)  # fmt: skip
+        cpu = str(REPOSITORY / "accelerate_configs" / "cpu.yaml")
+        run(words, "--config_file", cpu, "--num_processes", str(processes))
+        results.append(ComparisonResults.load(output / "comparison.json").results)
+        assert all(result.status == "done" and result.updates in (0, 2) for result in results[-1])
+    for one, two in zip(*results, strict=True):
+        assert (one.method, one.completions_sampled) == (two.method, two.completions_sampled)
+    start = [read_jsonl(tmp_path / n / "seed-1" / "start" / "evaluation" / "answers.jsonl") for n in ("1", "2")]
+    assert [row["answer"] for row in start[0]] == [row["answer"] for row in start[1]]
+    # without sampling in between, training is the same
+    direct = [next(result for result in found if result.method == "slic_direct") for found in results]
+    assert direct[0].nll == pytest.approx(direct[1].nll, rel=1e-3) and direct[0].kl == pytest.approx(
+        direct[1].kl, abs=1e-3
+    )

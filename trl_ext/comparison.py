@@ -1,0 +1,536 @@
+"""
+All methods on the same data, with the same budget, side by side.
+
+Each seed is a run of stages (see `stages.py`), so a comparison goes on where it was interrupted, and a method that
+fails does not take the others with it.
+
+    OUTPUT_DIR/
+      seed-1/run.json               settings it was begun with
+      seed-1/prompts/               to train on, and held out
+      seed-1/sft/                   on the playground: the model that all start from
+      seed-1/candidates/            answers of that model, and the same with scores: what most methods train on
+      seed-1/METHOD/model/          the trained model, and config.yaml, with which its recipe trained it
+      seed-1/METHOD/evaluation/     how it answers the held-out prompts
+      comparison.json               every figure
+      comparison.csv, .md, .html    the report, see `comparison_report.py`
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import resource
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+
+from .checkpoints import wants_to_resume
+from .cli import changed_fields, imported, is_playground, parse_recipe_args
+from .comparison_config import METHODS, RESERVED, ComparisonConfig, Method
+from .comparison_report import write_report
+from .comparison_results import ComparisonResults, MethodResult
+from .data import RowOptions
+from .ranking import pair_rows
+from .recipe_help import recipe_dataclasses
+from .rounds import Rounds, evaluation_stage, merged_model, read_jsonl, start_rounds, write_jsonl
+from .sampling import SamplingConfig
+from .scoring import as_text
+
+NUM_EXAMPLES = 6
+
+
+def compare(parsed: Sequence[Any], recipes: Path) -> ComparisonResults:
+    """
+    Train and evaluate every method with every seed, and write the report anew after each.
+
+    Args:
+        parsed (`Sequence`): what [`parse_recipe_args`] returned: [`~trl.ScriptArguments`], [`ComparisonConfig`],
+            [`~trl.ModelConfig`], [`~trl.DatasetMixtureConfig`], [`SamplingConfig`] and [`ComparedRoundsConfig`].
+        recipes (`Path`): folder of the recipes.
+
+    Returns:
+        [`ComparisonResults`]: every figure. What failed is among them, with its reason.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: what can be known to fail, before a model is loaded.
+    """
+    config = parsed[1]
+    folder, results = Path(config.output_dir), []
+    file = folder / "comparison.json"
+    earlier = ComparisonResults.load(file).results if wants_to_resume(config) and file.is_file() else []
+    for seed in config.seeds:
+        game = OneSeed(parsed, recipes, seed)
+        for result in game.play():
+            results.append(result)
+            known = {(one.method, one.seed) for one in results}
+            kept = [one for one in earlier if (one.method, one.seed) not in known]  # what is not asked for this time
+            comparison = _results(parsed, game.num_held_out, [*results, *kept])
+            if PartialState().is_main_process:
+                folder.mkdir(parents=True, exist_ok=True)
+                comparison.save(file)
+    if PartialState().is_main_process:
+        write_report(comparison, folder)
+        print((folder / "comparison.md").read_text())
+        print(f"comparison.html, .md, .csv and .json are in {folder}")
+    PartialState().wait_for_everyone()
+    return comparison
+
+
+def _results(parsed: Sequence[Any], num_held_out: int, results: list[MethodResult]) -> ComparisonResults:
+    _, config, model_args, _, sampling, ranking = parsed
+    settings = {
+        "data": "the playground" if is_playground(*parsed) else parsed[0].dataset_name,
+        "model": model_args.model_name_or_path or "trained on the playground",
+        "rewards": ranking.rewards or [ranking.ranker],
+        "judge": ranking.judge,
+        "num_candidates": sampling.num_candidates,
+        "temperature": sampling.temperature,
+        **{
+            name: getattr(config, name) for name in ("seeds", "max_steps", "max_length", "settings", "click_threshold")
+        },
+        "prompts_per_update": _prompts_per_update(config),
+    }
+    notes = [
+        "Equal for all that are trained: the prompts, the updates and the prompts in each. What was sampled for a "
+        "method is in its line: nothing for SLiC-HF direct, as many answers as candidates for most, one for each "
+        "prompt and iteration for SPIN; RLOO samples anew from the model it trains, and its reward model has trained "
+        "on the candidates before.",
+        "Log-likelihoods over training are those of the method's own batches.",
+    ]
+    return ComparisonResults(
+        title="Methods on " + ("the playground" if is_playground(*parsed) else str(parsed[0].dataset_name)),
+        base="sft",
+        prompts=num_held_out,
+        results=list(results),
+        settings=json.loads(json.dumps(settings, default=str)),
+        notes=notes,
+        command=shlex.join(["accelerate", "launch", *sys.argv]),
+    )
+
+
+def _prompts_per_update(config: ComparisonConfig) -> int:
+    processes = PartialState().num_processes
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+
+
+class OneSeed:
+    """
+    The comparison with one seed.
+
+    Args:
+        parsed, recipes: as in [`compare`].
+        seed (`int`): of data, training and sampling.
+    """
+
+    def __init__(self, parsed: Sequence[Any], recipes: Path, seed: int):
+        script_args, config, model_args, dataset_args, sampling, ranking = parsed
+        self.recipes, self.seed, self.model_args = recipes, seed, model_args
+        self.config = dataclasses.replace(config, output_dir=str(Path(config.output_dir) / f"seed-{seed}"), seed=seed)
+        self.sampling = SamplingConfig(**{**dataclasses.asdict(sampling), "sampling_seed": seed})
+        self.on_playground = is_playground(*parsed)
+        known = {**METHODS, **config.variants}
+        self.methods = {name: known[name] for name in config.methods or known}
+        for name, method in self.methods.items():  # before anything is begun
+            self._check(name, method)
+        check_shared(config, recipes)
+        parts = (script_args, self.config, model_args, dataset_args, self.sampling, ranking)
+        self.rounds: Rounds = start_rounds(parts, rows=RowOptions(min_completions=1, reference=True))
+        self.num_held_out = sum(1 for _ in self.rounds.watched.open())
+        columns = set(read_jsonl(self.rounds.prompts)[0])
+        if self.on_playground:
+            columns |= {"chosen", "rejected"}
+        for name, method in list(self.methods.items()):
+            if method.needs is None or method.needs in columns:
+                continue
+            if config.methods:
+                raise ValueError(
+                    f"methods: {name} trains on the column `{method.needs}`, and the dataset has {sorted(columns)}. "
+                    "Add the column, or leave the method out."
+                )
+            PartialState().print(f"{method.label} is left out: the dataset has no column `{method.needs}`.")
+            del self.methods[name]
+        self.methods = {"sft": METHODS["sft"], **self.methods}
+
+    # What is trained on
+
+    def _candidates(self) -> Path:
+        """Sampled answers of the first model with scores, the same for all methods."""
+        return self.rounds.make_candidates("candidates", self.rounds.model)
+
+    def _data(self, method: Method) -> tuple[Path, int]:
+        """What a method is trained on, and how many answers were sampled for it."""
+        rounds = self.rounds
+        if method.data == "pairs":
+            stage = {"prompts": rounds.prompts}
+            rounds.run.stage("pairs", pairs_stage, inputs=stage, on_playground=self.on_playground, seed=self.seed)
+            return rounds.run.path("pairs", "pairs.jsonl"), 0
+        ranked = self._candidates()
+        if method.data == "likelihood_near":
+            above = self.config.click_threshold
+            rounds.run.stage("near", near_stage, inputs={"ranked": ranked}, positive_above=above, seed=self.seed)
+            ranked = rounds.run.path("near", "pairs.jsonl")
+        return ranked, self._num_sampled("candidates")
+
+    def _num_sampled(self, name: str) -> int:
+        manifest = json.loads(self.rounds.run.path(name, "candidates", "manifest.json").read_text())
+        return manifest["figures"]["num_candidates"]
+
+    # Training
+
+    def _values(self, name: str, method: Method, *, updates: int, answers: int) -> dict[str, Any]:
+        """Every option that a method's recipe is called with, but for model and data."""
+        config = self.config
+        options = _options(self.recipes / f"{method.recipe}.py")
+        shared = shared_settings(config)
+        model = {entry: getattr(self.model_args, entry) for entry in changed_fields(self.model_args)}
+        model = {
+            entry: value for entry, value in model.items() if entry not in ("model_name_or_path", "model_revision")
+        }
+        prompts = config.per_device_train_batch_size
+        own = {**config.settings.get("all", {}), **METHOD_VALUES.get(method.recipe, {})}
+        own = {**own, **method.values, **config.settings.get(self._made_of(name), {}), **config.settings.get(name, {})}
+        save = max(updates // (config.num_checkpoints + 1), 1) if config.num_checkpoints else None
+        values = {
+            **shared,
+            **model,
+            "max_length": config.max_length,
+            "logging_steps": max(updates // 10, 1),
+            "report_to": "none",
+            "on_invalid_row": "drop",  # sampled answers may be equal
+            **{key: value for key, value in own.items() if key not in ("method", "label")},
+            "seed": self.seed,
+            "max_steps": updates,
+            "per_device_train_batch_size": method.batch(prompts, answers),
+            "gradient_accumulation_steps": config.gradient_accumulation_steps,
+            "save_strategy": "no" if save is None else "steps",
+            **({} if save is None else {"save_steps": save}),
+        }
+        if method.recipe == "rl":
+            sampling = self.sampling
+            values |= {
+                "num_generations": answers,
+                "max_completion_length": sampling.max_new_tokens,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
+            }
+        given = {*config.settings.get(name, {}), *config.settings.get(self._made_of(name), {})} - {"method", "label"}
+        unknown = sorted(given - options)
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], options, n=1)
+            raise ValueError(
+                f"settings: {name!r} has the unknown options {', '.join(unknown)}. Leave them out"
+                + (f"; {unknown[0]!r} may be meant for {close[0]!r}." if close else ".")
+            )
+        return {key: value for key, value in values.items() if key in options}
+
+    def _made_of(self, name: str) -> str:
+        return self.config.settings.get(name, {}).get("method", name)
+
+    def _check(self, name: str, method: Method) -> None:
+        """Let the recipe read its options, before anything is begun."""
+        if method.recipe is None:
+            if self.config.settings.get(name):
+                raise ValueError(f"settings: {name!r} is not trained, so there is nothing to set. Leave it out.")
+            return
+        values = self._values(name, method, updates=2, answers=self.sampling.num_candidates)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "config.yaml"
+            values |= {"model_name_or_path": "model", "dataset_name": "data", "output_dir": folder}
+            file.write_text(yaml.safe_dump(values))
+            recipe = self.recipes / f"{method.recipe}.py"
+            try:
+                parse_recipe_args(recipe_dataclasses(recipe), recipe, ["--config", str(file)])
+            except SystemExit:
+                raise ValueError(
+                    f"settings: {name!r} has a value that `{recipe.name}` cannot read, see above."
+                ) from None
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"{name}: {error}") from None
+
+    def _train(self, name: str, method: Method, model: str | Path, data: Path, **options: Any) -> dict[str, Any]:
+        values = self._values(name.partition("/")[0], method, **options)
+        if method.recipe == "rl":
+            values["rewards"] = [str(self._reward_model())]
+        return self.rounds.run.stage(
+            f"{name}/model",
+            train_stage,
+            inputs={"model": Path(model), "data": data},
+            shards_models=True,
+            recipe=self.recipes / f"{method.recipe}.py",
+            values=values,
+        )
+
+    def _reward_model(self) -> Path:
+        """A reward model of the candidates, for RLOO."""
+        method = Method("", "reward")
+        self._train(
+            "reward_model", method, self.rounds.model, self._candidates(), updates=self.config.max_steps, answers=1
+        )
+        return self.rounds.run.path("reward_model", "model")
+
+    def _twice(self, name: str, method: Method) -> tuple[list[dict], Path, int]:
+        """Two trainings of half the updates, each on answers of the model before it."""
+        rounds, model, figures, sampled = self.rounds, self.rounds.model, [], 0
+        halves = [self.config.max_steps // 2, self.config.max_steps - self.config.max_steps // 2]
+        answers = max(self.sampling.num_candidates // 2, 2) if method.data == "rounds" else 1
+        whole = rounds.sampling
+        for number, updates in enumerate(halves, start=1):
+            part = f"{name}/round-{number}"
+            rounds.sampling = SamplingConfig(
+                **{**dataclasses.asdict(whole), "num_candidates": answers, "keep_duplicates": answers == 1}
+            )
+            try:
+                data = rounds.make_candidates(part, model, draw=number)
+            finally:
+                rounds.sampling = whole
+            sampled += self._num_sampled(part)
+            if method.data == "self_play":
+                inputs = {
+                    "prompts": rounds.prompts,
+                    "generated": rounds.run.path(part, "candidates", "candidates.jsonl"),
+                }
+                rounds.run.stage(f"{part}/pairs", self_play_stage, inputs=inputs)
+                data = rounds.run.path(part, "pairs", "pairs.jsonl")
+            figures.append(self._train(part, method, model, data, updates=updates, answers=answers))
+            model = merged_model(rounds.run, part, trust_remote_code=self.config.trust_remote_code)
+        return figures, Path(model), sampled
+
+    # The game
+
+    def play(self):
+        """Yields a [`MethodResult`] for each method."""
+        for name, method in self.methods.items():
+            PartialState().print(f"\n{method.label}, seed {self.seed}")
+            try:
+                result = self._play(name, method)
+            except RuntimeError as error:  # a stage that failed, the same on all processes
+                result = MethodResult(name, method.label, self.seed, "failed", " ".join(str(error).split())[:500])
+                PartialState().print(f"{method.label} failed and is left out: {error}")
+            yield result
+
+    def _play(self, name: str, method: Method) -> MethodResult:
+        rounds = self.rounds
+        if method.recipe is None:
+            trainings, model, sampled, parts = [], Path(rounds.model), 0, []
+        elif method.data in ("rounds", "self_play"):
+            trainings, model, sampled = self._twice(name, method)
+            parts = [f"{name}/round-1", f"{name}/round-2"]
+        else:
+            data, sampled = (rounds.prompts, 0) if method.data == "prompts" else self._data(method)
+            answers = self.sampling.num_candidates
+            trainings = [self._train(name, method, rounds.model, data, updates=self.config.max_steps, answers=answers)]
+            if method.data == "prompts":
+                sampled = self.config.max_steps * _prompts_per_update(self.config) * answers
+            model = Path(merged_model(rounds.run, name, trust_remote_code=self.config.trust_remote_code))
+            parts = [name]
+        rounds.evaluate("start" if method.recipe is None else name, model)
+        answers = rounds.answers("start" if method.recipe is None else name)
+        result = MethodResult(
+            method=name,
+            label=method.label,
+            seed=self.seed,
+            status="done",
+            scores={"reward": [one["reward"] for one in answers]},
+            lengths=[one["num_tokens"] for one in answers],
+            kl=[one["own_logp"] - one["fixed_logp"] for one in answers],
+            nll=[-one["fixed_logp"] for one in answers],
+            examples=[
+                {"prompt": as_text(one["prompt"]), "answer": as_text(one["answer"]), "reward": one["reward"]}
+                for one in answers[:NUM_EXAMPLES]
+            ],
+            updates=sum(figures["updates"] for figures in trainings),
+            completions_sampled=sampled,
+            models_resident=method.models_resident,
+            notes=[] if method.note is None else [method.note],
+            prompts_key=f"seed-{self.seed}",
+        )
+        if "judge" in answers[0]:
+            result.scores["judge"] = [one["judge"] for one in answers]
+        if trainings:
+            result.seconds = sum(figures["seconds"] for figures in trainings)
+            result.peak_memory_mib = max(figures["peak_memory_mib"] for figures in trainings)
+            tokens = [figures["num_tokens"] for figures in trainings]
+            result.tokens_per_second = None if None in tokens else sum(tokens) / result.seconds
+            result.curve = self._curve(parts, trainings)
+        if self.model_args.use_peft and method.models_resident == "2":
+            result.models_resident = "1 + LoRA"
+        return result
+
+    def _curve(self, parts: list[str], trainings: list[dict]) -> list[dict[str, Any]]:
+        """Log-likelihoods as they were logged, and reward and KL of the checkpoints."""
+        points, before = [], 0
+        for part, figures in zip(parts, trainings, strict=True):
+            steps = {step: {"chosen_logps": chosen, "rejected_logps": rejected}
+                     for step, chosen, rejected in figures["logps"]}  # fmt: skip
+            for step, found in self._looks(part, figures["updates"]).items():
+                steps[step] = steps.get(step, {}) | found
+            for step in sorted(steps):
+                updates = before + step
+                point = {"share": updates / self.config.max_steps, "updates": updates}
+                points.append(point | {key: steps[step].get(key) for key in LOOKED_AT})
+            before += figures["updates"]
+        return points
+
+    def _looks(self, part: str, updates: int) -> dict[int, dict[str, float]]:
+        if not self.config.num_checkpoints or self.model_args.use_peft:
+            return {}
+        rounds = self.rounds
+        steps = [int(path.name.split("-")[1]) for path in rounds.run.path(part, "model").glob("checkpoint-*")]
+        steps = sorted(step for step in rounds.run.first(steps) or [] if step < updates)
+        if not steps:
+            return {}
+        figures = rounds.run.stage(
+            f"{part}/looks",
+            looks_stage,
+            inputs={"model": rounds.run.path(part, "model"), "prompts": rounds.watched},
+            steps=steps,
+            num_prompts=self.config.num_checkpoint_prompts,
+            config=SamplingConfig(
+                **{**dataclasses.asdict(rounds.sampling), "num_candidates": 1, "keep_duplicates": True}
+            ),
+            ranking=rounds.config,
+            perplexity_model=rounds.fixed_model,
+            load=rounds.load,
+        )
+        return {int(step): found for step, found in figures.items()}
+
+
+LOOKED_AT = ("reward", "kl", "chosen_logps", "rejected_logps")
+# fields of the comparison that are no options of its methods, or are set one by one
+NOT_HANDED_ON = (
+    *RESERVED, "methods", "seeds", "settings", "click_threshold", "num_checkpoints", "num_checkpoint_prompts",
+    "max_length", "logging_steps", "report_to", "on_invalid_row", "deepspeed_plugin",
+)  # fmt: skip
+# what makes the recipes comparable
+METHOD_VALUES: dict[str, dict[str, Any]] = {"spin": {"num_iterations": 1}}
+
+
+def shared_settings(config: ComparisonConfig) -> dict[str, Any]:
+    """The training settings that are not at their default, for all methods, in YAML's types."""
+    default, found = ComparisonConfig(), {}
+    for entry in dataclasses.fields(config):
+        if entry.init and entry.name not in NOT_HANDED_ON:
+            value = getattr(config, entry.name)
+            if value != getattr(default, entry.name):  # both as they are once they are made
+                found[entry.name] = value.to_dict() if hasattr(value, "to_dict") else getattr(value, "value", value)
+    return found
+
+
+def check_shared(config: ComparisonConfig, recipes: Path) -> None:
+    """
+    Refuse options in `settings` that nobody reads.
+
+    Raises:
+        ValueError: an option of `all` that no method has, or settings of a method that is not compared.
+    """
+    known = set().union(
+        *(_options(recipes / f"{method.recipe}.py") for method in METHODS.values() if method.recipe is not None)
+    )
+    unknown = sorted(set(config.settings.get("all", {})) - known)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        raise ValueError(
+            f"settings: 'all' has the options {', '.join(unknown)}, which no method has. Leave them out"
+            + (f"; {unknown[0]!r} may be meant for {close[0]!r}." if close else ".")
+        )
+
+
+def _options(recipe: Path) -> set[str]:
+    """Names of a recipe's options."""
+    classes = imported(recipe_dataclasses(recipe))
+    return {entry.name for one in classes for entry in dataclasses.fields(one) if entry.init}
+
+
+# Stages
+
+
+def train_stage(folder: Path, *, model: Path, data: Path, recipe: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's own training."""
+    file = folder / "config.yaml"
+    if PartialState().is_main_process:
+        named = {**values, "model_name_or_path": str(model), "dataset_name": str(data), "output_dir": str(folder)}
+        file.write_text(yaml.safe_dump(named, sort_keys=False))
+    PartialState().wait_for_everyone()
+    spec = importlib.util.spec_from_file_location(f"trl_ext_recipe_{recipe.stem}", recipe)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    results = module.train(["--config", str(file)], model=str(model), data=str(data), output_dir=str(folder))
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    logged = [entry for entry in history if entry.get("logps/chosen") is not None and "logps/rejected" in entry]
+    if torch.accelerator.is_available():
+        peak = torch.accelerator.memory.max_memory_allocated() / 2**20
+    else:  # of the whole process, with the libraries
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return {
+        "updates": max(entry["step"] for entry in history),
+        "seconds": results["train_runtime"],
+        "num_tokens": next((entry["num_tokens"] for entry in reversed(history) if "num_tokens" in entry), None),
+        "peak_memory_mib": peak,
+        "logps": [[entry["step"], entry["logps/chosen"], entry["logps/rejected"]] for entry in logged],
+    }
+
+
+def pairs_stage(folder: Path, *, prompts: Path, on_playground: bool, seed: int) -> dict[str, Any]:
+    """Preferences that were not sampled from the model: the dataset's, or on the playground answers of the task."""
+    rows = read_jsonl(prompts)
+    if on_playground:
+        from .playground import preference_rows
+
+        rows = preference_rows(rows, seed)
+    columns = ("prompt", "chosen", "rejected", "reference", "tools", "chat_template_kwargs")
+    write_jsonl(folder / "pairs.jsonl", [{key: row[key] for key in columns if key in row} for row in rows])
+    return {"num_rows": len(rows)}
+
+
+def near_stage(folder: Path, *, ranked: Path, positive_above: float, seed: int) -> dict[str, Any]:
+    """CLICK's pairs of scored answers."""
+    pairs, report = pair_rows(read_jsonl(ranked), "likelihood_near", seed, positive_above=positive_above)
+    PartialState().print(str(report))
+    if not pairs:
+        raise ValueError(
+            f"No prompt has answers with rewards above and below click_threshold={positive_above}. Set it between the "
+            "rewards that answers get."
+        )
+    write_jsonl(folder / "pairs.jsonl", pairs)
+    return {"num_pairs": len(pairs)}
+
+
+def self_play_stage(folder: Path, *, prompts: Path, generated: Path) -> dict[str, Any]:
+    """SPIN's pairs: the dataset's `reference` against a sampled answer, where they differ."""
+    answers = {as_text(row["prompt"]): row["completions"][0] for row in read_jsonl(generated) if row["completions"]}
+    pairs = []
+    for row in read_jsonl(prompts):
+        answer = answers.get(as_text(row["prompt"]))
+        if answer is not None and answer != row["reference"]:
+            kept = {key: row[key] for key in ("prompt", "tools", "chat_template_kwargs") if key in row}
+            pairs.append({**kept, "chosen": row["reference"], "rejected": answer})
+    write_jsonl(folder / "pairs.jsonl", pairs)
+    return {"num_pairs": len(pairs)}
+
+
+def looks_stage(
+    folder: Path, *, model: Path, prompts: Path, steps: list[int], num_prompts: int, **evaluation: Any
+) -> dict[str, Any]:
+    """Reward and KL of the checkpoints of a training, on some of the held-out prompts."""
+    asked = folder / "prompts.jsonl"
+    write_jsonl(asked, read_jsonl(prompts)[:num_prompts])
+    PartialState().wait_for_everyone()
+    figures = {}
+    for step in steps:
+        (folder / str(step)).mkdir(exist_ok=True)
+        found = evaluation_stage(folder / str(step), model=model / f"checkpoint-{step}", prompts=asked, **evaluation)
+        figures[str(step)] = {"reward": found["reward"], "kl": found["kl"]}
+    return figures
+
+
+def has_failed(comparison: ComparisonResults) -> bool:
+    """Whether a method is among the results that failed."""
+    return any(result.status == "failed" for result in comparison.results)

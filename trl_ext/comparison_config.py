@@ -1,0 +1,223 @@
+"""What `recipes/compare.py` compares, and its settings."""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from transformers import TrainingArguments
+
+from .common_config import CommonConfig
+from .rounds import RoundsConfig
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    One line of the comparison.
+
+    Args:
+        label (`str`): what readers see.
+        recipe (`str`, *optional*): whose training it is; none for the SFT model as it is.
+        data (`str`): what it is trained on: `"pairs"` (the dataset's `chosen` and `rejected`), `"ranked"` (sampled
+            answers with scores), `"likelihood_near"` (CLICK's pairs of them), `"rounds"` (sampled in two rounds),
+            `"self_play"` (the dataset's `reference` against sampled ones), or `"prompts"`.
+        models_resident (`str`): models in memory during training.
+        batch (`Callable`): rows in a batch, of prompts in a batch and answers per prompt.
+        values (`dict`, *optional*): of the recipe's options, where the method is one of its modes.
+        needs (`str`, *optional*): column of the dataset without which there is nothing to train on.
+        note (`str`, *optional*): what readers have to know about its figures.
+    """
+
+    label: str
+    recipe: str | None = None
+    data: str = "ranked"
+    models_resident: str = "1"
+    batch: Callable[[int, int], int] = lambda prompts, answers: prompts
+    values: dict[str, Any] = field(default_factory=dict)
+    needs: str | None = None
+    note: str | None = None
+
+
+METHODS = {
+    "sft": Method("SFT", models_resident="–"),
+    "best_of_n": Method("best-of-n", "best_of_n"),
+    "slic_direct": Method("SLiC-HF direct", "slic", data="pairs", needs="chosen"),
+    "slic_sample_rank": Method("SLiC-HF sample-rank", "slic"),
+    "rrhf": Method("RRHF", "rrhf"),
+    "rrhf_two_rounds": Method("RRHF, two rounds", "rrhf", data="rounds"),
+    "spin": Method("SPIN", "spin", data="self_play", needs="reference"),
+    "click": Method("CLICK", "train_click", data="likelihood_near", needs="reference"),
+    "dpo": Method("DPO", "dpo", models_resident="2"),
+    "ipo": Method("IPO", "ipo"),
+    "orpo": Method("ORPO", "orpo", note="its log-probabilities over training are means per token"),
+    "kto": Method("KTO", "kto", models_resident="2", batch=lambda prompts, answers: 2 * prompts),
+    "rl": Method("RLOO", "rl", data="prompts", models_resident="3", batch=lambda prompts, answers: prompts * answers),
+}
+# that the comparison sets itself, so that the budget is equal and everything lands where it is looked for
+RESERVED = (
+    "output_dir", "seed", "max_steps", "num_train_epochs", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "resume_from_checkpoint", "rewards", "num_rounds", "num_iterations", "save_steps",
+    "save_strategy", "save_total_limit", "eval_strategy", "push_to_hub", "model_name_or_path", "dataset_name",
+    "num_generations", "max_completion_length", "temperature", "top_p", "top_k",
+)  # fmt: skip
+
+
+@dataclass
+class ComparisonConfig(CommonConfig, TrainingArguments):
+    """
+    What is compared, and what all methods share: the fields of [`CommonConfig`], those of
+    [`~transformers.TrainingArguments`], which are handed on to every method where they are set, and
+
+    Parameters:
+        methods (`list[str]`, *optional*): keys of `METHODS` and of `settings`; by default all for which the dataset
+            has the columns. The SFT model is always among them.
+        seeds (`list[int]`, *optional*, defaults to `[1]`): each is a whole comparison of its own.
+        max_steps (`int`, *optional*, defaults to `50`): updates of each method. A method that trains twice has half
+            of them each time.
+        per_device_train_batch_size (`int`, *optional*, defaults to `8`): prompts per update and process, times
+            `gradient_accumulation_steps`.
+        max_length (`int`, *optional*, defaults to `1024`): longest prompt with answer, in tokens.
+        settings (`dict` or `str`, *optional*): options of methods: `{"dpo": {"beta": 0.3}}`; with `all` of every
+            method that has them; with `method` a further one: `{"dpo_low": {"method": "dpo", "label": "DPO, beta
+            0.01", "beta": 0.01}}`. JSON on the command line.
+        click_threshold (`float`, *optional*, defaults to `0.5`): for CLICK: answers with a higher reward are positive.
+        num_checkpoints (`int`, *optional*, defaults to `0`): how often during training reward and KL are looked at.
+            Each costs a checkpoint on the disk, with the state of the optimiser.
+        num_checkpoint_prompts (`int`, *optional*, defaults to `128`): of the held-out prompts, for these looks.
+        model_init_kwargs (`dict` or `str`, *optional*): for loading the model, as in [`~trl.DPOConfig`].
+        trust_remote_code (`bool`, *optional*, defaults to `False`): run code that comes with the model.
+
+    Raises:
+        ValueError: a method or an option that is not known, or one that the comparison sets itself.
+    """
+
+    unused_fields: ClassVar[dict[str, str]] = {
+        "num_train_epochs": "set `max_steps`, which all methods have",
+        "push_to_hub": "push the model that you choose: `hf upload NAME OUTPUT_DIR/seed-1/METHOD/model`",
+    }
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    output_dir: str | None = field(default="runs/compare", metadata={"help": "Folder for everything."})
+    methods: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Of sft, best_of_n, slic_direct, slic_sample_rank, rrhf, rrhf_two_rounds, spin, click, dpo, ipo, "
+            "orpo, kto, rl and those of `settings`; default: all that can be."
+        },
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [1], metadata={"help": "Seeds; each is a whole comparison of its own."}
+    )
+    max_steps: int = field(default=50, metadata={"help": "Updates of each method."})
+    max_length: int | None = field(default=1024, metadata={"help": "Longest prompt with answer, in tokens."})
+    settings: dict | str | None = field(
+        default=None,
+        metadata={"help": 'Options of methods, as JSON: \'{"dpo": {"beta": 0.3}}\'; `all` for every one.'},
+    )
+    click_threshold: float = field(
+        default=0.5, metadata={"help": "For CLICK: answers with a higher reward are positive."}
+    )
+    num_checkpoints: int = field(
+        default=0, metadata={"help": "How often during training reward and KL are looked at; costs checkpoints."}
+    )
+    num_checkpoint_prompts: int = field(
+        default=128, metadata={"help": "Held-out prompts for the looks during training."}
+    )
+    model_init_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Keyword arguments for loading the model, as JSON."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+
+    def __post_init__(self):
+        self.check_types()
+        if isinstance(self.seeds, int):
+            self.seeds = [self.seeds]
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={self.seeds} has none, or one twice. Give each seed once.")
+        if self.max_steps < 2:
+            raise ValueError(
+                f"max_steps={self.max_steps}: methods that train twice need two updates. Set it to 2 or more."
+            )
+        if self.num_checkpoints < 0 or self.num_checkpoint_prompts < 1:
+            raise ValueError(
+                f"num_checkpoints={self.num_checkpoints}, num_checkpoint_prompts={self.num_checkpoint_prompts}: set "
+                "the first to 0 or more, the second to 1 or more."
+            )
+        if isinstance(self.settings, str):
+            try:
+                self.settings = json.loads(self.settings)
+            except ValueError as error:
+                raise ValueError(f"settings={self.settings!r:.80} is not JSON ({error}). Mend it.") from None
+        self.settings = {} if self.settings is None else self.settings
+        for name, values in self.settings.items():
+            self._check_settings(name, values)
+        if isinstance(self.methods, str):
+            self.methods = [self.methods]
+        known = [*METHODS, *self.variants]
+        for name in self.methods or ():
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                raise ValueError(
+                    f"methods: {name!r} is not known. Set it to some of {', '.join(known)}"
+                    + (f"; it may be meant for {close[0]!r}." if close else ".")
+                )
+        super().__post_init__()
+
+    def _check_settings(self, name: Any, values: Any) -> None:
+        if not isinstance(values, dict):
+            raise ValueError(f"settings: {name!r} has {values!r:.60}, and it has to be options by name. Mend it.")
+        taken = [key for key in RESERVED if key in values]
+        if taken:
+            raise ValueError(
+                f"settings: {name!r} sets {', '.join(taken)}, which the comparison sets itself, for all methods "
+                "alike. Leave it out; `max_steps`, `num_candidates`, `seeds` and so on are options of the comparison."
+            )
+        if name in METHODS or name == "all":
+            if "method" in values or "label" in values:
+                raise ValueError(
+                    f"settings: {name!r} is a name that is taken. Call the further method something else."
+                )
+            return
+        if values.get("method") not in METHODS or values["method"] == "sft":
+            raise ValueError(
+                f"settings: {name!r} is no method. Correct it to one of {', '.join(METHODS)}, or, for a further one, "
+                "add `method`, the one of these that it is made of."
+            )
+        if not isinstance(name, str) or not name.isidentifier() or len(name) > 60 or name in FOLDERS:
+            raise ValueError(
+                f"settings: {name!r} cannot be the name of a further method, which is also that of a folder. Use "
+                f"letters, digits and underscores, and none of {', '.join(FOLDERS)}."
+            )
+        if not isinstance(values.get("label", ""), str):
+            raise ValueError(f"settings: the `label` of {name!r} is {values['label']!r:.60}, and it has to be text.")
+
+    @property
+    def variants(self) -> dict[str, Method]:
+        """Further methods that `settings` defines."""
+        return {
+            name: dataclasses.replace(METHODS[values["method"]], label=values.get("label", name))
+            for name, values in self.settings.items()
+            if "method" in values
+        }
+
+
+# of a seed, beside those of the methods
+FOLDERS = ("all", "candidates", "prompts", "start", "sft", "pairs", "reward_model", "near")
+
+
+@dataclass
+class ComparedRoundsConfig(RoundsConfig):
+    """What answers are scored by: the fields of [`RoundsConfig`], but for what the methods of a comparison decide."""
+
+    num_rounds: int = field(default=1, metadata={"help": "Leave it at 1: the methods say how often they sample."})
+
+    def __post_init__(self):
+        if self.num_rounds != 1 or self.pair_rule is not None or self.pairs_per_prompt is not None:
+            raise ValueError(
+                "num_rounds, pair_rule and pairs_per_prompt belong to the methods of a comparison. Leave them out."
+            )
+        super().__post_init__()
