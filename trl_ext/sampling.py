@@ -737,7 +737,7 @@ def unfinished_path(path: Path) -> Path:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file that is either whole or not there, whenever the process or the machine ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with unfinished_path(path).open("w") as opened:
+    with unfinished_path(path).open("w", encoding="utf-8") as opened:
         opened.write(text)
         opened.flush()
         os.fsync(opened.fileno())
