@@ -13,7 +13,7 @@ SLiC-HF direct, with `reference` for SPIN and CLICK):
         --output_dir runs/compare --rewards my_rewards.py:score --methods slic_sample_rank rrhf dpo --seeds 1 2 3 \\
         --max_steps 200
 
-What comes out, after every method anew: `comparison.html`, a page to read; `comparison.md`, a table to paste;
+What comes out: `comparison.html`, a page to read; `comparison.md`, a table to paste;
 `comparison.csv`, every figure. Options of a method: `--settings '{"dpo": {"beta": 0.3}}'`. To go on after an
 interruption, or to add methods: the same command and `--resume_from_checkpoint true`. All values of a run in one file:
 `--config recipes/configs/compare_tldr.yaml`.
@@ -22,7 +22,7 @@ interruption, or to add methods: the same command and `--resume_from_checkpoint 
 import sys
 from pathlib import Path
 
-from trl_ext.cli import parse_recipe_args, run_recipe, use_all_cpu_cores
+from trl_ext.cli import given_options, is_playground, parse_recipe_args, run_recipe, use_all_cpu_cores
 
 DATACLASSES = (
     "trl.ScriptArguments",
@@ -36,12 +36,17 @@ PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "compare_playground.yaml
 
 
 def main(arguments):
-    from trl_ext.comparison import compare, has_failed
+    from trl_ext.comparison import compare, has_failed, with_settings_of_file
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
+    with_settings_of_file(parsed, arguments, PLAYGROUND_CONFIG)
+    given = given_options(arguments, PLAYGROUND_CONFIG if is_playground(*parsed) else None)
     use_all_cpu_cores()
-    if has_failed(compare(parsed, Path(__file__).parent)):
-        sys.exit("Some methods failed; their reasons are in the report. The same command goes on with them.")
+    if has_failed(compare(parsed, Path(__file__).parent, given)):
+        sys.exit(
+            "Some methods failed; their reasons are in the report. Mend what they name and add "
+            "`--resume_from_checkpoint true` to go on with them."
+        )
 
 
 if __name__ == "__main__":

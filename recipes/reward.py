@@ -44,6 +44,11 @@ def play_on_the_playground(parsed, arguments):
     """A reward model of ranked answers, and how often it tells the better one of others."""
     from trl_ext.playground_rounds import pair_accuracy, start_playground
 
+    if parsed[2].use_peft:
+        raise ValueError(
+            "The playground tries its reward model out, and an adapter has to be merged before. Leave `--use_peft` "
+            "out, or train on your own data."
+        )
     rounds = start_playground(parsed)
     data = rounds.make_candidates("candidates", rounds.model)
     model = rounds.train("reward", train, rounds.model, data, arguments)

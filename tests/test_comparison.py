@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from tests.conftest import PAIRS, REPOSITORY, read_jsonl
-from trl_ext.cli import parse_recipe_args
-from trl_ext.comparison import OneSeed, shared_settings
+from trl_ext.cli import given_options, parse_recipe_args
+from trl_ext.comparison import REWARD_MODEL, OneSeed, shared_settings, with_settings_of_file, write_config
 from trl_ext.comparison_config import METHODS, ComparisonConfig
 from trl_ext.comparison_results import ComparisonResults
 from trl_ext.playground import Playground, preference_rows, read_answer
@@ -55,7 +55,9 @@ def one_seed(*arguments):
     """What a comparison knows before it begins anything."""
     parsed = parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, list(arguments))
     game = OneSeed.__new__(OneSeed)
+    with_settings_of_file(parsed, arguments, PLAYGROUND)
     game.config, game.model_args, game.sampling, game.seed, game.recipes = parsed[1], parsed[2], parsed[4], 1, RECIPES
+    game.given = given_options(list(arguments), PLAYGROUND)
     return game
 
 
@@ -96,7 +98,7 @@ def test_options_of_methods_are_checked_before_anything_is_begun(settings, messa
     arguments = ["--output_dir", str(tmp_path / "out"), "--settings", json.dumps(settings)]
     parsed = parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, arguments)
     with pytest.raises((ValueError, TypeError), match=message):
-        OneSeed(parsed, RECIPES, 1)
+        OneSeed(parsed, RECIPES, 1, given_options(arguments, PLAYGROUND))
     assert not (tmp_path / "out").exists()
 
 
@@ -132,7 +134,45 @@ def test_what_is_set_for_the_comparison_reaches_the_methods(tmp_path):
         assert (values["weight_decay"], values["use_peft"], values["lora_r"]) == (0.1, True, 4)
         assert values["attn_implementation"] == "eager"
     assert game.config.variants["dpo_low"].label == "low"
-    assert shared_settings(ComparisonConfig(str(tmp_path))) == {}
+    # what is given is handed on whatever it is, and what is set for a method in the file stays
+    game = one_seed("--output_dir", str(tmp_path), "--learning_rate", "5e-5", "--hub_token", "secret",
+                    "--settings", '{"dpo": {"beta": 0.3}, "all": {"weight_decay": 0.2}}')  # fmt: skip
+    shared = shared_settings(game.config, game.model_args, game.given)
+    assert shared == {"learning_rate": 5e-5, "bf16": False}
+    values = game._values("dpo", METHODS["dpo"], updates=4, answers=8)
+    assert (values["beta"], values["learning_rate"], values["weight_decay"]) == (0.3, 2e-4, 0.2)
+    assert values["lr_scheduler_type"] == "linear" and "hub_token" not in values
+    reward = game._values("reward_model", REWARD_MODEL, updates=4, answers=1)
+    assert reward["learning_rate"] == 1e-3 and reward["use_peft"] is False and reward["save_strategy"] == "no"
+
+
+@pytest.mark.parametrize(("updates", "looks", "steps"), [(50, 3, [13, 26, 39]), (7, 3, [2, 4, 6]), (2, 1, [1])])
+def test_so_many_checkpoints_as_are_asked_for(updates, looks, steps, tmp_path):
+    game = one_seed("--output_dir", str(tmp_path), "--num_checkpoints", str(looks))
+    every = game._values("dpo", METHODS["dpo"], updates=updates, answers=8)["save_steps"]
+    assert list(range(every, updates, every)) == steps
+
+
+def test_code_is_handed_on_by_the_command_line_alone(tmp_path):
+    values = {"trust_remote_code": True, "attn_implementation": "somebody/kernel", "beta": 0.1}
+    words = write_config(tmp_path / "config.yaml", values)
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"beta": 0.1}
+    assert words[2:] == ["--attn_implementation", "somebody/kernel", "--trust_remote_code", "True"]
+
+
+def test_what_two_rounds_and_the_report_need(tmp_path):
+    for words, message in (
+        (["--num_candidates", "3"], "RRHF in two rounds has half of them in each"),
+        (["--num_checkpoints", "1", "--use_peft"], "checkpoints of adapters are not looked at"),
+        (["--eval_strategy", "no"], "models are evaluated on held-out prompts"),
+        (["--save_steps", "7", "--logging_steps", "1"], "logging_steps .*save_steps .set `num_checkpoints`. would do"),
+    ):
+        words = ["--output_dir", str(tmp_path / "out"), *words]
+        parsed = parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, words)
+        with pytest.raises(ValueError, match=message):
+            OneSeed(parsed, RECIPES, 1, given_options(words, PLAYGROUND))
+    with pytest.raises(ValueError, match="perplexity_model: the fixed model of a comparison"):
+        parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, ["--perplexity_model", "x"])
 
 
 def test_preferences_of_the_playground_are_right_and_friendlier():
@@ -213,3 +253,12 @@ def test_two_processes(model_dir, prompts_file, tmp_path):
     assert direct[0].nll == pytest.approx(direct[1].nll, rel=1e-3) and direct[0].kl == pytest.approx(
         direct[1].kl, abs=1e-3
     )
+
+
+@pytest.mark.slow
+def test_other_options_do_not_pass_for_those_it_was_trained_with(model_dir, prompts_file, tmp_path):
+    output = tmp_path / "compared"
+    run(command(model_dir, prompts_file, output, "slic_direct"))
+    again = {"settings": json.dumps({"slic_direct": {"delta": 2.0}}), "resume_from_checkpoint": True}
+    printed = run(command(model_dir, prompts_file, output, "slic_direct", **again), code=1)
+    assert "slic_direct is trained, with other options than there are now: delta was None and is 2.0" in printed

@@ -174,7 +174,11 @@ def test_streams_are_prepared_as_they_are_read(model_dir, config_kwargs):
     )
     config = RewardConfig(**{**config_kwargs, "max_steps": len(expected)})
     trainer = RewardTrainer(model_dir, args=config, train_dataset=stream)
-    assert len(losses_of(trainer)) == len(expected)  # in another order: a stream is not shuffled
+    batches = [batch for _, batch in zip(range(4), trainer.get_train_dataloader(), strict=False)]
+    ids = [ids for batch in batches for ids in batch["input_ids"]]
+    texts = [trainer.processing_class.decode(one).split("<|im_end|>")[0] for one in ids]
+    assert sorted(texts) == sorted(row["prompt"] + row[name] for row in PAIRS for name in ("chosen", "rejected"))
+    assert len(losses_of(trainer)) == len(expected)
 
 
 def test_kto_reads_single_answers(model_dir, config_kwargs, tokenizer):
@@ -192,6 +196,28 @@ def test_kto_reads_single_answers(model_dir, config_kwargs, tokenizer):
     assert sorted(map(key, single.train_dataset)) == sorted(map(key, paired.train_dataset))
     order = [tokenizer.decode(row["prompt_ids"]) for row in single.train_dataset]
     assert any(order[i] != order[i + 1] for i in range(0, len(order), 2)), "answers to one prompt are not neighbours"
+
+
+def test_kto_takes_no_other_labels(model_dir, config_kwargs):
+    labels = [1, -1]
+    rows = [
+        {"prompt": row["prompt"], "completion": row["chosen"], "label": labels[i]} for i, row in enumerate(PAIRS[:2])
+    ]
+    with pytest.raises(ValueError, match="Row 1: column 'label' holds -1, which says neither good nor bad"):
+        KTOTrainer(model_dir, args=KTOConfig(**config_kwargs), train_dataset=Dataset.from_list(rows))
+
+
+def test_kto_evaluates_on_other_prompts_answers_too(model_dir, config_kwargs, pairs):
+    config = KTOConfig(**config_kwargs, per_device_eval_batch_size=8)
+    trainer = KTOTrainer(model_dir, args=config, train_dataset=pairs, eval_dataset=pairs)
+    rows = trainer.eval_dataset.to_list()
+    answers = {}
+    for row in rows:
+        answers.setdefault(tuple(row["prompt_ids"]), []).append(row["completion_ids"])
+    own = sum(row["KL_completion_ids"] in answers[tuple(row["prompt_ids"])] for row in rows)
+    assert len(rows) == 16 and own <= 4, "rows are shuffled"
+    batches = [rows[:8], rows[8:]]
+    assert all(batch[0]["KL_completion_ids"] == batch[-1]["completion_ids"] for batch in batches)
 
 
 def test_kto_says_so_where_good_and_bad_are_unbalanced(model_dir, config_kwargs, caplog):
@@ -326,6 +352,7 @@ def test_rloo_refuses_before_weights_are_loaded(model_dir, rl_kwargs, monkeypatc
         (RewardConfig, {"eos_token": "x"}, "eos_token='x': rows are tokenised before"),
         (BestOfNConfig, {"completion_only_loss": False}, "would learn the prompts too"),
         (ORPOConfig, {"is_encoder_decoder": True}, "is_encoder_decoder=True: models are decoders"),
+        (DPOConfig, {"truncation_mode": "keep_end"}, "truncation_mode='keep_end': cut prompts before training"),
         (DPOConfig, {"prefix_sharing": "maybe"}, "prefix_sharing='maybe' is not known"),
         (DPOConfig, {"on_invalid_row": "ignore"}, "on_invalid_row='ignore' is not known"),
     ],

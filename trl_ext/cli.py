@@ -199,6 +199,20 @@ def changed_fields(part: Any) -> list[str]:
     ]
 
 
+def given_options(args: Sequence[str], config_file: str | Path | None = None) -> set[str]:
+    """
+    Names of the options that are set, whatever to: on the command line, or in the file behind its `--config`, or else
+    in `config_file`.
+    """
+    import yaml
+
+    args = with_config_apart(args)
+    given = {word[2:].partition("=")[0].replace("-", "_") for word in args if word.startswith("--")}
+    given |= {name.removeprefix("no_") for name in given if name.startswith("no_")}
+    file = args[args.index("--config") + 1] if "--config" in args else config_file
+    return given if file is None else given | set(yaml.safe_load(Path(file).read_text(encoding="utf-8")))
+
+
 def is_playground(script_args, training_args, model_args, dataset_args, *others) -> bool:
     """Whether neither a model nor data is given, in what [`parse_recipe_args`] returns."""
     return model_args.model_name_or_path is None and script_args.dataset_name is None and not dataset_args.datasets
@@ -425,8 +439,9 @@ MAY_CHANGE = (
     "resume_from_checkpoint",
     "on_invalid_row",  # whatever is finished had no such row
     "num_rounds",
-    "methods",  # of a comparison
+    "methods",  # of a comparison, which compares itself what a finished one was trained with
     "seeds",
+    "settings",
     "report_to",
     "run_name",
     "disable_tqdm",
@@ -562,8 +577,6 @@ def train_and_save(
     model: str | None = None,
     data: str | None = None,
     output_dir: str | None = None,
-    rows: Callable | None = None,
-    **trainer_kwargs: Any,
 ) -> dict[str, float]:
     """
     Train with a trainer, evaluate if asked to, and save the model, the figures and the curves.
@@ -573,8 +586,6 @@ def train_and_save(
         parsed (`Sequence`): what [`parse_recipe_args`] returned.
         panels (`dict`): for [`plot_training_curves`].
         model, data, output_dir (`str`, *optional*): as a stage of rounds, see [`use_for_stage`].
-        rows (`Callable`, *optional*): called as `rows(dataset, name)` before the trainer gets a dataset.
-        trainer_kwargs: what else the trainer is given.
 
     Returns:
         `dict`: the figures, which are also in `all_results.json`.
@@ -592,9 +603,6 @@ def train_and_save(
     train_dataset, eval_dataset = load_datasets(
         script_args, dataset_args, with_eval=training_args.eval_strategy != "no", seed=training_args.seed
     )
-    if rows is not None:
-        train_dataset = rows(train_dataset, "train")
-        eval_dataset = None if eval_dataset is None else rows(eval_dataset, "eval")
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
     trainer = trainer_class(
         model=model_args.model_name_or_path,
@@ -603,7 +611,6 @@ def train_and_save(
         eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
-        **trainer_kwargs,
     )
     for report in getattr(trainer, "data_reports", {}).values():
         if not report.worth_a_warning:  # the others were said already

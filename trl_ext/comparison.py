@@ -19,11 +19,12 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import math
 import resource
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,55 +33,61 @@ import yaml
 from accelerate import PartialState
 
 from .checkpoints import wants_to_resume
-from .cli import changed_fields, imported, is_playground, parse_recipe_args
-from .comparison_config import METHODS, RESERVED, ComparisonConfig, Method
+from .cli import imported, is_playground, parse_recipe_args, with_config_apart
+from .comparison_config import IDLE, METHODS, RESERVED, ComparisonConfig, Method
 from .comparison_report import write_report
 from .comparison_results import ComparisonResults, MethodResult
 from .data import RowOptions
 from .ranking import pair_rows
 from .recipe_help import recipe_dataclasses
 from .rounds import Rounds, evaluation_stage, merged_model, read_jsonl, start_rounds, write_jsonl
-from .sampling import SamplingConfig
+from .sampling import SamplingConfig, write_atomically
 from .scoring import as_text
+from .stages import without_secrets
 
 NUM_EXAMPLES = 6
 
 
-def compare(parsed: Sequence[Any], recipes: Path) -> ComparisonResults:
+def compare(parsed: Sequence[Any], recipes: Path, given: Collection[str]) -> ComparisonResults:
     """
-    Train and evaluate every method with every seed, and write the report anew after each.
+    Train and evaluate every method with every seed, keep the figures after each, and write the report at the end,
+    however that comes.
 
     Args:
         parsed (`Sequence`): what [`parse_recipe_args`] returned: [`~trl.ScriptArguments`], [`ComparisonConfig`],
             [`~trl.ModelConfig`], [`~trl.DatasetMixtureConfig`], [`SamplingConfig`] and [`ComparedRoundsConfig`].
         recipes (`Path`): folder of the recipes.
+        given (`Collection[str]`): names of the options that were given, see [`given_options`]: those are handed on to
+            the methods.
 
     Returns:
-        [`ComparisonResults`]: every figure. What failed is among them, with its reason.
+        [`ComparisonResults`]: every figure of what was asked for. What failed is among them, with its reason.
 
     Raises:
         ValueError, TypeError, FileNotFoundError: what can be known to fail, before a model is loaded.
     """
     config = parsed[1]
-    folder, results = Path(config.output_dir), []
+    folder, results, comparison = Path(config.output_dir), [], None
     file = folder / "comparison.json"
     earlier = ComparisonResults.load(file).results if wants_to_resume(config) and file.is_file() else []
-    for seed in config.seeds:
-        game = OneSeed(parsed, recipes, seed)
-        for result in game.play():
-            results.append(result)
-            known = {(one.method, one.seed) for one in results}
-            kept = [one for one in earlier if (one.method, one.seed) not in known]  # what is not asked for this time
-            comparison = _results(parsed, game.num_held_out, [*results, *kept])
-            if PartialState().is_main_process:
-                folder.mkdir(parents=True, exist_ok=True)
-                comparison.save(file)
-    if PartialState().is_main_process:
-        write_report(comparison, folder)
-        print((folder / "comparison.md").read_text())
-        print(f"comparison.html, .md, .csv and .json are in {folder}")
+    try:
+        for seed in config.seeds:
+            game = OneSeed(parsed, recipes, seed, given)
+            for result in game.play():
+                results.append(result)
+                known = {(one.method, one.seed) for one in results}
+                kept = [one for one in earlier if (one.method, one.seed) not in known]  # not asked for this time
+                comparison = _results(parsed, game.num_held_out, [*results, *kept])
+                if PartialState().is_main_process:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    comparison.save(file)
+    finally:
+        if PartialState().is_main_process and comparison is not None:
+            write_report(comparison, folder)
+            print((folder / "comparison.md").read_text(encoding="utf-8"))
+            print(f"comparison.html, .md, .csv and .json are in {folder}")
     PartialState().wait_for_everyone()
-    return comparison
+    return dataclasses.replace(comparison, results=results)
 
 
 def _results(parsed: Sequence[Any], num_held_out: int, results: list[MethodResult]) -> ComparisonResults:
@@ -98,10 +105,10 @@ def _results(parsed: Sequence[Any], num_held_out: int, results: list[MethodResul
         "prompts_per_update": _prompts_per_update(config),
     }
     notes = [
-        "Equal for all that are trained: the prompts, the updates and the prompts in each. What was sampled for a "
-        "method is in its line: nothing for SLiC-HF direct, as many answers as candidates for most, one for each "
-        "prompt and iteration for SPIN; RLOO samples anew from the model it trains, and its reward model has trained "
-        "on the candidates before.",
+        "Equal for all that are trained: the prompts, the updates and the rows in each, one to a prompt. What was "
+        "sampled for a method is under its name: nothing for SLiC-HF direct, as many answers as candidates for most, "
+        "one for each prompt and iteration for SPIN; RLOO samples anew from the model it trains, and its time has "
+        "that in it, as it has the training of its reward model on the candidates.",
         "Log-likelihoods over training are those of the method's own batches.",
     ]
     return ComparisonResults(
@@ -111,7 +118,7 @@ def _results(parsed: Sequence[Any], num_held_out: int, results: list[MethodResul
         results=list(results),
         settings=json.loads(json.dumps(settings, default=str)),
         notes=notes,
-        command=shlex.join(["accelerate", "launch", *sys.argv]),
+        command=shlex.join(["accelerate", "launch", *without_secrets(sys.argv)]),
     )
 
 
@@ -125,23 +132,36 @@ class OneSeed:
     The comparison with one seed.
 
     Args:
-        parsed, recipes: as in [`compare`].
+        parsed, recipes, given: as in [`compare`].
         seed (`int`): of data, training and sampling.
     """
 
-    def __init__(self, parsed: Sequence[Any], recipes: Path, seed: int):
+    def __init__(self, parsed: Sequence[Any], recipes: Path, seed: int, given: Collection[str]):
         script_args, config, model_args, dataset_args, sampling, ranking = parsed
-        self.recipes, self.seed, self.model_args = recipes, seed, model_args
+        self.recipes, self.seed, self.model_args, self.given = recipes, seed, model_args, given
         self.config = dataclasses.replace(config, output_dir=str(Path(config.output_dir) / f"seed-{seed}"), seed=seed)
         self.sampling = SamplingConfig(**{**dataclasses.asdict(sampling), "sampling_seed": seed})
         self.on_playground = is_playground(*parsed)
         known = {**METHODS, **config.variants}
         self.methods = {name: known[name] for name in config.methods or known}
-        for name, method in self.methods.items():  # before anything is begun
+        idle = [f"{name} ({why})" for name, why in IDLE.items() if name in given]
+        if idle:
+            raise ValueError(f"{', '.join(idle)} would do nothing in a comparison. Leave them out.")
+        if config.num_checkpoints and model_args.use_peft:
+            raise ValueError(
+                f"num_checkpoints={config.num_checkpoints} with use_peft: checkpoints of adapters are not looked at. "
+                "Leave one of them out."
+            )
+        if "rrhf_two_rounds" in self.methods and sampling.num_candidates < 4:
+            raise ValueError(
+                f"num_candidates={sampling.num_candidates}: RRHF in two rounds has half of them in each, and needs "
+                "two to rank. Set it to 4 or more, or leave the method out by `--methods`."
+            )
+        for name, method in {**self.methods, "reward_model": REWARD_MODEL}.items():  # before anything is begun
             self._check(name, method)
         check_shared(config, recipes)
         parts = (script_args, self.config, model_args, dataset_args, self.sampling, ranking)
-        self.rounds: Rounds = start_rounds(parts, rows=RowOptions(min_completions=1, reference=True))
+        self.rounds: Rounds = start_rounds(parts, rows=RowOptions(reference=True))
         self.num_held_out = sum(1 for _ in self.rounds.watched.open())
         columns = set(read_jsonl(self.rounds.prompts)[0])
         if self.on_playground:
@@ -182,28 +202,28 @@ class OneSeed:
         manifest = json.loads(self.rounds.run.path(name, "candidates", "manifest.json").read_text())
         return manifest["figures"]["num_candidates"]
 
+    def _seconds(self, stage: str) -> float:
+        """How long a stage took."""
+        return json.loads((self.rounds.run.path(stage) / "manifest.json").read_text())["seconds"]
+
     # Training
 
     def _values(self, name: str, method: Method, *, updates: int, answers: int) -> dict[str, Any]:
         """Every option that a method's recipe is called with, but for model and data."""
         config = self.config
         options = _options(self.recipes / f"{method.recipe}.py")
-        shared = shared_settings(config)
-        model = {entry: getattr(self.model_args, entry) for entry in changed_fields(self.model_args)}
-        model = {
-            entry: value for entry, value in model.items() if entry not in ("model_name_or_path", "model_revision")
-        }
+        shared = shared_settings(config, self.model_args, self.given)
         prompts = config.per_device_train_batch_size
         own = {**config.settings.get("all", {}), **METHOD_VALUES.get(method.recipe, {})}
         own = {**own, **method.values, **config.settings.get(self._made_of(name), {}), **config.settings.get(name, {})}
-        save = max(updates // (config.num_checkpoints + 1), 1) if config.num_checkpoints else None
+        save = math.ceil(updates / (config.num_checkpoints + 1)) if config.num_checkpoints else None
         values = {
             **shared,
-            **model,
             "max_length": config.max_length,
             "logging_steps": max(updates // 10, 1),
             "report_to": "none",
-            "on_invalid_row": "drop",  # sampled answers may be equal
+            # sampled answers may be equal
+            "on_invalid_row": config.on_invalid_row if method.data == "pairs" else "drop",
             **{key: value for key, value in own.items() if key not in ("method", "label")},
             "seed": self.seed,
             "max_steps": updates,
@@ -221,6 +241,9 @@ class OneSeed:
                 "top_p": sampling.top_p,
                 "top_k": sampling.top_k,
             }
+        if method.recipe == "reward":  # RLOO cannot score with an adapter, and looks at it when it is trained
+            values |= {"use_peft": False, "save_strategy": "no"}
+            values.pop("save_steps", None)
         given = {*config.settings.get(name, {}), *config.settings.get(self._made_of(name), {})} - {"method", "label"}
         unknown = sorted(given - options)
         if unknown:
@@ -244,10 +267,10 @@ class OneSeed:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "config.yaml"
             values |= {"model_name_or_path": "model", "dataset_name": "data", "output_dir": folder}
-            file.write_text(yaml.safe_dump(values))
+            words = write_config(file, values)
             recipe = self.recipes / f"{method.recipe}.py"
             try:
-                parse_recipe_args(recipe_dataclasses(recipe), recipe, ["--config", str(file)])
+                parse_recipe_args(recipe_dataclasses(recipe), recipe, words)
             except SystemExit:
                 raise ValueError(
                     f"settings: {name!r} has a value that `{recipe.name}` cannot read, see above."
@@ -259,6 +282,7 @@ class OneSeed:
         values = self._values(name.partition("/")[0], method, **options)
         if method.recipe == "rl":
             values["rewards"] = [str(self._reward_model())]
+        self._refuse_other_options(name, values)
         return self.rounds.run.stage(
             f"{name}/model",
             train_stage,
@@ -268,21 +292,36 @@ class OneSeed:
             values=values,
         )
 
+    def _refuse_other_options(self, name: str, values: dict[str, Any]) -> None:
+        """What is trained stays as it is: other options would not reach it."""
+        folder = self.rounds.run.path(name, "model")
+        if not (folder / "manifest.json").is_file():
+            return
+        before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        changed = sorted(key for key in {*values, *before} - set(NAMED) if before.get(key) != values.get(key))
+        if changed:
+            raise ValueError(
+                f"{name} is trained, with other options than there are now: "
+                + ", ".join(f"{key} was {before.get(key)!r:.60} and is {values.get(key)!r:.60}" for key in changed)
+                + f". Set them back, or remove {folder.parent} to train it anew."
+            )
+
     def _reward_model(self) -> Path:
         """A reward model of the candidates, for RLOO."""
-        method = Method("", "reward")
+        method = REWARD_MODEL
         self._train(
             "reward_model", method, self.rounds.model, self._candidates(), updates=self.config.max_steps, answers=1
         )
         return self.rounds.run.path("reward_model", "model")
 
-    def _twice(self, name: str, method: Method) -> tuple[list[dict], Path, int]:
+    def _twice(self, name: str, method: Method) -> tuple[list[dict], Path, int, float]:
         """Two trainings of half the updates, each on answers of the model before it."""
         rounds, model, figures, sampled = self.rounds, self.rounds.model, [], 0
         halves = [self.config.max_steps // 2, self.config.max_steps - self.config.max_steps // 2]
-        answers = max(self.sampling.num_candidates // 2, 2) if method.data == "rounds" else 1
-        whole = rounds.sampling
-        for number, updates in enumerate(halves, start=1):
+        half = self.sampling.num_candidates // 2
+        sizes = [half, self.sampling.num_candidates - half] if method.data == "rounds" else [1, 1]
+        whole, seconds = rounds.sampling, 0.0
+        for number, (updates, answers) in enumerate(zip(halves, sizes, strict=True), start=1):
             part = f"{name}/round-{number}"
             rounds.sampling = SamplingConfig(
                 **{**dataclasses.asdict(whole), "num_candidates": answers, "keep_duplicates": answers == 1}
@@ -292,6 +331,7 @@ class OneSeed:
             finally:
                 rounds.sampling = whole
             sampled += self._num_sampled(part)
+            seconds += self._seconds(f"{part}/candidates")
             if method.data == "self_play":
                 inputs = {
                     "prompts": rounds.prompts,
@@ -301,17 +341,24 @@ class OneSeed:
                 data = rounds.run.path(part, "pairs", "pairs.jsonl")
             figures.append(self._train(part, method, model, data, updates=updates, answers=answers))
             model = merged_model(rounds.run, part, trust_remote_code=self.config.trust_remote_code)
-        return figures, Path(model), sampled
+        return figures, Path(model), sampled, seconds
 
     # The game
 
     def play(self):
-        """Yields a [`MethodResult`] for each method."""
+        """
+        Yields a [`MethodResult`] for each method. Where there are several processes a failure ends them all, as one of
+        them may be waiting for another; what is finished is kept.
+        """
+        if any(method.data in ("ranked", "likelihood_near", "prompts") for method in self.methods.values()):
+            self._candidates()  # what fails here fails for all
         for name, method in self.methods.items():
             PartialState().print(f"\n{method.label}, seed {self.seed}")
             try:
                 result = self._play(name, method)
-            except RuntimeError as error:  # a stage that failed, the same on all processes
+            except RuntimeError as error:  # a stage that failed
+                if PartialState().num_processes > 1:
+                    raise
                 result = MethodResult(name, method.label, self.seed, "failed", " ".join(str(error).split())[:500])
                 PartialState().print(f"{method.label} failed and is left out: {error}")
             yield result
@@ -319,15 +366,17 @@ class OneSeed:
     def _play(self, name: str, method: Method) -> MethodResult:
         rounds = self.rounds
         if method.recipe is None:
-            trainings, model, sampled, parts = [], Path(rounds.model), 0, []
+            trainings, model, sampled, parts, sampling = [], Path(rounds.model), 0, [], math.nan
         elif method.data in ("rounds", "self_play"):
-            trainings, model, sampled = self._twice(name, method)
+            trainings, model, sampled, sampling = self._twice(name, method)
             parts = [f"{name}/round-1", f"{name}/round-2"]
         else:
             data, sampled = (rounds.prompts, 0) if method.data == "prompts" else self._data(method)
             answers = self.sampling.num_candidates
             trainings = [self._train(name, method, rounds.model, data, updates=self.config.max_steps, answers=answers)]
+            sampling = self._seconds("candidates/candidates") if sampled else math.nan
             if method.data == "prompts":
+                trainings[0]["seconds"] += self._seconds("reward_model/model")
                 sampled = self.config.max_steps * _prompts_per_update(self.config) * answers
             model = Path(merged_model(rounds.run, name, trust_remote_code=self.config.trust_remote_code))
             parts = [name]
@@ -348,6 +397,7 @@ class OneSeed:
             ],
             updates=sum(figures["updates"] for figures in trainings),
             completions_sampled=sampled,
+            sampling_seconds=sampling,
             models_resident=method.models_resident,
             notes=[] if method.note is None else [method.note],
             prompts_key=f"seed-{self.seed}",
@@ -403,25 +453,37 @@ class OneSeed:
         return {int(step): found for step, found in figures.items()}
 
 
+REWARD_MODEL = Method("reward model", "reward")
+# what a method's config.yaml has beside its options
+NAMED = ("model_name_or_path", "dataset_name", "output_dir")
 LOOKED_AT = ("reward", "kl", "chosen_logps", "rejected_logps")
 # fields of the comparison that are no options of its methods, or are set one by one
 NOT_HANDED_ON = (
-    *RESERVED, "methods", "seeds", "settings", "click_threshold", "num_checkpoints", "num_checkpoint_prompts",
-    "max_length", "logging_steps", "report_to", "on_invalid_row", "deepspeed_plugin",
+    *RESERVED, *IDLE, "methods", "seeds", "settings", "click_threshold", "num_checkpoints", "num_checkpoint_prompts",
+    "max_length", "logging_steps", "report_to", "on_invalid_row", "model_revision",
 )  # fmt: skip
 # what makes the recipes comparable
 METHOD_VALUES: dict[str, dict[str, Any]] = {"spin": {"num_iterations": 1}}
 
 
-def shared_settings(config: ComparisonConfig) -> dict[str, Any]:
-    """The training settings that are not at their default, for all methods, in YAML's types."""
-    default, found = ComparisonConfig(), {}
-    for entry in dataclasses.fields(config):
-        if entry.init and entry.name not in NOT_HANDED_ON:
-            value = getattr(config, entry.name)
-            if value != getattr(default, entry.name):  # both as they are once they are made
+def shared_settings(config: ComparisonConfig, model_args: Any, given: Collection[str]) -> dict[str, Any]:
+    """The training settings that were given, for all methods, in YAML's types."""
+    found = {}
+    for part in (config, model_args):
+        for entry in dataclasses.fields(part):
+            if entry.init and entry.name in given and entry.name not in NOT_HANDED_ON:
+                value = getattr(part, entry.name)
                 found[entry.name] = value.to_dict() if hasattr(value, "to_dict") else getattr(value, "value", value)
-    return found
+    return {name: value for name, value in found.items() if not name.endswith("_token")}
+
+
+def with_settings_of_file(parsed: Sequence[Any], arguments: Sequence[str], file: str | Path) -> None:
+    """Let `--settings` on the command line add to those of the config file, which the parser replaces."""
+    words, config = with_config_apart(arguments), parsed[1]
+    file = words[words.index("--config") + 1] if "--config" in words else file if is_playground(*parsed) else None
+    before = {} if file is None else yaml.safe_load(Path(file).read_text(encoding="utf-8")).get("settings") or {}
+    both = {name: {**before.get(name, {}), **config.settings.get(name, {})} for name in {**before, **config.settings}}
+    parsed[1].settings = dataclasses.replace(config, settings=both).settings
 
 
 def check_shared(config: ComparisonConfig, recipes: Path) -> None:
@@ -455,14 +517,13 @@ def _options(recipe: Path) -> set[str]:
 def train_stage(folder: Path, *, model: Path, data: Path, recipe: Path, values: dict[str, Any]) -> dict[str, Any]:
     """A recipe's own training."""
     file = folder / "config.yaml"
-    if PartialState().is_main_process:
-        named = {**values, "model_name_or_path": str(model), "dataset_name": str(data), "output_dir": str(folder)}
-        file.write_text(yaml.safe_dump(named, sort_keys=False))
-    PartialState().wait_for_everyone()
+    named = {**values, **dict(zip(NAMED, (str(model), str(data), str(folder)), strict=True))}
+    with PartialState().main_process_first():  # all write the same, one after another
+        words = write_config(file, named)
     spec = importlib.util.spec_from_file_location(f"trl_ext_recipe_{recipe.stem}", recipe)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    results = module.train(["--config", str(file)], model=str(model), data=str(data), output_dir=str(folder))
+    results = module.train(words, model=str(model), data=str(data), output_dir=str(folder))
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     logged = [entry for entry in history if entry.get("logps/chosen") is not None and "logps/rejected" in entry]
     if torch.accelerator.is_available():
@@ -476,6 +537,18 @@ def train_stage(folder: Path, *, model: Path, data: Path, recipe: Path, values: 
         "peak_memory_mib": peak,
         "logps": [[entry["step"], entry["logps/chosen"], entry["logps/rejected"]] for entry in logged],
     }
+
+
+def write_config(file: Path, values: dict[str, Any]) -> list[str]:
+    """
+    Write a recipe's config; returns the arguments with which the recipe reads it: what would have code run must not
+    stand in a file, and was given on the command line of the comparison.
+    """
+    is_code = {name for name in ("trust_remote_code",) if values.get(name)}
+    is_code |= {"attn_implementation"} if "/" in str(values.get("attn_implementation")) else set()
+    kept = {name: value for name, value in values.items() if name not in is_code}
+    write_atomically(file, yaml.safe_dump(kept, sort_keys=False))
+    return ["--config", str(file), *(word for name in sorted(is_code) for word in (f"--{name}", str(values[name])))]
 
 
 def pairs_stage(folder: Path, *, prompts: Path, on_playground: bool, seed: int) -> dict[str, Any]:
@@ -492,7 +565,9 @@ def pairs_stage(folder: Path, *, prompts: Path, on_playground: bool, seed: int) 
 
 def near_stage(folder: Path, *, ranked: Path, positive_above: float, seed: int) -> dict[str, Any]:
     """CLICK's pairs of scored answers."""
-    pairs, report = pair_rows(read_jsonl(ranked), "likelihood_near", seed, positive_above=positive_above)
+    rows = read_jsonl(ranked)
+    # one pair to a prompt, as every method has one row to a prompt
+    pairs, report = pair_rows(rows, "likelihood_near", seed, max_pairs_per_prompt=1, positive_above=positive_above)
     PartialState().print(str(report))
     if not pairs:
         raise ValueError(

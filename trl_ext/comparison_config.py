@@ -69,7 +69,7 @@ RESERVED = (
 class ComparisonConfig(CommonConfig, TrainingArguments):
     """
     What is compared, and what all methods share: the fields of [`CommonConfig`], those of
-    [`~transformers.TrainingArguments`], which are handed on to every method where they are set, and
+    [`~transformers.TrainingArguments`], which are handed on to every method where they are given, and
 
     Parameters:
         methods (`list[str]`, *optional*): keys of `METHODS` and of `settings`; by default all for which the dataset
@@ -81,8 +81,9 @@ class ComparisonConfig(CommonConfig, TrainingArguments):
             `gradient_accumulation_steps`.
         max_length (`int`, *optional*, defaults to `1024`): longest prompt with answer, in tokens.
         settings (`dict` or `str`, *optional*): options of methods: `{"dpo": {"beta": 0.3}}`; with `all` of every
-            method that has them; with `method` a further one: `{"dpo_low": {"method": "dpo", "label": "DPO, beta
-            0.01", "beta": 0.01}}`. JSON on the command line.
+            method that has them; with `reward_model` of the one that RLOO is trained towards; with `method` a further
+            method: `{"dpo_low": {"method": "dpo", "label": "DPO, beta 0.01", "beta": 0.01}}`. JSON on the command
+            line, where it is added to what a config file says.
         click_threshold (`float`, *optional*, defaults to `0.5`): for CLICK: answers with a higher reward are positive.
         num_checkpoints (`int`, *optional*, defaults to `0`): how often during training reward and KL are looked at.
             Each costs a checkpoint on the disk, with the state of the optimiser.
@@ -176,7 +177,7 @@ class ComparisonConfig(CommonConfig, TrainingArguments):
                 f"settings: {name!r} sets {', '.join(taken)}, which the comparison sets itself, for all methods "
                 "alike. Leave it out; `max_steps`, `num_candidates`, `seeds` and so on are options of the comparison."
             )
-        if name in METHODS or name == "all":
+        if name in METHODS or name in SHARED:
             if "method" in values or "label" in values:
                 raise ValueError(
                     f"settings: {name!r} is a name that is taken. Call the further method something else."
@@ -205,8 +206,17 @@ class ComparisonConfig(CommonConfig, TrainingArguments):
         }
 
 
-# of a seed, beside those of the methods
-FOLDERS = ("all", "candidates", "prompts", "start", "sft", "pairs", "reward_model", "near")
+# options of training that a comparison has no use for -> why
+IDLE = {
+    "report_to": "the report is `comparison.html`",
+    "logging_steps": "every method logs ten times",
+    **dict.fromkeys(("eval_strategy", "eval_steps", "do_eval"), "models are evaluated on held-out prompts"),
+    **dict.fromkeys(("save_strategy", "save_steps", "save_total_limit"), "set `num_checkpoints`"),
+}
+# names in `settings` that are no methods
+SHARED = ("all", "reward_model")
+# folders of a seed, beside those of the methods
+FOLDERS = (*SHARED, "candidates", "prompts", "start", "sft", "pairs", "near")
 
 
 @dataclass
@@ -219,5 +229,10 @@ class ComparedRoundsConfig(RoundsConfig):
         if self.num_rounds != 1 or self.pair_rule is not None or self.pairs_per_prompt is not None:
             raise ValueError(
                 "num_rounds, pair_rule and pairs_per_prompt belong to the methods of a comparison. Leave them out."
+            )
+        if self.perplexity_model is not None:
+            raise ValueError(
+                "perplexity_model: the fixed model of a comparison is the one that all methods start from, as the KL "
+                "to it is compared. Leave it out."
             )
         super().__post_init__()

@@ -1,6 +1,5 @@
-"""What a run needs to be interrupted and gone on with: for every trainer here, and, by [`resumable`], for TRL's."""
+"""What a run needs to be interrupted and gone on with: for every trainer here, TRL's among them."""
 
-import functools
 import os
 import signal
 from pathlib import Path
@@ -92,9 +91,3 @@ class ResumableTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with naming_a_full_disk(Path(output_dir or self.args.output_dir)):
             super().save_model(output_dir, _internal_call)
-
-
-@functools.cache
-def resumable(trainer_class: type[Trainer]) -> type[Trainer]:
-    """A trainer of TRL with what [`ResumableTrainer`] adds; of the same name, losses and results."""
-    return type(trainer_class.__name__, (ResumableTrainer, trainer_class), {"__module__": __name__})

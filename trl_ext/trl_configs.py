@@ -15,6 +15,10 @@ _TOKENISED = "rows are tokenised before; prepare the tokenizer of the model inst
 class DPOConfig(SharingConfig, trl.DPOConfig):
     """[`~trl.DPOConfig`] with the fields of [`SharingConfig`]."""
 
+    unused_fields: ClassVar[dict[str, str]] = {
+        "truncation_mode": "cut prompts before training; completions are cut at the end"
+    }
+
 
 @dataclass
 class KTOConfig(CommonConfig, trl.KTOConfig):

@@ -90,8 +90,18 @@ def with_mismatched(batch: Columns) -> Columns:
     return {"KL_completion_ids": [batch["completion_ids"][-1], *batch["completion_ids"][:-1]]}
 
 
-def labelled(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of `prompt`, `completion` and `label` as one of `completions` and `scores`."""
+def labelled(row: dict[str, Any], index: int) -> dict[str, Any]:
+    """
+    A row of `prompt`, `completion` and `label` as one of `completions` and `scores`.
+
+    Raises:
+        ValueError: `label` is none of True, False, 1 and 0.
+    """
+    if row["label"] not in (True, False):
+        raise ValueError(
+            f"Row {index}: column 'label' holds {row['label']!r:.40}, which says neither good nor bad. Use true and "
+            "false, or 1 and 0."
+        )
     return {"completions": [row["completion"]], "scores": [1.0 if row["label"] else 0.0]}
 
 

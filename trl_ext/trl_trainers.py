@@ -160,26 +160,25 @@ class KTOTrainer(OurRows, trl.KTOTrainer):
         if has_trl_columns(columns):
             return dataset
         if {"completion", "label"} <= set(columns):
-            dataset = dataset.map(labelled, remove_columns=["completion", "label"])
-        dataset = super().trl_rows(dataset, processing_class, args, name)
-        if name == "train":
-            dataset = dataset.shuffle(seed=args.seed)
-            if isinstance(dataset, Dataset):
-                _say_if_unbalanced(dataset["label"], args)
+            dataset = dataset.map(labelled, with_indices=True, remove_columns=["completion", "label"])
+        dataset = super().trl_rows(dataset, processing_class, args, name).shuffle(seed=args.seed)
+        if name == "train" and isinstance(dataset, Dataset):
+            _say_if_unbalanced(dataset["label"], args)
         if args.loss_type == "apo_zero_unpaired":  # the one loss without a reference point
             return dataset
-        return dataset.map(with_mismatched, batched=True, batch_size=args.per_device_train_batch_size)
+        size = args.per_device_train_batch_size if name == "train" else args.per_device_eval_batch_size
+        return dataset.map(with_mismatched, batched=True, batch_size=size)
 
 
 def _say_if_unbalanced(labels: list[bool], args: Any) -> None:
     """KTO (https://huggingface.co/papers/2402.01306, eq. 8) wants good and bad answers of about equal total weight."""
     good = sum(labels)
     weights = args.desirable_weight * good, args.undesirable_weight * (len(labels) - good)
-    if min(weights) == 0 or not 1 <= weights[0] / weights[1] <= 4 / 3:
+    if min(weights) == 0 or not 1 <= weights[0] / weights[1] <= 3 / 2:
         logger.log(
             logging.WARNING,
             f"{good} answers are good and {len(labels) - good} bad, with the weights {args.desirable_weight} and "
-            f"{args.undesirable_weight}. KTO advises weights with which good over bad is between 1 and 4/3: set "
+            f"{args.undesirable_weight}. KTO advises weights with which good over bad is between 1 and 3/2: set "
             "`desirable_weight` or `undesirable_weight`.",
         )
 
@@ -231,7 +230,8 @@ class RLOOTrainer(ResumableTrainer, trl.RLOOTrainer):
                 "such as `recipes/reward.py` trains."
             )
         name = model if isinstance(model, str) else model.config._name_or_path
-        tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+        revision = (args.model_init_kwargs or {}).get("revision") or "main"
+        tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=args.trust_remote_code)
         train_dataset = _usable_prompts(train_dataset, tokenizer, args, "train")
         if eval_dataset is not None:
             eval_dataset = _usable_prompts(eval_dataset, tokenizer, args, "eval")
