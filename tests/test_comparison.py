@@ -10,7 +10,7 @@ import yaml
 
 from tests.conftest import PAIRS, REPOSITORY, read_jsonl
 from trl_ext.cli import given_options, parse_recipe_args
-from trl_ext.comparison import REWARD_MODEL, OneSeed, shared_settings, with_settings_of_file, write_config
+from trl_ext.comparison import REWARD_MODEL, OneSeed, shared_settings, with_settings_of_file, without_code
 from trl_ext.comparison_config import METHODS, ComparisonConfig
 from trl_ext.comparison_results import ComparisonResults
 from trl_ext.playground import Playground, preference_rows, read_answer
@@ -153,11 +153,11 @@ def test_so_many_checkpoints_as_are_asked_for(updates, looks, steps, tmp_path):
     assert list(range(every, updates, every)) == steps
 
 
-def test_code_is_handed_on_by_the_command_line_alone(tmp_path):
+def test_code_is_handed_on_by_the_command_line_alone():
     values = {"trust_remote_code": True, "attn_implementation": "somebody/kernel", "beta": 0.1}
-    words = write_config(tmp_path / "config.yaml", values)
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"beta": 0.1}
-    assert words[2:] == ["--attn_implementation", "somebody/kernel", "--trust_remote_code", "True"]
+    kept, words = without_code(values)
+    assert kept == {"beta": 0.1}
+    assert words == ["--attn_implementation", "somebody/kernel", "--trust_remote_code", "True"]
 
 
 def test_what_two_rounds_and_the_report_need(tmp_path):

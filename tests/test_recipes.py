@@ -53,7 +53,7 @@ def small_run(model_dir, data, output_dir, **kwargs):
 
 
 def launch(command, **kwargs):
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=REPOSITORY, **kwargs)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=REPOSITORY, **kwargs)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
 

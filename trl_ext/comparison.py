@@ -20,6 +20,7 @@ import difflib
 import importlib.util
 import json
 import math
+import os
 import resource
 import shlex
 import sys
@@ -267,10 +268,11 @@ class OneSeed:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "config.yaml"
             values |= {"model_name_or_path": "model", "dataset_name": "data", "output_dir": folder}
-            words = write_config(file, values)
+            kept, words = without_code(values)
+            file.write_text(yaml.safe_dump(kept))
             recipe = self.recipes / f"{method.recipe}.py"
             try:
-                parse_recipe_args(recipe_dataclasses(recipe), recipe, words)
+                parse_recipe_args(recipe_dataclasses(recipe), recipe, ["--config", str(file), *words])
             except SystemExit:
                 raise ValueError(
                     f"settings: {name!r} has a value that `{recipe.name}` cannot read, see above."
@@ -320,16 +322,17 @@ class OneSeed:
         halves = [self.config.max_steps // 2, self.config.max_steps - self.config.max_steps // 2]
         half = self.sampling.num_candidates // 2
         sizes = [half, self.sampling.num_candidates - half] if method.data == "rounds" else [1, 1]
-        whole, seconds = rounds.sampling, 0.0
+        whole, at_least, seconds = rounds.sampling, rounds.min_completions, 0.0
         for number, (updates, answers) in enumerate(zip(halves, sizes, strict=True), start=1):
             part = f"{name}/round-{number}"
             rounds.sampling = SamplingConfig(
                 **{**dataclasses.asdict(whole), "num_candidates": answers, "keep_duplicates": answers == 1}
             )
+            rounds.min_completions = min(answers, at_least)
             try:
                 data = rounds.make_candidates(part, model, draw=number)
             finally:
-                rounds.sampling = whole
+                rounds.sampling, rounds.min_completions = whole, at_least
             sampled += self._num_sampled(part)
             seconds += self._seconds(f"{part}/candidates")
             if method.data == "self_play":
@@ -516,14 +519,20 @@ def _options(recipe: Path) -> set[str]:
 
 def train_stage(folder: Path, *, model: Path, data: Path, recipe: Path, values: dict[str, Any]) -> dict[str, Any]:
     """A recipe's own training."""
-    file = folder / "config.yaml"
     named = {**values, **dict(zip(NAMED, (str(model), str(data), str(folder)), strict=True))}
-    with PartialState().main_process_first():  # all write the same, one after another
-        words = write_config(file, named)
+    kept, words = without_code(named)
+    content = yaml.safe_dump(kept, sort_keys=False)
+    if os.environ.get("RANK", "0") == "0":  # Accelerate's state is the trainer's to make
+        write_atomically(folder / "config.yaml", content)
     spec = importlib.util.spec_from_file_location(f"trl_ext_recipe_{recipe.stem}", recipe)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    results = module.train(words, model=str(model), data=str(data), output_dir=str(folder))
+    with tempfile.TemporaryDirectory() as own:  # each process has the file when it reads it
+        file = Path(own) / "config.yaml"
+        file.write_text(content, encoding="utf-8")
+        results = module.train(
+            ["--config", str(file), *words], model=str(model), data=str(data), output_dir=str(folder)
+        )
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     logged = [entry for entry in history if entry.get("logps/chosen") is not None and "logps/rejected" in entry]
     if torch.accelerator.is_available():
@@ -539,16 +548,15 @@ def train_stage(folder: Path, *, model: Path, data: Path, recipe: Path, values: 
     }
 
 
-def write_config(file: Path, values: dict[str, Any]) -> list[str]:
+def without_code(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """
-    Write a recipe's config; returns the arguments with which the recipe reads it: what would have code run must not
-    stand in a file, and was given on the command line of the comparison.
+    What may stand in a recipe's config file, and the arguments beside it: what would have code run must not stand in a
+    file, and was given on the command line of the comparison.
     """
     is_code = {name for name in ("trust_remote_code",) if values.get(name)}
     is_code |= {"attn_implementation"} if "/" in str(values.get("attn_implementation")) else set()
     kept = {name: value for name, value in values.items() if name not in is_code}
-    write_atomically(file, yaml.safe_dump(kept, sort_keys=False))
-    return ["--config", str(file), *(word for name in sorted(is_code) for word in (f"--{name}", str(values[name])))]
+    return kept, [word for name in sorted(is_code) for word in (f"--{name}", str(values[name]))]
 
 
 def pairs_stage(folder: Path, *, prompts: Path, on_playground: bool, seed: int) -> dict[str, Any]:
