@@ -64,7 +64,7 @@ def one_seed(*arguments):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"methods": ["dpoo"]}, "'dpoo' is not known.* it may be meant for 'dpo'"),
+        ({"methods": ["dpoo"]}, "'dpoo' is not known.* 'dpoo' may be meant for 'dpo'"),
         ({"seeds": [1, 1]}, "has none, or one twice"),
         ({"max_steps": 1}, "max_steps=1: methods that train twice"),
         ({"settings": "{"}, "is not JSON"),

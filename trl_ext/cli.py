@@ -3,7 +3,6 @@
 import argparse
 import atexit
 import dataclasses
-import difflib
 import json
 import os
 import reprlib
@@ -13,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from .safety import WIDER_THAN_DECLARED, has_type, list_items, refuse_code_in_config, shown_hint
+from .safety import WIDER_THAN_DECLARED, has_type, list_items, maybe_meant, refuse_code_in_config, shown_hint
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -157,10 +156,9 @@ def read_config(file: str | Path, dataclass_types: Sequence[type], args: Sequenc
     known = [entry.name for one in dataclass_types for entry in dataclasses.fields(one) if entry.init]
     unknown = [key for key in values if key not in known and key != "env"]
     if unknown:
-        close = difflib.get_close_matches(unknown[0], known, n=1)
         raise ValueError(
             f"The config file {file} has the unknown arguments {', '.join(map(reprlib.repr, unknown))}. Leave them "
-            "out" + (f"; {unknown[0]!r} may be meant for {close[0]!r}." if close else ".")
+            "out" + maybe_meant(unknown[0], known)
         )
     given = [word[2:].partition("=")[0].replace("-", "_") for word in args if word.startswith("--")]
     refuse_code_in_config(values, file, given)

@@ -16,7 +16,7 @@ fails does not take the others with it.
 """
 
 import dataclasses
-import difflib
+import functools
 import importlib.util
 import json
 import math
@@ -41,8 +41,9 @@ from .comparison_results import ComparisonResults, MethodResult
 from .data import RowOptions
 from .ranking import pair_rows
 from .recipe_help import recipe_dataclasses
-from .rounds import Rounds, evaluation_stage, merged_model, read_jsonl, start_rounds, write_jsonl
-from .sampling import SamplingConfig, write_atomically
+from .rounds import Rounds, evaluation_stage, merged_model, read_jsonl, replaced, start_rounds, write_jsonl
+from .safety import maybe_meant
+from .sampling import write_atomically
 from .scoring import as_text
 from .stages import without_secrets
 
@@ -141,7 +142,7 @@ class OneSeed:
         script_args, config, model_args, dataset_args, sampling, ranking = parsed
         self.recipes, self.seed, self.model_args, self.given = recipes, seed, model_args, given
         self.config = dataclasses.replace(config, output_dir=str(Path(config.output_dir) / f"seed-{seed}"), seed=seed)
-        self.sampling = SamplingConfig(**{**dataclasses.asdict(sampling), "sampling_seed": seed})
+        self.sampling = replaced(sampling, sampling_seed=seed)
         self.on_playground = is_playground(*parsed)
         known = {**METHODS, **config.variants}
         self.methods = {name: known[name] for name in config.methods or known}
@@ -215,8 +216,8 @@ class OneSeed:
         options = _options(self.recipes / f"{method.recipe}.py")
         shared = shared_settings(config, self.model_args, self.given)
         prompts = config.per_device_train_batch_size
-        own = {**config.settings.get("all", {}), **METHOD_VALUES.get(method.recipe, {})}
-        own = {**own, **method.values, **config.settings.get(self._made_of(name), {}), **config.settings.get(name, {})}
+        own = {**config.settings.get("all", {}), **method.values}
+        own = {**own, **config.settings.get(self._made_of(name), {}), **config.settings.get(name, {})}
         save = math.ceil(updates / (config.num_checkpoints + 1)) if config.num_checkpoints else None
         values = {
             **shared,
@@ -248,10 +249,9 @@ class OneSeed:
         given = {*config.settings.get(name, {}), *config.settings.get(self._made_of(name), {})} - {"method", "label"}
         unknown = sorted(given - options)
         if unknown:
-            close = difflib.get_close_matches(unknown[0], options, n=1)
             raise ValueError(
                 f"settings: {name!r} has the unknown options {', '.join(unknown)}. Leave them out"
-                + (f"; {unknown[0]!r} may be meant for {close[0]!r}." if close else ".")
+                + maybe_meant(unknown[0], options)
             )
         return {key: value for key, value in values.items() if key in options}
 
@@ -310,11 +310,9 @@ class OneSeed:
 
     def _reward_model(self) -> Path:
         """A reward model of the candidates, for RLOO."""
-        method = REWARD_MODEL
-        self._train(
-            "reward_model", method, self.rounds.model, self._candidates(), updates=self.config.max_steps, answers=1
-        )
-        return self.rounds.run.path("reward_model", "model")
+        rounds, updates = self.rounds, self.config.max_steps
+        self._train("reward_model", REWARD_MODEL, rounds.model, self._candidates(), updates=updates, answers=1)
+        return rounds.run.path("reward_model", "model")
 
     def _twice(self, name: str, method: Method) -> tuple[list[dict], Path, int, float]:
         """Two trainings of half the updates, each on answers of the model before it."""
@@ -325,9 +323,7 @@ class OneSeed:
         whole, at_least, seconds = rounds.sampling, rounds.min_completions, 0.0
         for number, (updates, answers) in enumerate(zip(halves, sizes, strict=True), start=1):
             part = f"{name}/round-{number}"
-            rounds.sampling = SamplingConfig(
-                **{**dataclasses.asdict(whole), "num_candidates": answers, "keep_duplicates": answers == 1}
-            )
+            rounds.sampling = replaced(whole, num_candidates=answers, keep_duplicates=answers == 1)
             rounds.min_completions = min(answers, at_least)
             try:
                 data = rounds.make_candidates(part, model, draw=number)
@@ -367,7 +363,7 @@ class OneSeed:
             yield result
 
     def _play(self, name: str, method: Method) -> MethodResult:
-        rounds = self.rounds
+        rounds, before = self.rounds, 0.0
         if method.recipe is None:
             trainings, model, sampled, parts, sampling = [], Path(rounds.model), 0, [], math.nan
         elif method.data in ("rounds", "self_play"):
@@ -379,7 +375,7 @@ class OneSeed:
             trainings = [self._train(name, method, rounds.model, data, updates=self.config.max_steps, answers=answers)]
             sampling = self._seconds("candidates/candidates") if sampled else math.nan
             if method.data == "prompts":
-                trainings[0]["seconds"] += self._seconds("reward_model/model")
+                before = self._seconds("reward_model/model")
                 sampled = self.config.max_steps * _prompts_per_update(self.config) * answers
             model = Path(merged_model(rounds.run, name, trust_remote_code=self.config.trust_remote_code))
             parts = [name]
@@ -408,10 +404,11 @@ class OneSeed:
         if "judge" in answers[0]:
             result.scores["judge"] = [one["judge"] for one in answers]
         if trainings:
-            result.seconds = sum(figures["seconds"] for figures in trainings)
+            seconds = sum(figures["seconds"] for figures in trainings)
+            result.seconds = seconds + before
             result.peak_memory_mib = max(figures["peak_memory_mib"] for figures in trainings)
             tokens = [figures["num_tokens"] for figures in trainings]
-            result.tokens_per_second = None if None in tokens else sum(tokens) / result.seconds
+            result.tokens_per_second = None if None in tokens else sum(tokens) / seconds
             result.curve = self._curve(parts, trainings)
         if self.model_args.use_peft and method.models_resident == "2":
             result.models_resident = "1 + LoRA"
@@ -433,7 +430,7 @@ class OneSeed:
         return points
 
     def _looks(self, part: str, updates: int) -> dict[int, dict[str, float]]:
-        if not self.config.num_checkpoints or self.model_args.use_peft:
+        if not self.config.num_checkpoints:
             return {}
         rounds = self.rounds
         steps = [int(path.name.split("-")[1]) for path in rounds.run.path(part, "model").glob("checkpoint-*")]
@@ -446,9 +443,7 @@ class OneSeed:
             inputs={"model": rounds.run.path(part, "model"), "prompts": rounds.watched},
             steps=steps,
             num_prompts=self.config.num_checkpoint_prompts,
-            config=SamplingConfig(
-                **{**dataclasses.asdict(rounds.sampling), "num_candidates": 1, "keep_duplicates": True}
-            ),
+            config=replaced(rounds.sampling, num_candidates=1, keep_duplicates=True),
             ranking=rounds.config,
             perplexity_model=rounds.fixed_model,
             load=rounds.load,
@@ -463,10 +458,8 @@ LOOKED_AT = ("reward", "kl", "chosen_logps", "rejected_logps")
 # fields of the comparison that are no options of its methods, or are set one by one
 NOT_HANDED_ON = (
     *RESERVED, *IDLE, "methods", "seeds", "settings", "click_threshold", "num_checkpoints", "num_checkpoint_prompts",
-    "max_length", "logging_steps", "report_to", "on_invalid_row", "model_revision",
+    "max_length", "on_invalid_row", "model_revision",
 )  # fmt: skip
-# what makes the recipes comparable
-METHOD_VALUES: dict[str, dict[str, Any]] = {"spin": {"num_iterations": 1}}
 
 
 def shared_settings(config: ComparisonConfig, model_args: Any, given: Collection[str]) -> dict[str, Any]:
@@ -494,20 +487,20 @@ def check_shared(config: ComparisonConfig, recipes: Path) -> None:
     Refuse options in `settings` that nobody reads.
 
     Raises:
-        ValueError: an option of `all` that no method has, or settings of a method that is not compared.
+        ValueError: an option of `all` that no method has.
     """
     known = set().union(
         *(_options(recipes / f"{method.recipe}.py") for method in METHODS.values() if method.recipe is not None)
     )
     unknown = sorted(set(config.settings.get("all", {})) - known)
     if unknown:
-        close = difflib.get_close_matches(unknown[0], known, n=1)
         raise ValueError(
             f"settings: 'all' has the options {', '.join(unknown)}, which no method has. Leave them out"
-            + (f"; {unknown[0]!r} may be meant for {close[0]!r}." if close else ".")
+            + maybe_meant(unknown[0], known)
         )
 
 
+@functools.cache
 def _options(recipe: Path) -> set[str]:
     """Names of a recipe's options."""
     classes = imported(recipe_dataclasses(recipe))

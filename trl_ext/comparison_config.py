@@ -1,7 +1,6 @@
 """What `recipes/compare.py` compares, and its settings."""
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from transformers import TrainingArguments
 
 from .common_config import CommonConfig
 from .rounds import RoundsConfig
+from .safety import maybe_meant
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ METHODS = {
     "slic_sample_rank": Method("SLiC-HF sample-rank", "slic"),
     "rrhf": Method("RRHF", "rrhf"),
     "rrhf_two_rounds": Method("RRHF, two rounds", "rrhf", data="rounds"),
-    "spin": Method("SPIN", "spin", data="self_play", needs="reference"),
+    "spin": Method("SPIN", "spin", data="self_play", needs="reference", values={"num_iterations": 1}),
     "click": Method("CLICK", "train_click", data="likelihood_near", needs="reference"),
     "dpo": Method("DPO", "dpo", models_resident="2"),
     "ipo": Method("IPO", "ipo"),
@@ -161,10 +161,8 @@ class ComparisonConfig(CommonConfig, TrainingArguments):
         known = [*METHODS, *self.variants]
         for name in self.methods or ():
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
                 raise ValueError(
-                    f"methods: {name!r} is not known. Set it to some of {', '.join(known)}"
-                    + (f"; it may be meant for {close[0]!r}." if close else ".")
+                    f"methods: {name!r} is not known. Set it to some of {', '.join(known)}" + maybe_meant(name, known)
                 )
         super().__post_init__()
 

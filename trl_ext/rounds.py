@@ -409,7 +409,7 @@ class Rounds:
             evaluation_stage,
             inputs={"model": Path(model), "prompts": self.watched, **first},
             # the same random numbers for every model: what differs is the model
-            config=_replace(self.sampling, num_candidates=1, keep_duplicates=True),
+            config=replaced(self.sampling, num_candidates=1, keep_duplicates=True),
             ranking=self.config,
             perplexity_model=self.fixed_model,
             load=self.load,
@@ -422,7 +422,7 @@ class Rounds:
             f"{name}/candidates",
             sample_stage,
             inputs={"model": Path(model), "prompts": self.prompts},
-            config=_replace(self.sampling, sampling_seed=self.sampling.sampling_seed + draw),
+            config=replaced(self.sampling, sampling_seed=self.sampling.sampling_seed + draw),
             mix_in=self.config.mix_in or (),
             load=self.load,
         )
@@ -783,7 +783,8 @@ def as_jsonl(rows: Sequence[dict]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def _replace(config: SamplingConfig, **changes: Any) -> SamplingConfig:
+def replaced(config: SamplingConfig, **changes: Any) -> SamplingConfig:
+    """The same settings but for some."""
     return SamplingConfig(**{**asdict(config), **changes})
 
 

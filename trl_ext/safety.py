@@ -8,6 +8,7 @@ What files and settings that come from somebody else cannot do: run code.
 """
 
 import contextlib
+import difflib
 import json
 import numbers
 import os
@@ -15,7 +16,7 @@ import pickle
 import re
 import reprlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from enum import Enum
 from importlib import import_module
@@ -338,6 +339,12 @@ def _kind(value: Any) -> str:
 
 def _exceeds_floats(value: Any) -> bool:
     return isinstance(value, int) and abs(value) > sys.float_info.max
+
+
+def maybe_meant(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: what it may be meant for, if there is something like it."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; {name!r} may be meant for {close[0]!r}." if close else "."
 
 
 def shown_hint(hint: Any) -> str:
