@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,6 +21,13 @@ from trl_ext.playground import save_byte_level_model
 disable_progress_bars()
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+def pytest_runtest_setup(item):
+    """Where time is limited, long tests that would begin after `LONG_TESTS_UNTIL` (seconds since 1970) are skipped."""
+    until = os.environ.get("LONG_TESTS_UNTIL")
+    if until is not None and time.time() > float(until) and any(map(item.get_closest_marker, ("slow", "matrix"))):
+        pytest.skip("NOT RUN: the time for long tests is over (LONG_TESTS_UNTIL)")
 
 
 @pytest.fixture(scope="session")
