@@ -41,6 +41,11 @@ BEYOND = [
     for loss in ({"reg_type": "kl"}, {"calibration": "list_rank"})
 ]
 BEYOND += [Cell(strategy, "rrhf", "qlora_bf16", "1x2x2") for strategy in ("ddp", "zero2", "zero3")]
+BEYOND += [
+    Cell(strategy, "ipo", trained, split, "seven ranked", loss={"beta": 0.5, "log_ratios": log_ratios})
+    for strategy in ("ddp", "zero2", "zero3")
+    for trained, split, log_ratios in (("full", "2x1x2", "sum"), ("lora", "1x2x2", "mean"))
+]
 # TRL would have PEFT under ZeRO-3 checkpointed with 'use_reentrant': True
 NOT_REENTRANT = {**TWO_AT_A_TIME, "activation_checkpointing_kwargs": {"use_reentrant": False}}
 BEYOND += [

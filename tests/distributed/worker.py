@@ -25,6 +25,8 @@ from trl import DPOConfig, DPOTrainer
 from trl_ext import (
     CLICKConfig,
     CLICKTrainer,
+    IPOConfig,
+    IPOTrainer,
     RRHFConfig,
     RRHFTrainer,
     SLiCConfig,
@@ -39,6 +41,7 @@ from trl_ext.cli import run_recipe
 METHODS = {
     "click": (CLICKTrainer, CLICKConfig),
     "dpo": (DPOTrainer, DPOConfig),
+    "ipo": (IPOTrainer, IPOConfig),
     "rrhf": (RRHFTrainer, RRHFConfig),
     "slic": (SLiCTrainer, SLiCConfig),
     "spin": (SPINTrainer, SPINConfig),
