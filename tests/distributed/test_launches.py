@@ -183,6 +183,11 @@ def test_slic_on_two_processes_of_a_cpu(model_dir, data):
         ("zero2.yaml", "train_click.py", "pairs", []),
         ("zero3.yaml", "spin.py", "pairs", ["--beta", "1.0"]),
         ("zero3_offload.yaml", "slic.py", "pairs", []),
+        ("zero2.yaml", "dpo.py", "pairs", []),
+        ("zero3.yaml", "orpo.py", "pairs", []),
+        ("zero3.yaml", "kto.py", "pairs", ["--per_device_train_batch_size", "4"]),  # a pair is two of its rows
+        ("zero3.yaml", "reward.py", "pairs", []),
+        ("zero1.yaml", "best_of_n.py", "ranked", []),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
