@@ -1,0 +1,265 @@
+"""The user guide: its rows are read, its commands parsed, its figures computed and its code run; and links hold."""
+
+import functools
+import json
+import re
+import shutil
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from trl import DatasetMixtureConfig, ScriptArguments
+
+from tests.conftest import REPOSITORY
+from tests.reference import sequence_logp
+from trl_ext import CLICKTrainer, IPOTrainer, RRHFTrainer, SLiCTrainer, SPINTrainer
+from trl_ext.cli import imported, load_datasets, load_prompts
+from trl_ext.data import RowOptions
+from trl_ext.orpo_trainer import ORPOTrainer
+from trl_ext.recipe_help import recipe_dataclasses
+from trl_ext.rounds import check_prompts
+from trl_ext.scoring import build_scorers, score_rows
+from trl_ext.self_play import is_sft_data, sft_rows
+from trl_ext.trl_trainers import BestOfNTrainer, DPOTrainer, KTOTrainer, OurRows, RewardTrainer, _usable_prompts
+
+GUIDE = REPOSITORY / "recipes" / "README.md"
+PAGES = ["README.md", "recipes/README.md", "recipes/OPTIONS.md", "accelerate_configs/README.md",
+         "benchmarks/claims/README.md"]  # fmt: skip
+
+
+def section(title: str) -> str:
+    """Text of a section of the guide, without its heading."""
+    return re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", GUIDE.read_text(), re.S | re.M)[1]
+
+
+# Data
+
+
+THE_NINE = ["slic", "rrhf", "train_click", "dpo", "ipo", "orpo", "kto", "best_of_n", "reward"]
+TRAINERS = {
+    "slic": SLiCTrainer, "rrhf": RRHFTrainer, "train_click": CLICKTrainer, "ipo": IPOTrainer, "spin": SPINTrainer,
+    "dpo": DPOTrainer, "orpo": ORPOTrainer, "kto": KTOTrainer, "best_of_n": BestOfNTrainer, "reward": RewardTrainer,
+}  # fmt: skip
+
+
+def formats() -> dict[str, tuple[dict, set[str]]]:
+    """Each format that the guide shows: its row, and what reads it."""
+    found = re.findall(r"^\*\*(.+?)\.\*\*(.+?)\n+```json\n(.+?)\n```", section("Data, with a row each"), re.S | re.M)
+    shown = {}
+    for name, text, row in found:
+        said = re.search(r"Read by (.+?)\.$", text.replace("\n", " ").strip())[1]
+        readers = set(re.findall(r"`(\w+)\.py`", said))
+        readers |= set(THE_NINE) if "the nine" in said else set()
+        readers |= {"prompts"} if re.search(r"\bprompts\b", said) else set()
+        shown[name] = json.loads(row), readers
+    return shown
+
+
+FORMATS = formats()
+
+
+def saved(name: str, folder: Path) -> Path:
+    """The row of a format as a file."""
+    (folder / "rows.jsonl").write_text(json.dumps(FORMATS[name][0]) + "\n")
+    return folder / "rows.jsonl"
+
+
+def load(path: Path) -> Dataset:
+    return load_datasets(ScriptArguments(str(path)), DatasetMixtureConfig(), with_eval=False, seed=0)[0]
+
+
+def read(reader: str, path: Path, tokenizer, dataset: Dataset | None = None) -> list[dict]:
+    """What a recipe makes of a file of rows, by the code with which it reads them, before any model is loaded."""
+    if reader == "prompts":
+        rows = load_prompts(ScriptArguments(str(path)), DatasetMixtureConfig())
+        return check_prompts(rows, tokenizer, RowOptions(reference=True), (), "error")
+    dataset, args = load(path) if dataset is None else dataset, config(reader)
+    if reader == "rl":
+        return _usable_prompts(dataset, tokenizer, args, "train").to_list()
+    if reader == "spin" and is_sft_data(dataset):
+        return sft_rows(dataset, tokenizer, args, None, "train")
+    trainer = TRAINERS[reader].__new__(TRAINERS[reader])  # with a model, it would only take longer
+    trainer.data_reports = {}
+    if isinstance(trainer, OurRows):
+        return trainer.trl_rows(dataset, tokenizer, args, "train").to_list()
+    trainer._check_arguments(args, "model", None, dataset, None, None)
+    return trainer._prepare(dataset, tokenizer, args, "train", trainer._row_options(args)).to_list()
+
+
+@functools.cache
+def config(recipe: str):
+    """The recipe's own config, as it is without arguments."""
+    return imported(recipe_dataclasses(REPOSITORY / "recipes" / f"{recipe}.py"))[1]("unused", bf16=False)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_row_is_read_by_those_that_the_guide_names_and_refused_by_the_others(name, tmp_path, tokenizer):
+    readers, path = FORMATS[name][1], saved(name, tmp_path)
+    dataset = load(path)
+    for reader in [*TRAINERS, "rl", "prompts"]:
+        if reader in readers:
+            assert read(reader, path, tokenizer, dataset), reader
+        else:
+            with pytest.raises(ValueError, match="dataset has (the columns|a column)"):
+                read(reader, path, tokenizer, dataset)
+                pytest.fail(f"{reader} reads it, and the guide does not say so")
+
+
+def test_what_the_guide_says_of_a_row_is_what_comes_out(tmp_path, tokenizer):
+    def made(name, reader):
+        return read(reader, saved(name, tmp_path), tokenizer)
+
+    def text(ids):
+        return tokenizer.decode(ids)
+
+    assert set(FORMATS) >= {"Pair", "Ranked list", "Single answer with a label", "Row of SFT", "Prompt", "Tools"}
+    for name in ("Pair", "Pair with an implicit prompt"):
+        (row,) = made(name, "slic")
+        assert text(row["prompt_ids"]).strip() == "2 + 2?" and len(row["completion_ids"]) == 2
+    for name in ("Pair, conversational", "Pair of whole conversations"):
+        (row,) = made(name, "dpo")
+        assert text(row["prompt_ids"]) == "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+        assert made(name, "prompts")[0]["prompt"] == [{"role": "user", "content": "2 + 2?"}]
+    (row,) = made("Pair with a reference", "slic")
+    assert text(row["completion_ids"][row["reference_index"]]) == "It is 4.<|im_end|>"
+    (row,) = made("Pair with scores", "rrhf")
+    assert row["scores"] == [9.0, 2.5]
+    assert made("Pair with a margin", "reward")[0]["margin"] == 1.5
+    assert len(made("Ranked list", "ipo")[0]["completion_ids"]) == 3
+    assert len(made("Ranked list", "kto")) == 2 and made("Single answer with a label", "kto")[0]["label"] is True
+    assert text(made("Ranked list", "best_of_n")[0]["input_ids"]) == "2 + 2? 4<|im_end|>"
+    assert '"name": "add"' in text(made("Tools", "slic")[0]["prompt_ids"])
+    (row,) = made("Conversation of SFT", "spin")
+    assert row["completion"] == [{"role": "assistant", "content": "4"}]
+
+
+def test_the_reward_function_scores_the_rows_beside_it(tmp_path):
+    (code,) = re.findall(r"```python\n(.+?)```", section("Data, with a row each"), re.S)
+    (tmp_path / "my_rewards.py").write_text(code)
+    row = {**FORMATS["Prompt with columns for a reward"][0], "completions": ["4", "5", " 4 it is"]}
+    (scored,) = score_rows([row], build_scorers([f"{tmp_path / 'my_rewards.py'}:score"]))
+    assert scored["scores"] == [1.0, 0.0, 1.0]
+
+
+# Hardware
+
+
+def test_the_memory_of_lora_is_what_the_model_computes(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    scaling = import_module("scaling")
+    model = scaling.ARCHITECTURES[0]
+    held = scaling.states("ddp", model.parameters + model.lora, model.lora, 1)
+    rows = re.findall(r"^\| K = (\d), (\w+) \| (.+) \|$", section("Hardware"), re.M)
+    assert len(rows) == 4
+    for k, way, cells in rows:
+        batch, shared = (2048, 512, int(k)), way == "shared"
+        assert batch in scaling.BATCHES
+        each = model.activations(*scaling.tokens_of(batch, shared), checkpointing=True, shared=shared)
+        assert cells.split(" | ") == [f"{(held + prompts * each) / 1e9:.1f}" for prompts in (1, 2, 4)]
+    assert f"{2 * model.parameters / 1e9:.1f} GB" in section("Hardware")
+
+
+# A loss of one's own
+
+ROWS = [
+    {"prompt": "The capital of France is ", "completions": ["Paris", "Lyon", "a city"], "scores": [1.0, 0.0, 0.4]},
+    {"prompt": "What is two and two? ", "completions": ["4", "22, I think"], "scores": [1.0, 0.0]},
+    {"prompt": "The opposite of up is ", "completions": ["down", "up", "left", "in"], "scores": [0.9, 0.1, 0.5, 0.5]},
+    {"prompt": "Say yes, please. ", "completions": ["yes", "no"], "scores": [1.0, 1.0]},
+]
+
+
+@pytest.fixture
+def own_loss(tmp_path, monkeypatch):
+    """The module that the guide shows, imported from a file as a user's would be."""
+    (code,) = re.findall(r"```python\n(.+?)```", section("A loss of your own"), re.S)
+    (tmp_path / "own_loss.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own_loss", raising=False)
+    yield import_module("own_loss")
+    del sys.modules["own_loss"]
+
+
+def squared_hinge(model, tokenizer, margin):
+    """The mean loss over `ROWS`, one sequence and one pair at a time."""
+    losses = []
+    for row in ROWS:
+        prompt, means = tokenizer(row["prompt"])["input_ids"], []
+        for completion in row["completions"]:
+            ids = tokenizer(completion + tokenizer.eos_token)["input_ids"]
+            means.append(sequence_logp(model, prompt, ids).item() / len(ids))
+        hinges = [
+            max(margin - (means[i] - means[j]), 0.0) ** 2
+            for i, better in enumerate(row["scores"])
+            for j, worse in enumerate(row["scores"])
+            if better > worse
+        ]
+        losses.append(sum(hinges) / len(hinges) if hinges else 0.0)
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("prefix_sharing", [True, False])
+def test_the_loss_of_the_guide_is_its_formula_and_trains(prefix_sharing, own_loss, model, tokenizer, config_kwargs):
+    expected = squared_hinge(model, tokenizer, margin=0.7)
+    kwargs = {**config_kwargs, "per_device_train_batch_size": 4, "num_train_epochs": 4}
+    args = own_loss.SquaredHingeConfig(**kwargs, margin=0.7, prefix_sharing=prefix_sharing)
+    trainer = own_loss.SquaredHingeTrainer(model, args=args, train_dataset=Dataset.from_list(ROWS),
+                                           processing_class=tokenizer)  # fmt: skip
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert losses[0] == pytest.approx(expected, rel=1e-5) and expected > 0.1
+    assert squared_hinge(model, tokenizer, margin=0.7) < losses[-1] < losses[0] / 10
+    first = trainer.state.log_history[0]
+    assert 0 <= first["rewards/accuracies"] <= 1 and "rewards/margins" in first and "entropy" in first
+    shared = trainer.prefix_sharing.statistics.num_shared if prefix_sharing else 0
+    assert shared == (4 if prefix_sharing else 0) and (trainer.prefix_sharing is not None) == prefix_sharing
+
+
+def test_the_loss_of_the_guide_goes_on_after_an_interruption(own_loss, model_dir, config_kwargs):
+    kwargs = {**config_kwargs, "num_train_epochs": 2, "save_strategy": "steps"}
+
+    def train(folder, resume=False):
+        args = own_loss.SquaredHingeConfig(**{**kwargs, "output_dir": folder}, save_steps=2)
+        trainer = own_loss.SquaredHingeTrainer(model_dir, args=args, train_dataset=Dataset.from_list(ROWS))
+        trainer.train(resume_from_checkpoint=resume or None)
+        trainer.save_model()
+        return load_file(Path(folder) / "model.safetensors")
+
+    folder = Path(kwargs["output_dir"])
+    whole = train(str(folder))
+    shutil.rmtree(folder / "checkpoint-4")
+    resumed = train(str(folder), resume=True)
+    assert all(torch.equal(resumed[name], weights) for name, weights in whole.items())
+    assert "squared-hinge" in (folder / "README.md").read_text()
+
+
+# Links
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of the headings of a page."""
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.S | re.M)
+    titles = re.findall(r"^#+ (.+)", text, re.M)
+    titles = [re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in titles]
+    return {title + (f"-{n}" if (n := titles[:place].count(title)) else "") for place, title in enumerate(titles)}
+
+
+def links(page: Path) -> list[str]:
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.S | re.M)
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    page = REPOSITORY / name
+    found, broken = links(page), []
+    for link in found:
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert len(found) >= 3 and not broken
