@@ -325,6 +325,25 @@ def test_rloo_with_a_reward_model(model_dir, rl_kwargs, tmp_path, tokenizer):
     trainer.train()
 
 
+def test_rloo_answers_the_prompt_that_training_on_the_row_would_see(model_dir, rl_kwargs):
+    """Of whole conversations with `prompt` as text, or without one, the question as messages."""
+    rows = [
+        {
+            "prompt": row["prompt"],
+            **{
+                name: [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[name]}]
+                for name in ("chosen", "rejected")
+            },
+        }
+        for row in PAIRS
+    ]
+    expected = [[{"role": "user", "content": row["prompt"]}] for row in PAIRS]
+    config = RLOOConfig(**rl_kwargs, rewards=["tests.rewards:vowels"])
+    for dataset in (Dataset.from_list(rows), Dataset.from_list(rows).remove_columns("prompt")):
+        trainer = RLOOTrainer(model_dir, args=config, train_dataset=dataset)
+        assert trainer.train_dataset["prompt"][:] == expected
+
+
 def test_rloo_refuses_before_weights_are_loaded(model_dir, rl_kwargs, monkeypatch):
     rows = Dataset.from_list(RL_ROWS)
     reward = {"rewards": "tests.test_trl_trainers:length_reward"}

@@ -16,6 +16,7 @@ _PUBLIC_NAMES = {
     "CLICKConfig": "click_config",
     "CLICKTrainer": "click_trainer",
     "CandidateCollator": "collators",
+    "CandidateConfig": "candidate_config",
     "CandidateTrainer": "candidate_trainer",
     "IPOConfig": "ipo_config",
     "IPOTrainer": "ipo_trainer",
@@ -32,6 +33,7 @@ __all__ = [
     "CLICKConfig",
     "CLICKTrainer",
     "CandidateCollator",
+    "CandidateConfig",
     "CandidateTrainer",
     "IPOConfig",
     "IPOTrainer",
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .candidate_config import CandidateConfig
     from .candidate_trainer import CandidateTrainer
     from .click_config import CLICKConfig
     from .click_trainer import CLICKTrainer

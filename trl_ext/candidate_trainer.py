@@ -90,6 +90,10 @@ class CandidateTrainer(ResumableTrainer, DPOTrainer):
     loss_is_scaled_for_ga = True
 
     config_class: ClassVar[type[CandidateConfig]] = CandidateConfig
+    # for the model card, which would name DPO's
+    _name = "trl_ext"
+    _tag_names = ["trl"]
+    _paper: ClassVar[dict[str, str]] = {}
 
     def __init__(
         self,

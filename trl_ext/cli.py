@@ -492,7 +492,7 @@ def load_prompts(script_args, dataset_args) -> list[dict[str, Any]]:
     Raises:
         ValueError: rows without a prompt, rows that cannot be kept as JSON, or a stream.
     """
-    from .data import RowError, RowOptions, parse_row, refuse_decoding
+    from .data import RowError, prompt_of, refuse_decoding
 
     if script_args.dataset_streaming or dataset_args.streaming:
         raise ValueError("Prompts to sample for are read as a whole. Leave `--dataset_streaming` out.")
@@ -510,11 +510,10 @@ def load_prompts(script_args, dataset_args) -> list[dict[str, Any]]:
         raise ValueError(f"The rows of the dataset cannot be read: {_in_one_line(error)}. Mend them.") from error
     for index, row in enumerate(rows):
         refuse_unless_json(row, index)
-        if isinstance(row.get("chosen"), str | list) and type(row.get("prompt")) is not type(row["chosen"]):
-            try:
-                row["prompt"] = parse_row(row, RowOptions())[0]
-            except RowError as error:
-                raise ValueError(f"Row {index}: {error}. Give each row its `prompt`.") from None
+        try:
+            row["prompt"] = prompt_of(row)
+        except RowError as error:
+            raise ValueError(f"Row {index}: {error}. Give each row its `prompt`.") from None
     return rows
 
 

@@ -385,6 +385,19 @@ def parse_row(row: Mapping[str, Any], options: RowOptions) -> tuple[Any, list, l
     return prompt, candidates, scores, has_scores, reference
 
 
+def prompt_of(row: Mapping[str, Any]) -> Any:
+    """
+    What a model is asked, as training on the row would see it: a prompt that is only implied by `chosen` and
+    `rejected`, or that repeats the first message of these conversations as text, is read from them.
+
+    Raises:
+        RowError: they have none.
+    """
+    if isinstance(row.get("chosen"), str | list) and type(row.get("prompt")) is not type(row["chosen"]):
+        return parse_row(row, RowOptions())[0]
+    return row.get("prompt")
+
+
 def _split_text(prompt: Any, candidates: list[str], reference: str | None, columns: list[str]):
     """Prompt, candidates and reference of a plain-text row, whose prompt may be implicit."""
     if prompt is None:

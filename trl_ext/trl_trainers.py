@@ -19,9 +19,11 @@ from .candidate_trainer import tokenizer_of
 from .data import (
     PREPARED_FEATURES,
     PreparationReport,
+    RowError,
     RowOptions,
     is_prepared,
     prepare_dataset,
+    prompt_of,
     refuse_decoding,
 )
 from .losses import bradley_terry_loss
@@ -256,12 +258,24 @@ def _usable_prompts(dataset: Any, tokenizer: Any, args: Any, name: str) -> Datas
             f"The {name} dataset is a {type(dataset).__name__}; its prompts are checked before anything is sampled. "
             "Pass a `Dataset` (leave `--dataset_streaming` out)."
         )
-    if "prompt" not in dataset.column_names:
+    if "prompt" not in dataset.column_names and not {"chosen", "rejected"} <= set(dataset.column_names):
         raise ValueError(
             f"The {name} dataset has the columns {sorted(dataset.column_names)} and no `prompt` to answer. Rename or "
             "add it."
         )
     refuse_decoding(dataset.features, name)
-    rows = [{**row, "_number": number} for number, row in enumerate(dataset.to_list())]
+    rows = []
+    for number, row in enumerate(dataset.to_list()):
+        try:
+            rows.append({**row, "prompt": prompt_of(row), "_number": number})
+        except RowError as error:
+            raise ValueError(f"Row {number} of the {name} dataset: {error}. Give each row its `prompt`.") from None
     usable = check_prompts(rows, tokenizer, RowOptions(), (), args.on_invalid_row)
-    return dataset if len(usable) == len(rows) else dataset.select([row["_number"] for row in usable])
+    if len(usable) < len(rows):
+        dataset = dataset.select([row["_number"] for row in usable])
+    prompts = [row["prompt"] for row in usable]
+    if "prompt" in dataset.column_names:
+        if dataset["prompt"][:] == prompts:
+            return dataset
+        dataset = dataset.remove_columns("prompt")
+    return dataset.add_column("prompt", prompts)
