@@ -1,0 +1,536 @@
+"""
+Every command that the project prints: run as printed here or by another test; or read by its recipe's own parser and
+taken as far as the built trainer, with small stand-ins for models and data of the Hub; or among the few that no test
+can run, with the reason.
+"""
+
+import argparse
+import configparser
+import functools
+import importlib.util
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from datasets import Dataset, DatasetDict
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer
+
+from tests.conftest import PAIRS, REPOSITORY, read_jsonl
+from tests.printed_commands import commands_of, printed_commands
+from trl_ext.cli import given_options, parse_recipe_args
+from trl_ext.comparison import OneSeed, with_settings_of_file
+from trl_ext.comparison_results import ComparisonResults
+from trl_ext.data import RowOptions
+from trl_ext.playground_rounds import start_playground
+from trl_ext.recipe_help import options_of, read_dataclass, recipe_dataclasses
+from trl_ext.rounds import start_rounds
+from trl_ext.stages import Run
+
+PRINTED = printed_commands()
+PLAYGROUNDS = "tests/test_recipes.py::test_playgrounds_as_the_readme_has_them"
+HELP = "tests/test_recipe_help.py::test_help_takes_less_than_two_seconds"
+HERE = "tests/test_printed_commands.py::"
+CONTINUED = HERE + "test_playgrounds_that_share_their_sampling"
+
+# run as printed; by which test. The playgrounds get an `--output_dir` of their own, and nothing else but what is said.
+RUN = {
+    "accelerate launch recipes/slic.py": PLAYGROUNDS,
+    "accelerate launch recipes/rrhf.py": PLAYGROUNDS,
+    "accelerate launch recipes/train_click.py": PLAYGROUNDS,
+    "accelerate launch recipes/rl.py": PLAYGROUNDS,
+    "accelerate launch recipes/dpo.py": HERE + "test_playgrounds_that_share_their_sampling",
+    # go on, with `--resume_from_checkpoint true`, from the SFT model and the candidates of the one above, which are
+    # what they would have made themselves
+    "accelerate launch recipes/ipo.py": CONTINUED,
+    "accelerate launch recipes/orpo.py": CONTINUED,
+    "accelerate launch recipes/kto.py": CONTINUED,
+    "accelerate launch recipes/best_of_n.py": CONTINUED,
+    "accelerate launch recipes/reward.py": CONTINUED,
+    "accelerate launch recipes/compare.py": CONTINUED,  # likewise, with `--seeds 42 --methods dpo`
+    "accelerate launch recipes/spin.py": HERE + "test_the_playground_of_spin",  # with `--num_iterations 1`
+    "python recipes/slic.py --help": HELP,
+    "python recipes/NAME.py --help": HELP,
+    "python -m trl_ext.playground DIRECTORY": HERE + "test_a_small_model",
+    "python -m trl_ext.playground tiny-model": HERE + "test_a_small_model",
+    # TRL's own script, called as its launcher does; with `bf16: false` and `max_steps: 1` in the file
+    "trl reward --config reward.yaml": HERE + "test_trls_reward_script",
+    "python -m trl_ext.recipe_options recipes > recipes/OPTIONS.md": HERE + "test_pages_that_are_made",
+    "python benchmarks/claims/summary.py": HERE + "test_pages_that_are_made",
+    "python benchmarks/plot.py FOLDER": HERE + "test_committed_measurements_are_drawn_and_printed",
+    "python benchmarks/scaling.py": HERE + "test_committed_measurements_are_drawn_and_printed",
+}
+SUITE = "the suite itself; .ci/run runs all of it"
+NETWORK = "downloads packages"
+MEASURES = "measures for minutes or hours, and wants a quiet machine; its options are parsed"
+SLURM = "needs SLURM; tests/distributed/test_two_hosts.py runs the script with stand-ins, and the recipe is built here"
+NOT_RUN = {
+    "pytest": SUITE,
+    "pytest -m slow": SUITE,
+    "pytest -m matrix": SUITE,
+    "pytest -m slow tests/distributed/test_faults.py": SUITE,
+    "pytest tests/test_safety.py tests/test_fuzz.py": SUITE,
+    'pip install -c constraints.txt -e ".[test]"': "downloads packages; .ci/run runs it as printed",
+    "pip install -c constraints.txt -e .": NETWORK,
+    'pip install -e ".[quantization]"': NETWORK,
+    'pip install "trl_ext[deepspeed]"': NETWORK,
+    "python -m venv ENV": NETWORK,
+    "ENV/bin/pip install vllm": NETWORK,
+    "python benchmarks/fit_cost_model.py": MEASURES,
+    "python benchmarks/long_context.py --budget_gib 4": MEASURES,
+    "python benchmarks/long_context.py --budget_gib 1 --answer 64 --max_completions_per_forward 0": MEASURES,
+    "python benchmarks/prefix_sharing_memory.py": MEASURES,
+    "python benchmarks/prefix_sharing_speed.py": MEASURES,
+    "python benchmarks/sampling_speed.py": MEASURES,
+    "python benchmarks/scaling.py --measure": MEASURES,
+    "python benchmarks/scaling.py --time": MEASURES,
+    "python benchmarks/slic_memory.py": MEASURES,
+    "python benchmarks/claims/NAME.py": MEASURES,
+    "python benchmarks/claims/NAME.py --seeds 1 2": MEASURES,
+}
+CLAIMS = sorted(
+    file.stem for file in (REPOSITORY / "benchmarks" / "claims").glob("*.py") if "\nCLAIM = " in file.read_text()
+)
+NOT_RUN |= {f"python benchmarks/claims/{name}.py": MEASURES for name in CLAIMS}
+RECIPE = re.compile(r"recipes/(\w+)\.py(?= |$)(.*)")
+
+
+def launched(command: str) -> tuple[str, list[str]] | None:
+    """The recipe that a command launches with options, or leaves to the batch script, and these options."""
+    match = RECIPE.search(command)
+    if match is None or not command.startswith(("accelerate launch ", "STRATEGY=")) or not match[2]:
+        return None
+    return match[1], [word for word in shlex.split(match[2]) if word != "..."]
+
+
+# read by the recipe's own parser, and its trainer built
+BUILT = sorted({one.command for one in PRINTED if launched(one.command)} - {*RUN})
+TABLES = {"RUN": set(RUN), "BUILT": set(BUILT), "NOT_RUN": set(NOT_RUN)}
+
+
+def test_every_printed_command_is_accounted_for():
+    assert len(PRINTED) > 80 and len(BUILT) > 40
+    for one in PRINTED:
+        tables = [name for name, commands in TABLES.items() if one.command in commands]
+        assert len(tables) == 1, (
+            f"{one.where} prints `{one.command}`, which is in {' and '.join(tables) or 'none'} of RUN, BUILT and "
+            "NOT_RUN. Let a test run it and name that in RUN, or say in NOT_RUN why none can."
+        )
+    printed = {one.command for one in PRINTED}
+    for name, commands in TABLES.items():
+        assert commands <= printed, f"{name} has what nobody prints: {sorted(commands - printed)}"
+    for command, test in RUN.items():
+        file, _, function = test.partition("::")
+        assert f"\ndef {function}(" in (REPOSITORY / file).read_text(), f"{command}: there is no {test}"
+
+
+# Recipes, as far as the trainer
+
+# added to what is printed, where the recipe has the option: no GPU here, and little time. All that is changed.
+CHANGED = {"bf16": "False"}
+# likewise, where prompts are answered; `--seeds` for the comparison
+CHANGED_WHERE_SAMPLED = {"num_watched_prompts": "2", "max_new_tokens": "4", "seeds": "1"}
+
+MODELS = (
+    "MODEL", "alignment-handbook/zephyr-7b-sft-full", "path/to/alpaca-7b", "gpt2-large",
+    "cleanrl/EleutherAI_pythia-1b-deduped__sft__tldr",
+)  # fmt: skip
+REWARD_MODELS = ("path/to/reward-model", "runs/reward", "cleanrl/EleutherAI_pythia-1b-deduped__reward__tldr")
+
+
+def chat(*texts):
+    roles = ("user", "assistant") * len(texts)
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+
+
+ROWS = [{**row, "prompt": f"{number}. {row['prompt']}"} for number, row in enumerate(PAIRS)]
+CHATS = [
+    {"prompt": row["prompt"], **{key: chat(row["prompt"], row[key]) for key in ("chosen", "rejected")}} for row in ROWS
+]
+FILES = {
+    "pairs.jsonl": [{**row, "reference": row["chosen"]} for row in ROWS],
+    "prompts.jsonl": [{**row, "reference": row["chosen"]} for row in ROWS],
+    "path/to/prompts.jsonl": [{"prompt": row["prompt"], "reference": row["chosen"]} for row in ROWS],
+    "ranked.jsonl": [
+        {"prompt": row["prompt"], "completions": [row["chosen"], row["rejected"], "hm"], "scores": [1.0, 0.5, 0.0]}
+        for row in ROWS
+    ],
+    "labelled.jsonl": [
+        {"prompt": row["prompt"], "completion": row[key], "label": key == "chosen"}
+        for row in ROWS
+        for key in ("chosen", "rejected")
+    ],
+    "sft.jsonl": [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS],
+}
+DATASETS = {
+    "DATA": {"train": ROWS},
+    "Dahoas/rm-static": {"train": ROWS, "test": ROWS},
+    "HuggingFaceH4/ultrafeedback_binarized": {"train_prefs": CHATS, "test_prefs": CHATS},
+    "trl-internal-testing/tldr-preference-sft-trl-style": {"train": CHATS, "validation": CHATS},
+}
+
+
+@pytest.fixture(scope="module")
+def stand_ins(model_dir, tmp_path_factory):
+    """A folder with everything that printed commands and published configs name, under these names."""
+    folder = tmp_path_factory.mktemp("printed")
+    for name in ("recipes", "accelerate_configs"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    for name in MODELS:
+        shutil.copytree(model_dir, folder / name)
+    for name in REWARD_MODELS:
+        shutil.copytree(model_dir, folder / name)
+        model = AutoModelForSequenceClassification.from_pretrained(model_dir, num_labels=1)
+        with torch.no_grad():
+            model.score.weight.mul_(100)  # scores on both sides of 0.5
+        model.save_pretrained(folder / name)
+    for name, rows in FILES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, splits in DATASETS.items():
+        DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()}).save_to_disk(folder / name)
+    ultrachat = folder / "HuggingFaceH4" / "ultrachat_200k" / "data"
+    ultrachat.mkdir(parents=True)
+    rows = [{"prompt": row["prompt"], "messages": row["chosen"]} for row in CHATS]
+    Dataset.from_list(rows).to_parquet(ultrachat / "train_sft-00000-of-00001.parquet")
+    (folder / "my_rewards.py").write_text(
+        "def score(completions, **columns):\n    return [float(len(set(text))) for text in completions]\n"
+    )
+    (folder / "my_classifier.py").write_text(
+        "def is_clean(completions, **columns):\n    return [float(len(text) % 2) for text in completions]\n"
+    )
+    (folder / "my.yaml").write_text("model_name_or_path: MODEL\ndataset_name: pairs.jsonl\noutput_dir: runs/mine\n")
+    return folder
+
+
+class BuiltError(RuntimeError):
+    """A trainer is about to train."""
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """The trainers that are built: each ends its stage when it would begin to train. Stages run in this process."""
+    trainers = []
+
+    def train(trainer, *args, **kwargs):
+        trainers.append(trainer)
+        raise BuiltError
+
+    def stage(run, name, function, *, inputs=None, shards_models=False, **arguments):
+        folder = run.path(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        figures = function(folder, **(inputs or {}), **arguments)
+        (folder / "manifest.json").write_text(json.dumps({"figures": figures, "seconds": 0.0}))
+        return figures
+
+    monkeypatch.setattr(Trainer, "train", train)
+    monkeypatch.setattr(Run, "stage", stage)
+    return trainers
+
+
+@functools.cache
+def recipe_module(name):
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", REPOSITORY / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def options_of_recipe(name) -> set[str]:
+    paths = recipe_dataclasses(REPOSITORY / "recipes" / f"{name}.py")
+    return {option for path in paths for option in options_of(read_dataclass(path))}
+
+
+def with_changes(recipe: str, words: list[str]) -> list[str]:
+    """The words of a command with those of `CHANGED` behind them, which win."""
+    config = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text()) if "--config" in words else {}
+    samples = "num_rounds" in config or "--num_rounds" in words or recipe in ("spin", "compare", "sample_and_rank")
+    changes = {**CHANGED, **(CHANGED_WHERE_SAMPLED if samples else {})}
+    known = options_of_recipe(recipe)
+    return [*words, *(word for name, value in changes.items() if name in known for word in (f"--{name}", value))]
+
+
+@pytest.fixture
+def here(stand_ins, tmp_path, monkeypatch):
+    """An empty working directory that looks like the repository, with the stand-ins beside."""
+    for entry in stand_ins.iterdir():
+        if entry.name == "runs":
+            shutil.copytree(entry, tmp_path / "runs")
+        else:
+            (tmp_path / entry.name).symlink_to(entry)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", BUILT, ids=lambda command: RECIPE.search(command)[0].removeprefix("recipes/"))
+def test_printed_recipes_are_read_and_their_trainers_built(command, here, built):
+    recipe, words = launched(command)
+    if command.startswith("accelerate launch "):
+        launcher = launch_command_parser().parse_args(shlex.split(command.removeprefix("accelerate launch ")))
+        assert launcher.training_script == f"recipes/{recipe}.py"
+        if launcher.config_file is not None:
+            load_config_from_file(launcher.config_file)
+    words = with_changes(recipe, words or ["--config", "my.yaml"])  # for `...`
+    main = recipe_module(recipe).main
+    if recipe == "sample_and_rank":  # which builds none
+        main(words)
+        assert read_jsonl("data/ranked/ranked.jsonl")
+        return
+    config = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text()) if "--config" in words else {}
+    with pytest.raises(SystemExit if recipe == "compare" else BuiltError):  # a comparison goes on with the next
+        main(words)
+    methods = config.get("methods", ["slic_sample_rank", "rrhf", "dpo"])
+    assert len(built) == (len(methods) if recipe == "compare" else 1)
+    for trainer in built:
+        assert len(trainer.train_dataset) > 0 and trainer.model.num_parameters() > 0
+        for name in ("gradient_accumulation_steps", "lr_scheduler_type", "max_length", "num_train_epochs", "optim"):
+            if name in config:
+                assert getattr(trainer.args, name) == config[name], name
+
+
+def test_trls_reward_script(here, monkeypatch):
+    """As the README prints it, on pairs of the format that `sample_and_rank.py` makes."""
+    from trl.scripts.reward import main, make_parser
+
+    file = {
+        "model_name_or_path": "MODEL", "output_dir": "reward",
+        "datasets": [{"path": "json", "data_files": "pairs.jsonl"}], "bf16": False, "max_steps": 1, "report_to": "none",
+    }  # fmt: skip
+    pairs = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in ROWS]
+    Path("pairs.jsonl").unlink()
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    Path("reward.yaml").write_text(yaml.safe_dump(file))
+    main(*make_parser().parse_args_and_config(["--config", "reward.yaml"]))
+    assert AutoModelForSequenceClassification.from_pretrained("reward").num_labels == 1
+
+
+# Playgrounds
+
+
+def play(command, *more):
+    """Run what is printed, with options behind it; returns what it prints."""
+    assert command in RUN
+    words = [sys.executable, "-m", "accelerate.commands.launch", *shlex.split(command)[2:], *map(str, more)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def first_playground(tmp_path_factory):
+    """The folder of a finished run of the DPO recipe, and what it printed."""
+    folder = tmp_path_factory.mktemp("playground") / "dpo"
+    return folder, play("accelerate launch recipes/dpo.py", "--output_dir", folder)
+
+
+def copied_stage(folder: Path, *, source: Path, **arguments):
+    """What a stage of another run has made."""
+    shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+    return json.loads((source / "manifest.json").read_text())["figures"]
+
+
+@pytest.fixture
+def sharing(first_playground, monkeypatch):
+    """While it is used, stages that the DPO recipe has been through as well are copied from there, not run."""
+    first, _ = first_playground
+    stage = Run.stage
+
+    def copied(run, name, function, *, inputs=None, shards_models=False, **arguments):
+        source = first / {"candidates/candidates": "round-1/candidates"}.get(name, name)
+        if name.endswith("ranked"):
+            return stage(run, name, function, inputs=inputs, **arguments)
+        figures = stage(run, name, copied_stage, inputs=inputs, source=source, **arguments)
+        before, now = (json.loads((one / "manifest.json").read_text()) for one in (source, run.path(name)))
+        assert now["inputs"] == before["inputs"], f"{name} would have been made of something else"
+        for key in ("config", "playground", "mix_in", "load"):
+            assert now["arguments"].get(key) == before["arguments"].get(key), f"{name} would have had another {key}"
+        return figures
+
+    monkeypatch.setattr(Run, "stage", copied)
+
+
+def begin(recipe, *arguments):
+    """Begin a recipe's playground as the recipe does, as far as the candidates."""
+    module = recipe_module(recipe)
+    parsed = parse_recipe_args(module.DATACLASSES, module.PLAYGROUND_CONFIG, list(arguments))
+    if recipe == "compare":
+        with_settings_of_file(parsed, arguments, module.PLAYGROUND_CONFIG)
+        given = given_options(arguments, module.PLAYGROUND_CONFIG)
+        OneSeed(parsed, REPOSITORY / "recipes", 42, given)
+    elif recipe == "reward":
+        rounds = start_playground(parsed)
+        rounds.make_candidates("candidates", rounds.model)
+    else:
+        rounds = start_rounds(parsed, rows=RowOptions(min_completions=1 if recipe == "best_of_n" else 2))
+        rounds.evaluate("start", rounds.model)
+        rounds.make_candidates("round-1", rounds.model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["dpo", "ipo", "orpo", "kto", "best_of_n", "reward", "compare"])
+def test_playgrounds_that_share_their_sampling(recipe, first_playground, tmp_path, request):
+    folder, printed = first_playground
+    if recipe != "dpo":
+        folder = tmp_path / recipe
+        words = ["--output_dir", str(folder)]
+        words += ["--seeds", "42", "--methods", "dpo"] if recipe == "compare" else []
+        request.getfixturevalue("sharing")
+        begin(recipe, *words)
+        stamps = {file: file.stat().st_mtime_ns for file in folder.rglob("manifest.json")}
+        assert any(file.parent.name == "sft" for file in stamps)
+        printed = play(f"accelerate launch recipes/{recipe}.py", *words, "--resume_from_checkpoint", "true")
+        assert all(file.stat().st_mtime_ns == stamp for file, stamp in stamps.items()), "a stage was run again"
+    if recipe == "compare":
+        found = {result.method: result for result in ComparisonResults.load(folder / "comparison.json").results}
+        assert list(found) == ["sft", "dpo"] and found["dpo"].status == "done" and found["dpo"].updates == 50
+        assert (folder / "comparison.html").is_file()
+    elif recipe == "reward":
+        judged = json.loads((folder / "watched" / "judged" / "manifest.json").read_text())["figures"]
+        assert (
+            judged["accuracy"] > 0.5 and judged["num_pairs"] > 100 and "the reward model prefers the best" in printed
+        )
+    else:
+        models = json.loads((folder / "rounds.json").read_text())["models"]
+        assert list(models) == ["start", "round-1"] and models["round-1"]["num_answers"] == 1000
+        assert models["round-1"]["reward"] > models["start"]["reward"]
+        assert "watched prompts, one sampled answer each" in printed and (folder / "rounds.png").is_file()
+
+
+@pytest.mark.slow
+def test_the_playground_of_spin(tmp_path):
+    printed = play("accelerate launch recipes/spin.py", "--output_dir", tmp_path / "spin", "--num_iterations", "1")
+    models = json.loads((tmp_path / "spin" / "spin.json").read_text())["models"]
+    assert list(models) == ["start", "iteration-0", "control-0"] and "SFT" in printed
+    assert (tmp_path / "spin" / "spin.png").is_file()
+
+
+# Other commands
+
+
+def in_a_shell(command, folder):
+    """Run what is printed in a folder that holds a copy of what it works on; returns what it prints."""
+    assert command in RUN
+    environment = {
+        **os.environ, "PYTHONPATH": str(REPOSITORY), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    }  # fmt: skip
+    done = subprocess.run(
+        command, shell=True, capture_output=True, text=True, cwd=folder, env=environment, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_pages_that_are_made(tmp_path):
+    shutil.copytree(REPOSITORY / "recipes", tmp_path / "recipes")
+    shutil.copytree(REPOSITORY / "benchmarks" / "claims", tmp_path / "benchmarks" / "claims")
+    for command, page in (
+        ("python -m trl_ext.recipe_options recipes > recipes/OPTIONS.md", "recipes/OPTIONS.md"),
+        ("python benchmarks/claims/summary.py", "benchmarks/claims/README.md"),
+    ):
+        (tmp_path / page).write_text("")
+        in_a_shell(command, tmp_path)
+        assert (tmp_path / page).read_text() == (REPOSITORY / page).read_text()
+
+
+def test_committed_measurements_are_drawn_and_printed(tmp_path):
+    (tmp_path / "benchmarks").symlink_to(REPOSITORY / "benchmarks")
+    in_a_shell("python benchmarks/plot.py FOLDER", tmp_path)
+    drawn = {file.name: file.stat().st_size for file in (tmp_path / "FOLDER").iterdir()}
+    assert set(drawn) == {"prefix_sharing_speed.png", "prefix_sharing_memory.png"} and min(drawn.values()) > 5000
+    assert "| full, DDP |" in in_a_shell("python benchmarks/scaling.py", tmp_path)
+
+
+def as_main(command, monkeypatch):
+    """Run `python ...` in this process, as `__main__`."""
+    program, *words = shlex.split(command)
+    assert program == "python"
+    is_module = words[0] == "-m"
+    monkeypatch.setattr(sys, "argv", words[is_module:])
+    if is_module:
+        runpy.run_module(words[1], run_name="__main__")
+    else:
+        monkeypatch.syspath_prepend(Path(words[0]).resolve().parent)
+        runpy.run_path(words[0], run_name="__main__")
+
+
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")  # it is imported already
+@pytest.mark.parametrize("name", ["tiny-model", "DIRECTORY"])
+def test_a_small_model(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    as_main(f"python -m trl_ext.playground {name}", monkeypatch)
+    assert AutoModelForCausalLM.from_pretrained(name).num_parameters() > 100_000
+    assert AutoTokenizer.from_pretrained(name)("a").input_ids
+
+
+class ParsedError(Exception):
+    """The options of a script are parsed."""
+
+
+@pytest.mark.parametrize("command", [command for command, why in NOT_RUN.items() if why == MEASURES])
+def test_options_of_measurements_are_parsed(command, monkeypatch):
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_end(parser, *args, **kwargs):
+        raise ParsedError(parse_args(parser, *args, **kwargs))
+
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_end)
+    for name in CLAIMS if "NAME" in command else [""]:
+        with pytest.raises(ParsedError):
+            as_main(command.replace("NAME", name), monkeypatch)
+
+
+def test_what_the_other_commands_name_is_there():
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg")
+    markers = (REPOSITORY / "pyproject.toml").read_text()
+    for command in NOT_RUN:
+        for extra in re.findall(r"\[(\w+)\]", command):
+            assert extra in setup["options.extras_require"], command
+        for file in re.findall(r"[\w/]+\.(?:py|txt|sbatch)(?= |$)", command.replace("NAME", "claim")):
+            assert (REPOSITORY / file).is_file(), command
+        for marker in re.findall(r"pytest -m (\w+)", command):
+            assert f'"{marker}: ' in markers, command
+
+
+# The search itself
+
+
+def test_commands_are_found_wherever_they_stand(tmp_path):
+    (tmp_path / "page.md").write_text(
+        "Say `pytest -m\nslow`, not `accelerate launch`, `trl sft` or `GRACE=1 sbatch ...`.\n\n"
+        "```\npip install x && accelerate launch a.py --b 1 \\\n    --c 'd  e'\npython f.py   # quick\n```\n"
+        "    python not_in_a_fence.py\n"
+    )
+    (tmp_path / "recipe.py").write_text(
+        '"""\nDoes it.\n\n    accelerate launch r.py \\\n        --x 1\n    accelerate launch s.py \\\\\n        --y\n'
+        '\npython r.py is prose. `--z`\n"""\nx = "    python no.py"\n'
+    )
+    (tmp_path / "config.yaml").write_text(
+        '# `pip install "a[b]"`:\n#\n#   accelerate launch c.py ...\nkey: python v.py\n'
+    )
+    found = {
+        name: [(one.where.partition(":")[2], one.command) for one in commands_of(tmp_path / name, tmp_path)]
+        for name in ("page.md", "recipe.py", "config.yaml")
+    }
+    assert found == {
+        "page.md": [
+            ("1", "pytest -m slow"),
+            ("5", "accelerate launch a.py --b 1 --c 'd e'"),
+            ("5", "pip install x"),
+            ("7", "python f.py"),
+        ],
+        "recipe.py": [("4", "accelerate launch r.py --x 1"), ("6", "accelerate launch s.py --y")],
+        "config.yaml": [("1", 'pip install "a[b]"'), ("3", "accelerate launch c.py ...")],
+    }
