@@ -73,7 +73,7 @@ RUN = {
 SUITE = "the suite itself; .ci/run runs all of it"
 NETWORK = "downloads packages"
 MEASURES = "measures for minutes or hours, and wants a quiet machine; its options are parsed"
-SLURM = "needs SLURM; tests/distributed/test_two_hosts.py runs the script with stand-ins, and the recipe is built here"
+AGAINST = "downloads packages; its options are parsed, and tests/test_run_against.py has the rest"
 NOT_RUN = {
     "pytest": SUITE,
     "pytest -m slow": SUITE,
@@ -86,6 +86,10 @@ NOT_RUN = {
     'pip install "trl_ext[deepspeed]"': NETWORK,
     "python -m venv ENV": NETWORK,
     "ENV/bin/pip install vllm": NETWORK,
+    "python tests/run_against.py oldest": AGAINST,
+    "python tests/run_against.py newest": AGAINST,
+    'python tests/run_against.py 1.16.0 -m "not slow and not matrix" tests/test_trl_canary.py': AGAINST,
+    "python tests/run_against.py --free transformers --free accelerate newest": AGAINST,
     "python benchmarks/fit_cost_model.py": MEASURES,
     "python benchmarks/long_context.py --budget_gib 4": MEASURES,
     "python benchmarks/long_context.py --budget_gib 1 --answer 64 --max_completions_per_forward 0": MEASURES,
@@ -305,7 +309,8 @@ def test_trls_reward_script(here, monkeypatch):
 
     file = {
         "model_name_or_path": "MODEL", "output_dir": "reward",
-        "datasets": [{"path": "json", "data_files": "pairs.jsonl"}], "bf16": False, "max_steps": 1, "report_to": "none",
+        "datasets": [{"path": "json", "data_files": "pairs.jsonl"}],
+        "bf16": False, "max_steps": 1, "report_to": "none",
     }  # fmt: skip
     pairs = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in ROWS]
     Path("pairs.jsonl").unlink()
@@ -477,8 +482,8 @@ class ParsedError(Exception):
     """The options of a script are parsed."""
 
 
-@pytest.mark.parametrize("command", [command for command, why in NOT_RUN.items() if why == MEASURES])
-def test_options_of_measurements_are_parsed(command, monkeypatch):
+@pytest.mark.parametrize("command", [command for command, why in NOT_RUN.items() if "parsed" in why])
+def test_options_of_scripts_are_parsed(command, monkeypatch):
     parse_args = argparse.ArgumentParser.parse_args
 
     def parse_and_end(parser, *args, **kwargs):
