@@ -161,19 +161,21 @@ ROWS = [{**row, "prompt": f"{number}. {row['prompt']}"} for number, row in enume
 CHATS = [
     {"prompt": row["prompt"], **{key: chat(row["prompt"], row[key]) for key in ("chosen", "rejected")}} for row in ROWS
 ]
+RANKED = [
+    {"prompt": row["prompt"], "completions": [row["chosen"], row["rejected"], "hm"], "scores": [1.0, 0.5, 0.0]}
+    for row in ROWS
+]
 FILES = {
     "pairs.jsonl": [{**row, "reference": row["chosen"]} for row in ROWS],
     "prompts.jsonl": [{**row, "reference": row["chosen"]} for row in ROWS],
     "path/to/prompts.jsonl": [{"prompt": row["prompt"], "reference": row["chosen"]} for row in ROWS],
-    "ranked.jsonl": [
-        {"prompt": row["prompt"], "completions": [row["chosen"], row["rejected"], "hm"], "scores": [1.0, 0.5, 0.0]}
-        for row in ROWS
-    ],
+    "ranked.jsonl": RANKED,
     "labelled.jsonl": [
         {"prompt": row["prompt"], "completion": row[key], "label": key == "chosen"}
         for row in ROWS
         for key in ("chosen", "rejected")
     ],
+    "data/ranked/ranked.jsonl": RANKED,  # of `sample_and_rank.py`
     "sft.jsonl": [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS],
 }
 DATASETS = {
@@ -186,7 +188,7 @@ DATASETS = {
 
 @pytest.fixture(scope="module")
 def stand_ins(model_dir, tmp_path_factory):
-    """A folder with everything that printed commands and published configs name, under these names."""
+    """A folder with all but `FILES` that printed commands and published configs name, under these names."""
     folder = tmp_path_factory.mktemp("printed")
     for name in ("recipes", "accelerate_configs"):
         (folder / name).symlink_to(REPOSITORY / name)
@@ -198,9 +200,6 @@ def stand_ins(model_dir, tmp_path_factory):
         with torch.no_grad():
             model.score.weight.mul_(100)  # scores on both sides of 0.5
         model.save_pretrained(folder / name)
-    for name, rows in FILES.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, splits in DATASETS.items():
         DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()}).save_to_disk(folder / name)
     ultrachat = folder / "HuggingFaceH4" / "ultrachat_200k" / "data"
@@ -267,14 +266,19 @@ def with_changes(recipe: str, words: list[str]) -> list[str]:
 
 @pytest.fixture
 def here(stand_ins, tmp_path, monkeypatch):
-    """An empty working directory that looks like the repository, with the stand-ins beside."""
+    """A working directory that looks like the repository, with the stand-ins beside."""
     for entry in stand_ins.iterdir():
-        if entry.name == "runs":
-            shutil.copytree(entry, tmp_path / "runs")
+        if entry.name in ("runs", "path"):  # which are written to
+            shutil.copytree(entry, tmp_path / entry.name)
         else:
             (tmp_path / entry.name).symlink_to(entry)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def write_rows(name, rows):
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.mark.parametrize("command", BUILT, ids=lambda command: RECIPE.search(command)[0].removeprefix("recipes/"))
@@ -286,16 +290,22 @@ def test_printed_recipes_are_read_and_their_trainers_built(command, here, built)
         if launcher.config_file is not None:
             load_config_from_file(launcher.config_file)
     words = with_changes(recipe, words or ["--config", "my.yaml"])  # for `...`
-    main = recipe_module(recipe).main
+    file = words[words.index("--config") + 1] if "--config" in words else None
+    named = {*words, *re.findall(r"\S+", "" if file is None else Path(file).read_text())}
+    for name in FILES:
+        if name in named:
+            write_rows(name, FILES[name])
+    module = recipe_module(recipe)
+    main = module.main
     if recipe == "sample_and_rank":  # which builds none
         main(words)
         assert read_jsonl("data/ranked/ranked.jsonl")
         return
-    config = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text()) if "--config" in words else {}
     with pytest.raises(SystemExit if recipe == "compare" else BuiltError):  # a comparison goes on with the next
         main(words)
-    methods = config.get("methods", ["slic_sample_rank", "rrhf", "dpo"])
-    assert len(built) == (len(methods) if recipe == "compare" else 1)
+    parsed = parse_recipe_args(module.DATACLASSES, module.PLAYGROUND_CONFIG, words)
+    assert len(built) == (len(parsed[1].methods) if recipe == "compare" else 1)
+    config = {} if file is None else yaml.safe_load(Path(file).read_text())
     for trainer in built:
         assert len(trainer.train_dataset) > 0 and trainer.model.num_parameters() > 0
         for name in ("gradient_accumulation_steps", "lr_scheduler_type", "max_length", "num_train_epochs", "optim"):
@@ -313,8 +323,7 @@ def test_trls_reward_script(here, monkeypatch):
         "bf16": False, "max_steps": 1, "report_to": "none",
     }  # fmt: skip
     pairs = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in ROWS]
-    Path("pairs.jsonl").unlink()
-    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    write_rows("pairs.jsonl", pairs)
     Path("reward.yaml").write_text(yaml.safe_dump(file))
     main(*make_parser().parse_args_and_config(["--config", "reward.yaml"]))
     assert AutoModelForSequenceClassification.from_pretrained("reward").num_labels == 1
