@@ -41,23 +41,23 @@ PRINTED = printed_commands()
 PLAYGROUNDS = "tests/test_recipes.py::test_playgrounds_as_the_readme_has_them"
 HELP = "tests/test_recipe_help.py::test_help_takes_less_than_two_seconds"
 HERE = "tests/test_printed_commands.py::"
-CONTINUED = HERE + "test_playgrounds_that_share_their_sampling"
+SHARING = HERE + "test_playgrounds_that_share_their_sampling"
 
 # run as printed; by which test. The playgrounds get an `--output_dir` of their own, and nothing else but what is said.
 RUN = {
-    "accelerate launch recipes/slic.py": PLAYGROUNDS,
-    "accelerate launch recipes/rrhf.py": PLAYGROUNDS,
-    "accelerate launch recipes/train_click.py": PLAYGROUNDS,
-    "accelerate launch recipes/rl.py": PLAYGROUNDS,
-    "accelerate launch recipes/dpo.py": HERE + "test_playgrounds_that_share_their_sampling",
+    "accelerate launch recipes/slic.py": PLAYGROUNDS + "[slic]",
+    "accelerate launch recipes/rrhf.py": PLAYGROUNDS + "[rrhf]",
+    "accelerate launch recipes/train_click.py": PLAYGROUNDS + "[train_click]",
+    "accelerate launch recipes/rl.py": PLAYGROUNDS + "[rl]",
+    "accelerate launch recipes/dpo.py": SHARING + "[dpo]",
     # go on, with `--resume_from_checkpoint true`, from the SFT model and the candidates of the one above, which are
     # what they would have made themselves
-    "accelerate launch recipes/ipo.py": CONTINUED,
-    "accelerate launch recipes/orpo.py": CONTINUED,
-    "accelerate launch recipes/kto.py": CONTINUED,
-    "accelerate launch recipes/best_of_n.py": CONTINUED,
-    "accelerate launch recipes/reward.py": CONTINUED,
-    "accelerate launch recipes/compare.py": CONTINUED,  # likewise, with `--seeds 42 --methods dpo`
+    "accelerate launch recipes/ipo.py": SHARING + "[ipo]",
+    "accelerate launch recipes/orpo.py": SHARING + "[orpo]",
+    "accelerate launch recipes/kto.py": SHARING + "[kto]",
+    "accelerate launch recipes/best_of_n.py": SHARING + "[best_of_n]",
+    "accelerate launch recipes/reward.py": SHARING + "[reward]",
+    "accelerate launch recipes/compare.py": SHARING + "[compare]",  # likewise, with `--seeds 42 --methods dpo`
     "accelerate launch recipes/spin.py": HERE + "test_the_playground_of_spin",  # with `--num_iterations 1`
     "python recipes/slic.py --help": HELP,
     "python recipes/NAME.py --help": HELP,
@@ -134,8 +134,9 @@ def test_every_printed_command_is_accounted_for():
     for name, commands in TABLES.items():
         assert commands <= printed, f"{name} has what nobody prints: {sorted(commands - printed)}"
     for command, test in RUN.items():
-        file, _, function = test.partition("::")
-        assert f"\ndef {function}(" in (REPOSITORY / file).read_text(), f"{command}: there is no {test}"
+        file, function, value = re.fullmatch(r"(.+)::(\w+)(?:\[(\w+)\])?", test).groups()
+        found = re.search(rf"((?:^@.*\n)*)^def {function}\(", (REPOSITORY / file).read_text(), flags=re.MULTILINE)
+        assert found and (value is None or f'"{value}"' in found[1]), f"{command}: there is no {test}"
 
 
 # Recipes, as far as the trainer
