@@ -113,7 +113,8 @@ def parse_args(dataclass_types: Sequence[str | type], args: Sequence[str]) -> tu
     dataclass_types = imported(dataclass_types)
     if "--config" in args:
         read_config(args[args.index("--config") + 1], dataclass_types, args)
-    return TrlParser(dataclass_types).parse_args_and_config(args)
+    # a shortened name would pass for the whole one here, and not where it matters which options were given
+    return TrlParser(dataclass_types, allow_abbrev=False).parse_args_and_config(args)
 
 
 def read_config(file: str | Path, dataclass_types: Sequence[type], args: Sequence[str] = ()) -> dict[str, Any]:
