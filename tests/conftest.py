@@ -23,11 +23,22 @@ disable_progress_bars()
 REPOSITORY = Path(__file__).parents[1]
 
 
+NOT_RUN = "NOT RUN: the time for long tests is over (LONG_TESTS_UNTIL)"
+
+
 def pytest_runtest_setup(item):
     """Where time is limited, long tests that would begin after `LONG_TESTS_UNTIL` (seconds since 1970) are skipped."""
     until = os.environ.get("LONG_TESTS_UNTIL")
     if until is not None and time.time() > float(until) and any(map(item.get_closest_marker, ("slow", "matrix"))):
-        pytest.skip("NOT RUN: the time for long tests is over (LONG_TESTS_UNTIL)")
+        pytest.skip(NOT_RUN)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """They are named one by one, where pytest's own summary has a number."""
+    missed = [report.nodeid for report in terminalreporter.getreports("skipped") if NOT_RUN in str(report.longrepr)]
+    if missed:
+        terminalreporter.section(f"{len(missed)} long tests were not run, as their time was over")
+        terminalreporter.write("".join(f"{name}\n" for name in missed))
 
 
 @pytest.fixture(scope="session")

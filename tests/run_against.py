@@ -31,7 +31,9 @@ SHOWN = ("trl", "transformers", "torch", "accelerate", "datasets", "peft", "deep
 
 def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
     """`version`, `free` and `pytest`, the arguments for pytest."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument(
         "--free", action="append", default=[], metavar="NAME", help="a package that constraints.txt does not hold"
     )

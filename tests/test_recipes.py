@@ -95,8 +95,9 @@ def test_unknown_keys_are_fatal(tmp_path):
         parse("--config", str(config))
     with pytest.raises(ValueError, match="--gamma"):
         parse("--gamma", "1")
-    with pytest.raises(ValueError, match="--num_round"):  # nor is the beginning of a name the name
-        parse("--num_round", "1")
+    for shortened, whole in (("--num_round", "num_rounds"), ("--model_name", "model_name_or_path")):
+        with pytest.raises(ValueError, match=f"`{shortened}` is no option here. .* may be meant for '{whole}'"):
+            parse(shortened, "1")
 
 
 def test_flags_that_would_do_nothing_and_missing_models_are_refused(tmp_path, pairs):

@@ -21,7 +21,9 @@ def test_what_stands_behind_the_version_is_for_pytest():
     assert parse(["1.17.0rc1"]).pytest == []
 
 
-@pytest.mark.parametrize("args", [[], ["latest"], [">=1.16"], ["tests/test_trl_canary.py"], ["--fre", "x"]])
+@pytest.mark.parametrize(
+    "args", [[], ["latest"], [">=1.16"], ["tests/test_trl_canary.py"], ["--fre", "trl", "newest"]]
+)
 def test_what_is_no_version_is_refused(args, capsys):
     with pytest.raises(SystemExit) as ending:
         parse(args)

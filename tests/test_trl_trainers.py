@@ -344,6 +344,14 @@ def test_rloo_answers_the_prompt_that_training_on_the_row_would_see(model_dir, r
         assert trainer.train_dataset["prompt"][:] == expected
 
 
+def test_rloo_samples_its_own_answers_to_the_prompts_of_ranked_lists(model_dir, rl_kwargs, ranked):
+    """`completions` of a row are neither scored nor in the way of those that are."""
+    config = RLOOConfig(**rl_kwargs, rewards=["tests.rewards:vowels"])
+    trainer = RLOOTrainer(model_dir, args=config, train_dataset=ranked)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
 def test_rloo_refuses_before_weights_are_loaded(model_dir, rl_kwargs, monkeypatch):
     rows = Dataset.from_list(RL_ROWS)
     reward = {"rewards": "tests.test_trl_trainers:length_reward"}
@@ -352,6 +360,12 @@ def test_rloo_refuses_before_weights_are_loaded(model_dir, rl_kwargs, monkeypatc
         ({}, rows, ValueError, "nothing to train towards. Set `rewards`"),
         (reward, rows.remove_columns("wanted"), TypeError, "wanted"),
         (reward, rows.remove_columns("prompt"), ValueError, "no `prompt` to answer"),
+        (
+            reward,
+            rows.add_column("tools", [[{"name": "add"}]] * len(rows)),
+            ValueError,
+            "has a column 'tools', and TRL",
+        ),
         (reward, rows.to_iterable_dataset(), NotImplementedError, "Pass a `Dataset`"),
         (reward, Dataset.from_list([{"prompt": None, "wanted": 1}]), ValueError, "row 0: column 'prompt' is missing"),
     ):

@@ -57,6 +57,7 @@ def parse_recipe_args(
     """
     dataclass_types = imported(dataclass_types)
     args = with_config_apart(sys.argv[1:] if args is None else args)
+    refuse_unknown_options(dataclass_types, args)
     model, data, config = _model_data_and_config(args, dataclass_types)
     if not (model or data):
         if config is None:
@@ -111,10 +112,25 @@ def parse_args(dataclass_types: Sequence[str | type], args: Sequence[str]) -> tu
     from trl import TrlParser
 
     dataclass_types = imported(dataclass_types)
+    refuse_unknown_options(dataclass_types, args)
     if "--config" in args:
         read_config(args[args.index("--config") + 1], dataclass_types, args)
     # a shortened name would pass for the whole one here, and not where it matters which options were given
     return TrlParser(dataclass_types, allow_abbrev=False).parse_args_and_config(args)
+
+
+def refuse_unknown_options(dataclass_types: Sequence[type], args: Sequence[str]) -> None:
+    """
+    Refuse words of a command line that look like options and are none, a shortened name among them.
+
+    Raises:
+        ValueError: the first of them, and what it may be meant for.
+    """
+    known = {entry.name for one in dataclass_types for entry in dataclasses.fields(one) if entry.init} | {"config"}
+    for word in args:
+        name = word[2:].partition("=")[0].replace("-", "_")
+        if word.startswith("--") and name not in known and name.removeprefix("no_") not in known:
+            raise ValueError(f"`{word[:80]}` is no option here. Leave it out{maybe_meant(name, known)}")
 
 
 def read_config(file: str | Path, dataclass_types: Sequence[type], args: Sequence[str] = ()) -> dict[str, Any]:
@@ -178,7 +194,7 @@ def read_config(file: str | Path, dataclass_types: Sequence[type], args: Sequenc
 
 def _model_data_and_config(args: Sequence[str], dataclass_types: Sequence[type]) -> tuple[Any, Any, str | None]:
     """What the command line or its config file names as model and data, and the config file."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("model_name_or_path", "dataset_name"):
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name)
     given, _ = parser.parse_known_args(args)

@@ -32,7 +32,7 @@ from .resumable import ResumableTrainer
 from .rounds import check_prompts
 from .safety import explain_remote_code, weights_only
 from .sampling import load_tokenizer
-from .scoring import build_scorers, check_scorers, reward_functions
+from .scoring import CANDIDATE_COLUMNS, build_scorers, check_scorers, reward_functions
 from .trl_data import for_dpo, for_kto, for_reward, for_sft, labelled, with_mismatched
 
 logger = get_logger(__name__)
@@ -264,8 +264,14 @@ def _usable_prompts(dataset: Any, tokenizer: Any, args: Any, name: str) -> Datas
             "add it."
         )
     refuse_decoding(dataset.features, name)
-    rows = []
-    for number, row in enumerate(dataset.to_list()):
+    rows, unread = dataset.to_list(), ("tools", "chat_template_kwargs")
+    if idle := [column for column in unread if any(row.get(column) for row in rows)]:
+        raise ValueError(
+            f"The {name} dataset has a column {' and '.join(map(repr, idle))}, and TRL's RLOO renders prompts without "
+            "what a row says there. Leave the column out; `chat_template_kwargs` of the config holds for all rows."
+        )
+    given, rows = rows, []
+    for number, row in enumerate(given):
         try:
             rows.append({**row, "prompt": prompt_of(row), "_number": number})
         except RowError as error:
@@ -273,6 +279,8 @@ def _usable_prompts(dataset: Any, tokenizer: Any, args: Any, name: str) -> Datas
     usable = check_prompts(rows, tokenizer, RowOptions(), (), args.on_invalid_row)
     if len(usable) < len(rows):
         dataset = dataset.select([row["_number"] for row in usable])
+    # the answers of ranked lists would pass for those that are sampled
+    dataset = dataset.remove_columns([c for c in (*CANDIDATE_COLUMNS, *unread) if c in dataset.column_names])
     prompts = [row["prompt"] for row in usable]
     if "prompt" in dataset.column_names:
         if dataset["prompt"][:] == prompts:
