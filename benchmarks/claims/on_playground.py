@@ -1,0 +1,80 @@
+"""
+What the claims that are tried on the playground share: the models and data of `recipes/compare.py`, with its settings.
+
+All of a seed's methods train from the same SFT model; the scored answers of that model are sampled once. Everything is
+kept in `runs/claims/playground/seed-N/`, and what is finished is not made again.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from claim import REPOSITORY, RUNS
+
+sys.path.insert(0, str(REPOSITORY))
+
+from trl_ext.cli import given_options, parse_recipe_args, use_all_cpu_cores
+from trl_ext.comparison import OneSeed, with_settings_of_file
+from trl_ext.comparison_results import MethodResult
+from trl_ext.recipe_help import recipe_dataclasses
+
+RECIPES = REPOSITORY / "recipes"
+PLAYGROUND = RECIPES / "configs" / "compare_playground.yaml"
+FOLDER = RUNS / "playground"
+
+
+def settings(**methods: dict[str, Any]) -> dict[str, Any]:
+    """All that determines a comparison's result: the playground's values, and the options of the methods tried."""
+    values = yaml.safe_load(PLAYGROUND.read_text(encoding="utf-8"))
+    values["num_checkpoints"] = 0
+    del values["output_dir"], values["seeds"]
+    return {"playground": values, "methods": methods}
+
+
+@dataclass
+class Compared:
+    """
+    Attributes:
+        results (`dict[str, MethodResult]`): by method; `"sft"` is the model that all start from. `scores["reward"]`
+            and `scores["judge"]` (1 for the right digits), `lengths`, `kl` and `nll` have a value for each of the same
+            held-out prompts; `curve` has the log-probabilities over training.
+        game ([`OneSeed`]): for its data: `game.rounds.model`, the SFT model; `game.rounds.prompts`;
+            `game.rounds.watched`, the held-out prompts; `game.rounds.make_candidates("candidates",
+            game.rounds.model)`, the scored answers.
+    """
+
+    results: dict[str, MethodResult]
+    game: OneSeed
+
+
+def compare(seed: int, of_claim: dict[str, Any], folder: Path = FOLDER) -> Compared:
+    """
+    Train and evaluate methods, those that are not finished.
+
+    Args:
+        seed (`int`): of data, training and sampling.
+        of_claim (`dict`): [`settings`] of the claim. Its `methods` are named and set like the `settings` of
+            `recipes/compare.py`: a method's own name, or a new one with `method` and `label`. A name means the same
+            options in every claim, as its model is kept under it.
+
+    Raises:
+        RuntimeError: a method failed.
+    """
+    recipe = RECIPES / "compare.py"
+    methods = of_claim["methods"]
+    arguments = ["--output_dir", str(folder), "--seeds", str(seed), "--methods", "sft", *methods]
+    arguments += ["--settings", json.dumps(methods), "--num_checkpoints", "0", "--resume_from_checkpoint", "true"]
+    arguments += ["--disable_tqdm", "true"]
+    parsed = parse_recipe_args(recipe_dataclasses(recipe), PLAYGROUND, arguments)
+    with_settings_of_file(parsed, arguments, PLAYGROUND)
+    use_all_cpu_cores()
+    game = OneSeed(parsed, RECIPES, seed, given_options(arguments, PLAYGROUND))
+    results = {}
+    for result in game.play():
+        if result.status != "done":
+            raise RuntimeError(f"{result.label}, seed {seed}: {result.status}")
+        results[result.method] = result
+    return Compared(results, game)
