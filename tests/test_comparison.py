@@ -1,6 +1,7 @@
 """`recipes/compare.py`: what it refuses, how the budget is shared out, and whole comparisons on a tiny model."""
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -68,6 +69,7 @@ def one_seed(*arguments):
         ({"seeds": [1, 1]}, "has none, or one twice"),
         ({"max_steps": 1}, "max_steps=1: methods that train twice"),
         ({"settings": "{"}, "is not JSON"),
+        ({"settings": "[1]"}, "has to be options by name of a method"),
         ({"settings": {"dpo": 3}}, "'dpo' has 3, and it has to be options by name"),
         ({"settings": {"dpo": {"max_steps": 3}}}, "'dpo' sets max_steps, which the comparison sets itself"),
         ({"settings": {"all": {"output_dir": "x"}}}, "'all' sets output_dir"),
@@ -135,15 +137,73 @@ def test_what_is_set_for_the_comparison_reaches_the_methods(tmp_path):
         assert values["attn_implementation"] == "eager"
     assert game.config.variants["dpo_low"].label == "low"
     # what is given is handed on whatever it is, and what is set for a method in the file stays
-    game = one_seed("--output_dir", str(tmp_path), "--learning_rate", "5e-5", "--hub_token", "secret",
+    game = one_seed("--output_dir", str(tmp_path), "--adam_beta1", "0.8", "--hub_token", "secret",
                     "--settings", '{"dpo": {"beta": 0.3}, "all": {"weight_decay": 0.2}}')  # fmt: skip
     shared = shared_settings(game.config, game.model_args, game.given)
-    assert shared == {"learning_rate": 5e-5, "bf16": False}
+    assert shared == {"adam_beta1": 0.8, "bf16": False}
     values = game._values("dpo", METHODS["dpo"], updates=4, answers=8)
     assert (values["beta"], values["learning_rate"], values["weight_decay"]) == (0.3, 2e-4, 0.2)
     assert values["lr_scheduler_type"] == "linear" and "hub_token" not in values
     reward = game._values("reward_model", REWARD_MODEL, updates=4, answers=1)
     assert reward["learning_rate"] == 1e-3 and reward["use_peft"] is False and reward["save_strategy"] == "no"
+
+
+SETTINGS = {"all": {"weight_decay": 0.3}, "dpo": {"learning_rate": 2e-4}, "low": {"method": "dpo", "max_length": 64}}
+
+
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [
+        (["--learning_rate", "1e-9"], {"dpo": {"learning_rate": 1e-9}}),
+        (["--learning_rate=1e-9", "--methods", "dpo"], {"dpo": {"learning_rate": 1e-9}}),
+        (["--learning-rate", "1e-9", "--methods", "ipo"], None),  # which the file does not set it for
+        (["--learning_rate", "2e-4"], None),  # as in the file
+        (["--weight_decay", "0"], {"all": {"weight_decay": 0.0}}),
+        (["--max_length", "32"], {"low": {"method": "dpo", "max_length": 32}}),
+        (["--settings", '{"all": {"learning_rate": 1e-9}}'], {"dpo": {"learning_rate": 1e-9}}),
+        (["--settings", '{"all": {"weight_decay": 0.2}}'], None),
+        (["--settings", '{"dpo": {"weight_decay": 0.2}}'], None),
+        (["--reward_batch_size", "3", "--adam_beta1", "0.8"], None),
+    ],
+)
+def test_the_command_line_is_not_lost_behind_settings_of_the_file(words, instead, tmp_path):
+    # what is beside its settings in the file gives way to them
+    values = {"model_name_or_path": "model", "dataset_name": "data", "learning_rate": 1e-3, "output_dir": "out"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**values, "rewards": ["scorer"], "settings": SETTINGS}))
+    words = ["--config", str(tmp_path / "config.yaml"), *words]
+    parsed = parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, words)
+    if instead is None:
+        with_settings_of_file(parsed, words, PLAYGROUND)
+        assert parsed[1].settings["dpo"]["learning_rate"] == 2e-4
+        return
+    with pytest.raises(ValueError, match="the command line has it for all methods") as raised:
+        with_settings_of_file(parsed, words, PLAYGROUND)
+    # what is to be written instead does what was wanted
+    after = shlex.split(str(raised.value).split("`")[1])
+    assert after[0] == "--settings" and json.loads(after[1]) == instead
+    words = [*(words[: words.index("--settings")] if "--settings" in words else words), *after]
+    parsed = parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, words)
+    with_settings_of_file(parsed, words, PLAYGROUND)
+    assert parsed[1].settings == {name: {**SETTINGS[name], **instead.get(name, {})} for name in SETTINGS}
+
+
+@pytest.mark.parametrize(("config", "expected"), [("playground", "dpo"), ("tldr", "all")])
+def test_an_option_that_a_shipped_file_has_for_methods_is_refused(config, expected):
+    file = ["--config", str(RECIPES / "configs" / f"compare_{config}.yaml")]
+    for words in (file, []) if config == "playground" else (file,):
+        words = [*words, "--learning_rate", "1e-9", "--bf16", "false"]
+        parsed = parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, words)
+        with pytest.raises(ValueError, match=f'"{expected}": {{"learning_rate": 1e-09}}'):
+            with_settings_of_file(parsed, words, PLAYGROUND)
+
+
+def test_settings_of_a_file_may_be_json(tmp_path):
+    values = {"model_name_or_path": "model", "dataset_name": "data", "rewards": ["scorer"]}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**values, "settings": json.dumps(SETTINGS)}))
+    words = ["--config", str(tmp_path / "config.yaml"), "--settings", '{"dpo": {"beta": 0.3}}']
+    parsed = parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, words)
+    with_settings_of_file(parsed, words, PLAYGROUND)
+    assert parsed[1].settings == {**SETTINGS, "dpo": {"learning_rate": 2e-4, "beta": 0.3}}
 
 
 @pytest.mark.parametrize(("updates", "looks", "steps"), [(50, 3, [13, 26, 39]), (7, 3, [2, 4, 6]), (2, 1, [1])])

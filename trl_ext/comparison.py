@@ -34,8 +34,8 @@ import yaml
 from accelerate import PartialState
 
 from .checkpoints import wants_to_resume
-from .cli import imported, is_playground, parse_recipe_args, with_config_apart
-from .comparison_config import IDLE, METHODS, RESERVED, ComparisonConfig, Method
+from .cli import given_options, imported, is_playground, parse_recipe_args, with_config_apart
+from .comparison_config import IDLE, METHODS, RESERVED, ComparisonConfig, Method, settings_by_name
 from .comparison_report import write_report
 from .comparison_results import ComparisonResults, MethodResult
 from .data import RowOptions
@@ -474,12 +474,53 @@ def shared_settings(config: ComparisonConfig, model_args: Any, given: Collection
 
 
 def with_settings_of_file(parsed: Sequence[Any], arguments: Sequence[str], file: str | Path) -> None:
-    """Let `--settings` on the command line add to those of the config file, which the parser replaces."""
+    """
+    Let `--settings` on the command line add to those of the config file, which the parser replaces.
+
+    Raises:
+        ValueError: an option on the command line that the file's settings of a method would replace.
+    """
     words, config = with_config_apart(arguments), parsed[1]
-    file = words[words.index("--config") + 1] if "--config" in words else file if is_playground(*parsed) else None
-    before = {} if file is None else yaml.safe_load(Path(file).read_text(encoding="utf-8")).get("settings") or {}
-    both = {name: {**before.get(name, {}), **config.settings.get(name, {})} for name in {**before, **config.settings}}
-    parsed[1].settings = dataclasses.replace(config, settings=both).settings
+    file = file if is_playground(*parsed) else None
+    if "--config" in words:
+        at = words.index("--config")
+        file, words = words[at + 1], words[:at] + words[at + 2 :]
+    if file is None:
+        return
+    before = settings_by_name(yaml.safe_load(Path(file).read_text(encoding="utf-8")).get("settings"))
+    typed = given_options(words)
+    own = config.settings if "settings" in typed else {}
+    both = {name: {**before.get(name, {}), **own.get(name, {})} for name in {**before, **own}}
+    config = dataclasses.replace(config, settings=both)
+    shared = shared_settings(config, parsed[2], typed)
+    shared |= {name: getattr(config, name) for name in ("max_length", "on_invalid_row") if name in typed}
+    _refuse_what_is_lost(config, own, shared, file)
+    parsed[1].settings = config.settings
+
+
+def _refuse_what_is_lost(
+    config: ComparisonConfig, own: dict[str, dict], shared: dict[str, Any], file: str | Path
+) -> None:
+    """What the command line asks of all methods, in `shared` or its `own` settings, and the file's settings undo."""
+    methods = {**METHODS, **config.variants}
+    methods = {name: methods[name] for name in config.methods or methods if methods[name].recipe is not None}
+    names = [*methods, *(["reward_model"] if any(one.recipe == "rl" for one in methods.values()) else [])]
+    lost: dict[str, dict[str, Any]] = {}
+    for name in names:
+        layers = (name, config.settings.get(name, {}).get("method", name), "all")  # the first that has it wins
+        for option, value in {**shared, **own.get("all", {})}.items():
+            layer = next((one for one in layers if option in config.settings.get(one, {})), None)
+            if layer is None or option in own.get(layer, {}) or config.settings[layer][option] == value:
+                continue
+            made_of = {"method": config.settings[layer]["method"]} if "method" in config.settings[layer] else {}
+            lost.setdefault(layer, made_of)[option] = value
+    if lost:
+        options = sorted(set().union(*lost.values()) - {"method"})
+        raise ValueError(
+            f"{', '.join(options)}: the command line has it for all methods, and the settings in {file} have it for "
+            f"{', '.join(lost)}, which would win. Write what each is to have, "
+            f"`--settings {shlex.quote(json.dumps(lost, default=str))}`, or leave it out."
+        )
 
 
 def check_shared(config: ComparisonConfig, recipes: Path) -> None:

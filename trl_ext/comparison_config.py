@@ -148,12 +148,7 @@ class ComparisonConfig(CommonConfig, TrainingArguments):
                 f"num_checkpoints={self.num_checkpoints}, num_checkpoint_prompts={self.num_checkpoint_prompts}: set "
                 "the first to 0 or more, the second to 1 or more."
             )
-        if isinstance(self.settings, str):
-            try:
-                self.settings = json.loads(self.settings)
-            except ValueError as error:
-                raise ValueError(f"settings={self.settings!r:.80} is not JSON ({error}). Mend it.") from None
-        self.settings = {} if self.settings is None else self.settings
+        self.settings = settings_by_name(self.settings)
         for name, values in self.settings.items():
             self._check_settings(name, values)
         if isinstance(self.methods, str):
@@ -166,9 +161,7 @@ class ComparisonConfig(CommonConfig, TrainingArguments):
                 )
         super().__post_init__()
 
-    def _check_settings(self, name: Any, values: Any) -> None:
-        if not isinstance(values, dict):
-            raise ValueError(f"settings: {name!r} has {values!r:.60}, and it has to be options by name. Mend it.")
+    def _check_settings(self, name: Any, values: dict[str, Any]) -> None:
         taken = [key for key in RESERVED if key in values]
         if taken:
             raise ValueError(
@@ -202,6 +195,27 @@ class ComparisonConfig(CommonConfig, TrainingArguments):
             for name, values in self.settings.items()
             if "method" in values
         }
+
+
+def settings_by_name(settings: Any) -> dict[str, dict[str, Any]]:
+    """
+    `settings`, as they are in a config file or in JSON, in a form that can be looked into.
+
+    Raises:
+        ValueError: it is no JSON, or not options by name.
+    """
+    if isinstance(settings, str):
+        try:
+            settings = json.loads(settings)
+        except ValueError as error:
+            raise ValueError(f"settings={settings!r:.80} is not JSON ({error}). Mend it.") from None
+    settings = {} if settings is None else settings
+    if not isinstance(settings, dict):
+        raise ValueError(f"settings={settings!r:.80} has to be options by name of a method. Mend it.")
+    for name, values in settings.items():
+        if not isinstance(values, dict):
+            raise ValueError(f"settings: {name!r} has {values!r:.60}, and it has to be options by name. Mend it.")
+    return settings
 
 
 # options of training that a comparison has no use for -> why
