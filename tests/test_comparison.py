@@ -11,9 +11,17 @@ import yaml
 
 from tests.conftest import PAIRS, REPOSITORY, read_jsonl
 from trl_ext.cli import given_options, parse_recipe_args
-from trl_ext.comparison import REWARD_MODEL, OneSeed, shared_settings, with_settings_of_file, without_code
+from trl_ext.comparison import (
+    REWARD_MODEL,
+    OneSeed,
+    _with_labels_of_now,
+    compare,
+    shared_settings,
+    with_settings_of_file,
+    without_code,
+)
 from trl_ext.comparison_config import METHODS, ComparisonConfig
-from trl_ext.comparison_results import ComparisonResults
+from trl_ext.comparison_results import ComparisonResults, MethodResult
 from trl_ext.playground import Playground, preference_rows, read_answer
 from trl_ext.recipe_help import recipe_dataclasses
 
@@ -78,6 +86,15 @@ def one_seed(*arguments):
         ({"settings": {"../x": {"method": "dpo"}}}, "'../x' cannot be the name of a further method"),
         ({"settings": {"candidates": {"method": "dpo"}}}, "'candidates' cannot be the name"),
         ({"settings": {"mine": {"method": "dpo", "label": 3}}}, "the `label` of 'mine' is 3"),
+        (
+            {"settings": {"a": {"method": "dpo", "label": "x"}, "b": {"method": "ipo", "label": "x"}}},
+            "'a' and 'b' are both called 'x'",
+        ),
+        ({"settings": {"mine": {"method": "dpo", "label": "DPO"}}}, "'dpo' and 'mine' are both called 'DPO'"),
+        (
+            {"methods": ["mine"], "settings": {"mine": {"method": "dpo", "label": "SFT"}}},
+            "'sft' and 'mine' are both called 'SFT'",
+        ),
         ({"num_checkpoints": -1}, "num_checkpoints=-1"),
         ({"num_train_epochs": 2.0}, "num_train_epochs=2.0: set `max_steps`"),
     ],
@@ -102,6 +119,29 @@ def test_options_of_methods_are_checked_before_anything_is_begun(settings, messa
     with pytest.raises((ValueError, TypeError), match=message):
         OneSeed(parsed, RECIPES, 1, given_options(arguments, PLAYGROUND))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_label_of_what_is_not_compared_is_free(tmp_path):
+    settings = {"mine": {"method": "dpo", "label": "DPO"}}
+    assert ComparisonConfig(str(tmp_path), methods=["mine"], settings=settings).labels == {"sft": "SFT", "mine": "DPO"}
+
+
+def test_labels_of_earlier_results(tmp_path):
+    """They follow the label of now, and none is that of another method, before anything is run."""
+    names = {"sft": "SFT", "low": "low beta", "gone": "an earlier one"}
+    results = [MethodResult(name, label, seed, "failed") for name, label in names.items() for seed in (1, 2)]
+    ComparisonResults("title", "sft", 4, results).save(tmp_path / "comparison.json")
+    for label, message in (("DPO, beta 0.01", None), ("an earlier one", "stays in the report: .*'low' and 'gone'")):
+        words = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "true", "--methods", "low",
+                 "--settings", json.dumps({"low": {"method": "dpo", "label": label}})]  # fmt: skip
+        parsed = parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, words)
+        if message is None:
+            found = _with_labels_of_now(tmp_path / "comparison.json", parsed[1])
+            assert {one.method: one.label for one in found} == {**names, "low": label}
+            continue
+        with pytest.raises(ValueError, match=message):
+            compare(parsed, RECIPES, given_options(words, PLAYGROUND))
+    assert [path.name for path in tmp_path.iterdir()] == ["comparison.json"]
 
 
 def test_the_help_names_every_method():

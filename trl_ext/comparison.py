@@ -35,7 +35,7 @@ from accelerate import PartialState
 
 from .checkpoints import wants_to_resume
 from .cli import given_options, imported, is_playground, parse_recipe_args, with_config_apart
-from .comparison_config import IDLE, METHODS, RESERVED, ComparisonConfig, Method, settings_by_name
+from .comparison_config import IDLE, METHODS, RESERVED, ComparisonConfig, Method, refuse_equal_labels, settings_by_name
 from .comparison_report import write_report
 from .comparison_results import ComparisonResults, MethodResult
 from .data import RowOptions
@@ -71,7 +71,7 @@ def compare(parsed: Sequence[Any], recipes: Path, given: Collection[str]) -> Com
     config = parsed[1]
     folder, results, comparison = Path(config.output_dir), [], None
     file = folder / "comparison.json"
-    earlier = ComparisonResults.load(file).results if wants_to_resume(config) and file.is_file() else []
+    earlier = _with_labels_of_now(file, config) if wants_to_resume(config) and file.is_file() else []
     try:
         for seed in config.seeds:
             game = OneSeed(parsed, recipes, seed, given)
@@ -90,6 +90,24 @@ def compare(parsed: Sequence[Any], recipes: Path, given: Collection[str]) -> Com
             print(f"comparison.html, .md, .csv and .json are in {folder}")
     PartialState().wait_for_everyone()
     return dataclasses.replace(comparison, results=results)
+
+
+def _with_labels_of_now(file: Path, config: ComparisonConfig) -> list[MethodResult]:
+    """
+    What an earlier run has found. A label is only for readers, so that one which has changed since is changed there
+    too, rather than refused; what is no longer among `settings` keeps what it was called.
+
+    Raises:
+        ValueError: a method of this run and another of the earlier one have one label.
+    """
+    labels = {name: method.label for name, method in {**METHODS, **config.variants}.items()}
+    earlier = ComparisonResults.load(file).results
+    earlier = [dataclasses.replace(one, label=labels.get(one.method, one.label)) for one in earlier]
+    try:
+        refuse_equal_labels({**{one.method: one.label for one in earlier}, **config.labels})
+    except ValueError as error:
+        raise ValueError(f"What is in {file} stays in the report: {error}") from None
+    return earlier
 
 
 def _results(parsed: Sequence[Any], num_held_out: int, results: list[MethodResult]) -> ComparisonResults:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -92,7 +92,8 @@ class ComparisonConfig(CommonConfig, TrainingArguments):
         trust_remote_code (`bool`, *optional*, defaults to `False`): run code that comes with the model.
 
     Raises:
-        ValueError: a method or an option that is not known, or one that the comparison sets itself.
+        ValueError: a method or an option that is not known, one that the comparison sets itself, or two methods with
+            one label.
     """
 
     unused_fields: ClassVar[dict[str, str]] = {
@@ -159,6 +160,7 @@ class ComparisonConfig(CommonConfig, TrainingArguments):
                 raise ValueError(
                     f"methods: {name!r} is not known. Set it to some of {', '.join(known)}" + maybe_meant(name, known)
                 )
+        refuse_equal_labels(self.labels)
         super().__post_init__()
 
     def _check_settings(self, name: Any, values: dict[str, Any]) -> None:
@@ -188,6 +190,12 @@ class ComparisonConfig(CommonConfig, TrainingArguments):
             raise ValueError(f"settings: the `label` of {name!r} is {values['label']!r:.60}, and it has to be text.")
 
     @property
+    def labels(self) -> dict[str, str]:
+        """What readers see of each method that is compared."""
+        known = {**METHODS, **self.variants}
+        return {name: known[name].label for name in ("sft", *(self.methods or known))}
+
+    @property
     def variants(self) -> dict[str, Method]:
         """Further methods that `settings` defines."""
         return {
@@ -195,6 +203,24 @@ class ComparisonConfig(CommonConfig, TrainingArguments):
             for name, values in self.settings.items()
             if "method" in values
         }
+
+
+def refuse_equal_labels(labels: Mapping[str, str]) -> None:
+    """
+    Args:
+        labels (`Mapping[str, str]`): method to what readers see of it.
+
+    Raises:
+        ValueError: two have the same, and no reader could tell them apart.
+    """
+    owners: dict[str, str] = {}
+    for name, label in labels.items():
+        other = owners.setdefault(label, name)
+        if other != name:
+            raise ValueError(
+                f"The methods {other!r} and {name!r} are both called {label!r}, and a report has both. Give one of "
+                "them another `label` in `settings`."
+            )
 
 
 def settings_by_name(settings: Any) -> dict[str, dict[str, Any]]:
