@@ -8,14 +8,17 @@ from dataclasses import fields
 
 import pytest
 import yaml
+from datasets import Dataset
 
 from tests.conftest import PAIRS, REPOSITORY, read_jsonl
+from trl_ext import SLiCConfig, SLiCTrainer
 from trl_ext.cli import given_options, parse_recipe_args
 from trl_ext.comparison import (
     REWARD_MODEL,
     OneSeed,
     _with_labels_of_now,
     compare,
+    pairs_stage,
     shared_settings,
     with_settings_of_file,
     without_code,
@@ -24,6 +27,7 @@ from trl_ext.comparison_config import METHODS, ComparisonConfig
 from trl_ext.comparison_results import ComparisonResults, MethodResult
 from trl_ext.playground import Playground, preference_rows, read_answer
 from trl_ext.recipe_help import recipe_dataclasses
+from trl_ext.rounds import write_jsonl
 
 RECIPES = REPOSITORY / "recipes"
 RECIPE = RECIPES / "compare.py"
@@ -282,6 +286,18 @@ def test_preferences_of_the_playground_are_right_and_friendlier():
         chosen, rejected = (read_answer(row[name], row["answer"]) for name in ("chosen", "rejected"))
         assert chosen[0] and rejected[0] and chosen[2] > rejected[2]
     assert made == preference_rows(rows, seed=1) != preference_rows(rows, seed=2)
+
+
+def test_pairs_of_the_dataset_keep_their_scores(model_dir, tmp_path):
+    scored = [{**row, "score_chosen": 3.0, "score_rejected": 1.0, "source": "web"} for row in PAIRS]
+    write_jsonl(tmp_path / "prompts.jsonl", scored)
+    pairs_stage(tmp_path, prompts=tmp_path / "prompts.jsonl", on_playground=False, seed=1)
+    rows = read_jsonl(tmp_path / "pairs.jsonl")
+    assert rows == [{key: value for key, value in row.items() if key != "source"} for row in scored]
+    # which this loss cannot do without
+    args = SLiCConfig(str(tmp_path / "out"), calibration="margin", max_steps=1, report_to="none")
+    trainer = SLiCTrainer(model_dir, args=args, train_dataset=Dataset.from_list(rows))
+    assert trainer.train_dataset[0]["scores"] == [3.0, 1.0]
 
 
 # Whole comparisons

@@ -618,7 +618,8 @@ def pairs_stage(folder: Path, *, prompts: Path, on_playground: bool, seed: int) 
         from .playground import preference_rows
 
         rows = preference_rows(rows, seed)
-    columns = ("prompt", "chosen", "rejected", "reference", "tools", "chat_template_kwargs")
+    columns = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected", "reference", "tools",
+               "chat_template_kwargs")  # fmt: skip
     write_jsonl(folder / "pairs.jsonl", [{key: row[key] for key in columns if key in row} for row in rows])
     return {"num_rows": len(rows)}
 
