@@ -9,15 +9,18 @@ from dataclasses import fields
 import pytest
 import yaml
 from datasets import Dataset
+from peft import PeftModel
+from trl import get_peft_config
 
 from tests.conftest import PAIRS, REPOSITORY, read_jsonl
-from trl_ext import SLiCConfig, SLiCTrainer
+from trl_ext import CLICKTrainer, IPOTrainer, RRHFTrainer, SLiCConfig, SLiCTrainer, SPINTrainer
 from trl_ext.cli import given_options, parse_recipe_args
 from trl_ext.comparison import (
     REWARD_MODEL,
     OneSeed,
     _with_labels_of_now,
     compare,
+    models_resident,
     pairs_stage,
     shared_settings,
     with_settings_of_file,
@@ -25,9 +28,11 @@ from trl_ext.comparison import (
 )
 from trl_ext.comparison_config import METHODS, ComparisonConfig
 from trl_ext.comparison_results import ComparisonResults, MethodResult
+from trl_ext.orpo_trainer import ORPOTrainer
 from trl_ext.playground import Playground, preference_rows, read_answer
 from trl_ext.recipe_help import recipe_dataclasses
 from trl_ext.rounds import write_jsonl
+from trl_ext.trl_trainers import BestOfNTrainer, DPOTrainer, KTOTrainer, RLOOTrainer
 
 RECIPES = REPOSITORY / "recipes"
 RECIPE = RECIPES / "compare.py"
@@ -250,6 +255,45 @@ def test_settings_of_a_file_may_be_json(tmp_path):
     assert parsed[1].settings == {**SETTINGS, "dpo": {"learning_rate": 2e-4, "beta": 0.3}}
 
 
+TRAINERS = {
+    "best_of_n": BestOfNTrainer, "slic_direct": SLiCTrainer, "rrhf": RRHFTrainer, "spin": SPINTrainer,
+    "click": CLICKTrainer, "dpo": DPOTrainer, "ipo": IPOTrainer, "orpo": ORPOTrainer, "kto": KTOTrainer,
+    "rl": RLOOTrainer,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "expected"),
+    [
+        *((name, {}, "1") for name in TRAINERS if name not in ("dpo", "kto", "rl")),
+        ("slic_direct", {"reg_type": "kl"}, "2"),
+        ("slic_direct", {"reg_type": "kl", "use_peft": True}, "1 + LoRA"),
+        ("rrhf", {"use_peft": True}, "1 + LoRA"),
+        ("dpo", {}, "2"),
+        ("dpo", {"use_peft": True}, "1 + LoRA"),
+        ("dpo", {"precompute_ref_log_probs": True}, "1"),
+        ("kto", {}, "2"),
+        ("kto", {"precompute_ref_log_probs": True}, "1"),
+        ("rl", {}, "3"),
+        ("rl", {"beta": 0.0}, "2"),
+        ("rl", {"use_peft": True}, "2 + LoRA"),
+    ],
+)
+def test_models_in_memory_are_those_that_the_trainer_has(method, options, expected, model_dir, tmp_path):
+    game = one_seed("--output_dir", str(tmp_path), "--settings", json.dumps({method: options}))
+    read = game._check(method, METHODS[method])
+    assert models_resident(METHODS[method].recipe, read) == expected
+    args = read[1]
+    args.output_dir = str(tmp_path)
+    if method == "rl":
+        args.rewards = [f"{REPOSITORY / 'tests' / 'rewards.py'}:vowels"]  # in place of a reward model
+    trainer = TRAINERS[method](
+        model=model_dir, args=args, train_dataset=Dataset.from_list(ROWS), peft_config=get_peft_config(read[2])
+    )
+    there = 1 + (getattr(trainer, "ref_model", None) is not None) + (method == "rl")
+    assert expected == f"{there}{' + LoRA' if isinstance(trainer.model, PeftModel) else ''}"
+
+
 @pytest.mark.parametrize(("updates", "looks", "steps"), [(50, 3, [13, 26, 39]), (7, 3, [2, 4, 6]), (2, 1, [1])])
 def test_so_many_checkpoints_as_are_asked_for(updates, looks, steps, tmp_path):
     game = one_seed("--output_dir", str(tmp_path), "--num_checkpoints", str(looks))
@@ -268,6 +312,7 @@ def test_what_two_rounds_and_the_report_need(tmp_path):
     for words, message in (
         (["--num_candidates", "3"], "RRHF in two rounds has half of them in each"),
         (["--num_checkpoints", "1", "--use_peft"], "checkpoints of adapters are not looked at"),
+        (["--settings", '{"ipo": {"use_peft": true}}'], "with use_peft, of ipo: checkpoints of adapters are not"),
         (["--eval_strategy", "no"], "models are evaluated on held-out prompts"),
         (["--save_steps", "7", "--logging_steps", "1"], "logging_steps .*save_steps .set `num_checkpoints`. would do"),
     ):

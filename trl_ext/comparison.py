@@ -167,18 +167,21 @@ class OneSeed:
         idle = [f"{name} ({why})" for name, why in IDLE.items() if name in given]
         if idle:
             raise ValueError(f"{', '.join(idle)} would do nothing in a comparison. Leave them out.")
-        if config.num_checkpoints and model_args.use_peft:
-            raise ValueError(
-                f"num_checkpoints={config.num_checkpoints} with use_peft: checkpoints of adapters are not looked at. "
-                "Leave one of them out."
-            )
         if "rrhf_two_rounds" in self.methods and sampling.num_candidates < 4:
             raise ValueError(
                 f"num_candidates={sampling.num_candidates}: RRHF in two rounds has half of them in each, and needs "
                 "two to rank. Set it to 4 or more, or leave the method out by `--methods`."
             )
-        for name, method in {**self.methods, "reward_model": REWARD_MODEL}.items():  # before anything is begun
-            self._check(name, method)
+        self.models_resident = {}
+        every = {"sft": METHODS["sft"], **self.methods, "reward_model": REWARD_MODEL}
+        for name, method in every.items():  # before anything is begun
+            read = self._check(name, method)
+            self.models_resident[name] = "–" if read is None else models_resident(method.recipe, read)
+            if read is not None and config.num_checkpoints and read[2].use_peft:
+                raise ValueError(
+                    f"num_checkpoints={config.num_checkpoints} with use_peft, of {name}: checkpoints of adapters are "
+                    "not looked at. Leave one of them out."
+                )
         check_shared(config, recipes)
         parts = (script_args, self.config, model_args, dataset_args, self.sampling, ranking)
         self.rounds: Rounds = start_rounds(parts, rows=RowOptions(reference=True))
@@ -276,12 +279,12 @@ class OneSeed:
     def _made_of(self, name: str) -> str:
         return self.config.settings.get(name, {}).get("method", name)
 
-    def _check(self, name: str, method: Method) -> None:
-        """Let the recipe read its options, before anything is begun."""
+    def _check(self, name: str, method: Method) -> tuple[Any, ...] | None:
+        """What the recipe reads of its options, before anything is begun; nothing where nothing is trained."""
         if method.recipe is None:
             if self.config.settings.get(name):
                 raise ValueError(f"settings: {name!r} is not trained, so there is nothing to set. Leave it out.")
-            return
+            return None
         values = self._values(name, method, updates=2, answers=self.sampling.num_candidates)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "config.yaml"
@@ -290,7 +293,7 @@ class OneSeed:
             file.write_text(yaml.safe_dump(kept))
             recipe = self.recipes / f"{method.recipe}.py"
             try:
-                parse_recipe_args(recipe_dataclasses(recipe), recipe, ["--config", str(file), *words])
+                return parse_recipe_args(recipe_dataclasses(recipe), recipe, ["--config", str(file), *words])
             except SystemExit:
                 raise ValueError(
                     f"settings: {name!r} has a value that `{recipe.name}` cannot read, see above."
@@ -415,7 +418,7 @@ class OneSeed:
             updates=sum(figures["updates"] for figures in trainings),
             completions_sampled=sampled,
             sampling_seconds=sampling,
-            models_resident=method.models_resident,
+            models_resident=self.models_resident[name],
             notes=[] if method.note is None else [method.note],
             prompts_key=f"seed-{self.seed}",
         )
@@ -428,8 +431,6 @@ class OneSeed:
             tokens = [figures["num_tokens"] for figures in trainings]
             result.tokens_per_second = None if None in tokens else sum(tokens) / seconds
             result.curve = self._curve(parts, trainings)
-        if self.model_args.use_peft and method.models_resident == "2":
-            result.models_resident = "1 + LoRA"
         return result
 
     def _curve(self, parts: list[str], trainings: list[dict]) -> list[dict[str, Any]]:
@@ -478,6 +479,26 @@ NOT_HANDED_ON = (
     *RESERVED, *IDLE, "methods", "seeds", "settings", "click_threshold", "num_checkpoints", "num_checkpoint_prompts",
     "max_length", "on_invalid_row", "model_revision",
 )  # fmt: skip
+
+
+def models_resident(recipe: str, read: Sequence[Any]) -> str:
+    """
+    Models in memory during training: the one that is trained, a reference that is kept beside it, and the reward model
+    of `rl`. With an adapter the model without it is the reference. Other references are run once, before training.
+
+    Args:
+        recipe (`str`): its name.
+        read (`Sequence`): what [`parse_recipe_args`] made of its options.
+    """
+    _, args, model_args, *_ = read
+    if recipe == "rl":
+        reference = args.beta != 0
+    elif recipe in ("dpo", "kto"):
+        reference = not args.precompute_ref_log_probs
+    else:
+        reference = getattr(args, "uses_reference_model", False)
+    number = 1 + (reference and not model_args.use_peft) + (recipe == "rl")
+    return f"{number} + LoRA" if model_args.use_peft else str(number)
 
 
 def shared_settings(config: ComparisonConfig, model_args: Any, given: Collection[str]) -> dict[str, Any]:

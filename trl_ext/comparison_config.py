@@ -24,7 +24,6 @@ class Method:
         data (`str`): what it is trained on: `"pairs"` (the dataset's `chosen` and `rejected`), `"ranked"` (sampled
             answers with scores), `"likelihood_near"` (CLICK's pairs of them), `"rounds"` (sampled in two rounds),
             `"self_play"` (the dataset's `reference` against sampled ones), or `"prompts"`.
-        models_resident (`str`): models in memory during training.
         batch (`Callable`): rows in a batch, of prompts in a batch and answers per prompt.
         values (`dict`, *optional*): of the recipe's options, where the method is one of its modes.
         needs (`str`, *optional*): column of the dataset without which there is nothing to train on.
@@ -34,7 +33,6 @@ class Method:
     label: str
     recipe: str | None = None
     data: str = "ranked"
-    models_resident: str = "1"
     batch: Callable[[int, int], int] = lambda prompts, answers: prompts
     values: dict[str, Any] = field(default_factory=dict)
     needs: str | None = None
@@ -42,7 +40,7 @@ class Method:
 
 
 METHODS = {
-    "sft": Method("SFT", models_resident="–"),
+    "sft": Method("SFT"),
     "best_of_n": Method("best-of-n", "best_of_n"),
     "slic_direct": Method("SLiC-HF direct", "slic", data="pairs", needs="chosen"),
     "slic_sample_rank": Method("SLiC-HF sample-rank", "slic"),
@@ -50,11 +48,11 @@ METHODS = {
     "rrhf_two_rounds": Method("RRHF, two rounds", "rrhf", data="rounds"),
     "spin": Method("SPIN", "spin", data="self_play", needs="reference", values={"num_iterations": 1}),
     "click": Method("CLICK", "train_click", data="likelihood_near", needs="reference"),
-    "dpo": Method("DPO", "dpo", models_resident="2"),
+    "dpo": Method("DPO", "dpo"),
     "ipo": Method("IPO", "ipo"),
     "orpo": Method("ORPO", "orpo", note="its log-probabilities over training are means per token"),
-    "kto": Method("KTO", "kto", models_resident="2", batch=lambda prompts, answers: 2 * prompts),
-    "rl": Method("RLOO", "rl", data="prompts", models_resident="3", batch=lambda prompts, answers: prompts * answers),
+    "kto": Method("KTO", "kto", batch=lambda prompts, answers: 2 * prompts),
+    "rl": Method("RLOO", "rl", data="prompts", batch=lambda prompts, answers: prompts * answers),
 }
 # that the comparison sets itself, so that the budget is equal and everything lands where it is looked for
 RESERVED = (
