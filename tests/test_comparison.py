@@ -1,20 +1,38 @@
 """`recipes/compare.py`: what it refuses, how the budget is shared out, and whole comparisons on a tiny model."""
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
 
 import pytest
 import yaml
+from datasets import Dataset
+from peft import PeftModel
+from trl import get_peft_config
 
 from tests.conftest import PAIRS, REPOSITORY, read_jsonl
+from trl_ext import CLICKTrainer, IPOTrainer, RRHFTrainer, SLiCConfig, SLiCTrainer, SPINTrainer
 from trl_ext.cli import given_options, parse_recipe_args
-from trl_ext.comparison import REWARD_MODEL, OneSeed, shared_settings, with_settings_of_file, without_code
+from trl_ext.comparison import (
+    REWARD_MODEL,
+    OneSeed,
+    _with_labels_of_now,
+    compare,
+    models_resident,
+    pairs_stage,
+    shared_settings,
+    with_settings_of_file,
+    without_code,
+)
 from trl_ext.comparison_config import METHODS, ComparisonConfig
-from trl_ext.comparison_results import ComparisonResults
+from trl_ext.comparison_results import ComparisonResults, MethodResult
+from trl_ext.orpo_trainer import ORPOTrainer
 from trl_ext.playground import Playground, preference_rows, read_answer
 from trl_ext.recipe_help import recipe_dataclasses
+from trl_ext.rounds import write_jsonl
+from trl_ext.trl_trainers import BestOfNTrainer, DPOTrainer, KTOTrainer, RLOOTrainer
 
 RECIPES = REPOSITORY / "recipes"
 RECIPE = RECIPES / "compare.py"
@@ -68,6 +86,7 @@ def one_seed(*arguments):
         ({"seeds": [1, 1]}, "has none, or one twice"),
         ({"max_steps": 1}, "max_steps=1: methods that train twice"),
         ({"settings": "{"}, "is not JSON"),
+        ({"settings": "[1]"}, "has to be options by name of a method"),
         ({"settings": {"dpo": 3}}, "'dpo' has 3, and it has to be options by name"),
         ({"settings": {"dpo": {"max_steps": 3}}}, "'dpo' sets max_steps, which the comparison sets itself"),
         ({"settings": {"all": {"output_dir": "x"}}}, "'all' sets output_dir"),
@@ -76,6 +95,15 @@ def one_seed(*arguments):
         ({"settings": {"../x": {"method": "dpo"}}}, "'../x' cannot be the name of a further method"),
         ({"settings": {"candidates": {"method": "dpo"}}}, "'candidates' cannot be the name"),
         ({"settings": {"mine": {"method": "dpo", "label": 3}}}, "the `label` of 'mine' is 3"),
+        (
+            {"settings": {"a": {"method": "dpo", "label": "x"}, "b": {"method": "ipo", "label": "x"}}},
+            "'a' and 'b' are both called 'x'",
+        ),
+        ({"settings": {"mine": {"method": "dpo", "label": "DPO"}}}, "'dpo' and 'mine' are both called 'DPO'"),
+        (
+            {"methods": ["mine"], "settings": {"mine": {"method": "dpo", "label": "SFT"}}},
+            "'sft' and 'mine' are both called 'SFT'",
+        ),
         ({"num_checkpoints": -1}, "num_checkpoints=-1"),
         ({"num_train_epochs": 2.0}, "num_train_epochs=2.0: set `max_steps`"),
     ],
@@ -100,6 +128,29 @@ def test_options_of_methods_are_checked_before_anything_is_begun(settings, messa
     with pytest.raises((ValueError, TypeError), match=message):
         OneSeed(parsed, RECIPES, 1, given_options(arguments, PLAYGROUND))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_label_of_what_is_not_compared_is_free(tmp_path):
+    settings = {"mine": {"method": "dpo", "label": "DPO"}}
+    assert ComparisonConfig(str(tmp_path), methods=["mine"], settings=settings).labels == {"sft": "SFT", "mine": "DPO"}
+
+
+def test_labels_of_earlier_results(tmp_path):
+    """They follow the label of now, and none is that of another method, before anything is run."""
+    names = {"sft": "SFT", "low": "low beta", "gone": "an earlier one"}
+    results = [MethodResult(name, label, seed, "failed") for name, label in names.items() for seed in (1, 2)]
+    ComparisonResults("title", "sft", 4, results).save(tmp_path / "comparison.json")
+    for label, message in (("DPO, beta 0.01", None), ("an earlier one", "stays in the report: .*'low' and 'gone'")):
+        words = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "true", "--methods", "low",
+                 "--settings", json.dumps({"low": {"method": "dpo", "label": label}})]  # fmt: skip
+        parsed = parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, words)
+        if message is None:
+            found = _with_labels_of_now(tmp_path / "comparison.json", parsed[1])
+            assert {one.method: one.label for one in found} == {**names, "low": label}
+            continue
+        with pytest.raises(ValueError, match=message):
+            compare(parsed, RECIPES, given_options(words, PLAYGROUND))
+    assert [path.name for path in tmp_path.iterdir()] == ["comparison.json"]
 
 
 def test_the_help_names_every_method():
@@ -135,15 +186,112 @@ def test_what_is_set_for_the_comparison_reaches_the_methods(tmp_path):
         assert values["attn_implementation"] == "eager"
     assert game.config.variants["dpo_low"].label == "low"
     # what is given is handed on whatever it is, and what is set for a method in the file stays
-    game = one_seed("--output_dir", str(tmp_path), "--learning_rate", "5e-5", "--hub_token", "secret",
+    game = one_seed("--output_dir", str(tmp_path), "--adam_beta1", "0.8", "--hub_token", "secret",
                     "--settings", '{"dpo": {"beta": 0.3}, "all": {"weight_decay": 0.2}}')  # fmt: skip
     shared = shared_settings(game.config, game.model_args, game.given)
-    assert shared == {"learning_rate": 5e-5, "bf16": False}
+    assert shared == {"adam_beta1": 0.8, "bf16": False}
     values = game._values("dpo", METHODS["dpo"], updates=4, answers=8)
     assert (values["beta"], values["learning_rate"], values["weight_decay"]) == (0.3, 2e-4, 0.2)
     assert values["lr_scheduler_type"] == "linear" and "hub_token" not in values
     reward = game._values("reward_model", REWARD_MODEL, updates=4, answers=1)
     assert reward["learning_rate"] == 1e-3 and reward["use_peft"] is False and reward["save_strategy"] == "no"
+
+
+SETTINGS = {"all": {"weight_decay": 0.3}, "dpo": {"learning_rate": 2e-4}, "low": {"method": "dpo", "max_length": 64}}
+
+
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [
+        (["--learning_rate", "1e-9"], {"dpo": {"learning_rate": 1e-9}}),
+        (["--learning_rate=1e-9", "--methods", "dpo"], {"dpo": {"learning_rate": 1e-9}}),
+        (["--learning-rate", "1e-9", "--methods", "ipo"], None),  # which the file does not set it for
+        (["--learning_rate", "2e-4"], None),  # as in the file
+        (["--weight_decay", "0"], {"all": {"weight_decay": 0.0}}),
+        (["--max_length", "32"], {"low": {"method": "dpo", "max_length": 32}}),
+        (["--settings", '{"all": {"learning_rate": 1e-9}}'], {"dpo": {"learning_rate": 1e-9}}),
+        (["--settings", '{"all": {"weight_decay": 0.2}}'], None),
+        (["--settings", '{"dpo": {"weight_decay": 0.2}}'], None),
+        (["--reward_batch_size", "3", "--adam_beta1", "0.8"], None),
+    ],
+)
+def test_the_command_line_is_not_lost_behind_settings_of_the_file(words, instead, tmp_path):
+    # what is beside its settings in the file gives way to them
+    values = {"model_name_or_path": "model", "dataset_name": "data", "learning_rate": 1e-3, "output_dir": "out"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**values, "rewards": ["scorer"], "settings": SETTINGS}))
+    words = ["--config", str(tmp_path / "config.yaml"), *words]
+    parsed = parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, words)
+    if instead is None:
+        with_settings_of_file(parsed, words, PLAYGROUND)
+        assert parsed[1].settings["dpo"]["learning_rate"] == 2e-4
+        return
+    with pytest.raises(ValueError, match="the command line has it for all methods") as raised:
+        with_settings_of_file(parsed, words, PLAYGROUND)
+    # what is to be written instead does what was wanted
+    after = shlex.split(str(raised.value).split("`")[1])
+    assert after[0] == "--settings" and json.loads(after[1]) == instead
+    words = [*(words[: words.index("--settings")] if "--settings" in words else words), *after]
+    parsed = parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, words)
+    with_settings_of_file(parsed, words, PLAYGROUND)
+    assert parsed[1].settings == {name: {**SETTINGS[name], **instead.get(name, {})} for name in SETTINGS}
+
+
+@pytest.mark.parametrize(("config", "expected"), [("playground", "dpo"), ("tldr", "all")])
+def test_an_option_that_a_shipped_file_has_for_methods_is_refused(config, expected):
+    file = ["--config", str(RECIPES / "configs" / f"compare_{config}.yaml")]
+    for words in (file, []) if config == "playground" else (file,):
+        words = [*words, "--learning_rate", "1e-9", "--bf16", "false"]
+        parsed = parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, words)
+        with pytest.raises(ValueError, match=f'"{expected}": {{"learning_rate": 1e-09}}'):
+            with_settings_of_file(parsed, words, PLAYGROUND)
+
+
+def test_settings_of_a_file_may_be_json(tmp_path):
+    values = {"model_name_or_path": "model", "dataset_name": "data", "rewards": ["scorer"]}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**values, "settings": json.dumps(SETTINGS)}))
+    words = ["--config", str(tmp_path / "config.yaml"), "--settings", '{"dpo": {"beta": 0.3}}']
+    parsed = parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, words)
+    with_settings_of_file(parsed, words, PLAYGROUND)
+    assert parsed[1].settings == {**SETTINGS, "dpo": {"learning_rate": 2e-4, "beta": 0.3}}
+
+
+TRAINERS = {
+    "best_of_n": BestOfNTrainer, "slic_direct": SLiCTrainer, "rrhf": RRHFTrainer, "spin": SPINTrainer,
+    "click": CLICKTrainer, "dpo": DPOTrainer, "ipo": IPOTrainer, "orpo": ORPOTrainer, "kto": KTOTrainer,
+    "rl": RLOOTrainer,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "expected"),
+    [
+        *((name, {}, "1") for name in TRAINERS if name not in ("dpo", "kto", "rl")),
+        ("slic_direct", {"reg_type": "kl"}, "2"),
+        ("slic_direct", {"reg_type": "kl", "use_peft": True}, "1 + LoRA"),
+        ("rrhf", {"use_peft": True}, "1 + LoRA"),
+        ("dpo", {}, "2"),
+        ("dpo", {"use_peft": True}, "1 + LoRA"),
+        ("dpo", {"precompute_ref_log_probs": True}, "1"),
+        ("kto", {}, "2"),
+        ("kto", {"precompute_ref_log_probs": True}, "1"),
+        ("rl", {}, "3"),
+        ("rl", {"beta": 0.0}, "2"),
+        ("rl", {"use_peft": True}, "2 + LoRA"),
+    ],
+)
+def test_models_in_memory_are_those_that_the_trainer_has(method, options, expected, model_dir, tmp_path):
+    game = one_seed("--output_dir", str(tmp_path), "--settings", json.dumps({method: options}))
+    read = game._check(method, METHODS[method])
+    assert models_resident(METHODS[method].recipe, read) == expected
+    args = read[1]
+    args.output_dir = str(tmp_path)
+    if method == "rl":
+        args.rewards = [f"{REPOSITORY / 'tests' / 'rewards.py'}:vowels"]  # in place of a reward model
+    trainer = TRAINERS[method](
+        model=model_dir, args=args, train_dataset=Dataset.from_list(ROWS), peft_config=get_peft_config(read[2])
+    )
+    there = 1 + (getattr(trainer, "ref_model", None) is not None) + (method == "rl")
+    assert expected == f"{there}{' + LoRA' if isinstance(trainer.model, PeftModel) else ''}"
 
 
 @pytest.mark.parametrize(("updates", "looks", "steps"), [(50, 3, [13, 26, 39]), (7, 3, [2, 4, 6]), (2, 1, [1])])
@@ -164,6 +312,7 @@ def test_what_two_rounds_and_the_report_need(tmp_path):
     for words, message in (
         (["--num_candidates", "3"], "RRHF in two rounds has half of them in each"),
         (["--num_checkpoints", "1", "--use_peft"], "checkpoints of adapters are not looked at"),
+        (["--settings", '{"ipo": {"use_peft": true}}'], "with use_peft, of ipo: checkpoints of adapters are not"),
         (["--eval_strategy", "no"], "models are evaluated on held-out prompts"),
         (["--save_steps", "7", "--logging_steps", "1"], "logging_steps .*save_steps .set `num_checkpoints`. would do"),
     ):
@@ -182,6 +331,18 @@ def test_preferences_of_the_playground_are_right_and_friendlier():
         chosen, rejected = (read_answer(row[name], row["answer"]) for name in ("chosen", "rejected"))
         assert chosen[0] and rejected[0] and chosen[2] > rejected[2]
     assert made == preference_rows(rows, seed=1) != preference_rows(rows, seed=2)
+
+
+def test_pairs_of_the_dataset_keep_their_scores(model_dir, tmp_path):
+    scored = [{**row, "score_chosen": 3.0, "score_rejected": 1.0, "source": "web"} for row in PAIRS]
+    write_jsonl(tmp_path / "prompts.jsonl", scored)
+    pairs_stage(tmp_path, prompts=tmp_path / "prompts.jsonl", on_playground=False, seed=1)
+    rows = read_jsonl(tmp_path / "pairs.jsonl")
+    assert rows == [{key: value for key, value in row.items() if key != "source"} for row in scored]
+    # which this loss cannot do without
+    args = SLiCConfig(str(tmp_path / "out"), calibration="margin", max_steps=1, report_to="none")
+    trainer = SLiCTrainer(model_dir, args=args, train_dataset=Dataset.from_list(rows))
+    assert trainer.train_dataset[0]["scores"] == [3.0, 1.0]
 
 
 # Whole comparisons

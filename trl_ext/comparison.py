@@ -34,8 +34,8 @@ import yaml
 from accelerate import PartialState
 
 from .checkpoints import wants_to_resume
-from .cli import imported, is_playground, parse_recipe_args, with_config_apart
-from .comparison_config import IDLE, METHODS, RESERVED, ComparisonConfig, Method
+from .cli import given_options, imported, is_playground, parse_recipe_args, with_config_apart
+from .comparison_config import IDLE, METHODS, RESERVED, ComparisonConfig, Method, refuse_equal_labels, settings_by_name
 from .comparison_report import write_report
 from .comparison_results import ComparisonResults, MethodResult
 from .data import RowOptions
@@ -71,7 +71,7 @@ def compare(parsed: Sequence[Any], recipes: Path, given: Collection[str]) -> Com
     config = parsed[1]
     folder, results, comparison = Path(config.output_dir), [], None
     file = folder / "comparison.json"
-    earlier = ComparisonResults.load(file).results if wants_to_resume(config) and file.is_file() else []
+    earlier = _with_labels_of_now(file, config) if wants_to_resume(config) and file.is_file() else []
     try:
         for seed in config.seeds:
             game = OneSeed(parsed, recipes, seed, given)
@@ -90,6 +90,24 @@ def compare(parsed: Sequence[Any], recipes: Path, given: Collection[str]) -> Com
             print(f"comparison.html, .md, .csv and .json are in {folder}")
     PartialState().wait_for_everyone()
     return dataclasses.replace(comparison, results=results)
+
+
+def _with_labels_of_now(file: Path, config: ComparisonConfig) -> list[MethodResult]:
+    """
+    What an earlier run has found. A label is only for readers, so that one which has changed since is changed there
+    too, rather than refused; what is no longer among `settings` keeps what it was called.
+
+    Raises:
+        ValueError: a method of this run and another of the earlier one have one label.
+    """
+    labels = {name: method.label for name, method in {**METHODS, **config.variants}.items()}
+    earlier = ComparisonResults.load(file).results
+    earlier = [dataclasses.replace(one, label=labels.get(one.method, one.label)) for one in earlier]
+    try:
+        refuse_equal_labels({**{one.method: one.label for one in earlier}, **config.labels})
+    except ValueError as error:
+        raise ValueError(f"What is in {file} stays in the report: {error}") from None
+    return earlier
 
 
 def _results(parsed: Sequence[Any], num_held_out: int, results: list[MethodResult]) -> ComparisonResults:
@@ -149,18 +167,21 @@ class OneSeed:
         idle = [f"{name} ({why})" for name, why in IDLE.items() if name in given]
         if idle:
             raise ValueError(f"{', '.join(idle)} would do nothing in a comparison. Leave them out.")
-        if config.num_checkpoints and model_args.use_peft:
-            raise ValueError(
-                f"num_checkpoints={config.num_checkpoints} with use_peft: checkpoints of adapters are not looked at. "
-                "Leave one of them out."
-            )
         if "rrhf_two_rounds" in self.methods and sampling.num_candidates < 4:
             raise ValueError(
                 f"num_candidates={sampling.num_candidates}: RRHF in two rounds has half of them in each, and needs "
                 "two to rank. Set it to 4 or more, or leave the method out by `--methods`."
             )
-        for name, method in {**self.methods, "reward_model": REWARD_MODEL}.items():  # before anything is begun
-            self._check(name, method)
+        self.models_resident = {}
+        every = {"sft": METHODS["sft"], **self.methods, "reward_model": REWARD_MODEL}
+        for name, method in every.items():  # before anything is begun
+            read = self._check(name, method)
+            self.models_resident[name] = "–" if read is None else models_resident(method.recipe, read)
+            if read is not None and config.num_checkpoints and read[2].use_peft:
+                raise ValueError(
+                    f"num_checkpoints={config.num_checkpoints} with use_peft, of {name}: checkpoints of adapters are "
+                    "not looked at. Leave one of them out."
+                )
         check_shared(config, recipes)
         parts = (script_args, self.config, model_args, dataset_args, self.sampling, ranking)
         self.rounds: Rounds = start_rounds(parts, rows=RowOptions(reference=True))
@@ -258,12 +279,12 @@ class OneSeed:
     def _made_of(self, name: str) -> str:
         return self.config.settings.get(name, {}).get("method", name)
 
-    def _check(self, name: str, method: Method) -> None:
-        """Let the recipe read its options, before anything is begun."""
+    def _check(self, name: str, method: Method) -> tuple[Any, ...] | None:
+        """What the recipe reads of its options, before anything is begun; nothing where nothing is trained."""
         if method.recipe is None:
             if self.config.settings.get(name):
                 raise ValueError(f"settings: {name!r} is not trained, so there is nothing to set. Leave it out.")
-            return
+            return None
         values = self._values(name, method, updates=2, answers=self.sampling.num_candidates)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "config.yaml"
@@ -272,7 +293,7 @@ class OneSeed:
             file.write_text(yaml.safe_dump(kept))
             recipe = self.recipes / f"{method.recipe}.py"
             try:
-                parse_recipe_args(recipe_dataclasses(recipe), recipe, ["--config", str(file), *words])
+                return parse_recipe_args(recipe_dataclasses(recipe), recipe, ["--config", str(file), *words])
             except SystemExit:
                 raise ValueError(
                     f"settings: {name!r} has a value that `{recipe.name}` cannot read, see above."
@@ -397,7 +418,7 @@ class OneSeed:
             updates=sum(figures["updates"] for figures in trainings),
             completions_sampled=sampled,
             sampling_seconds=sampling,
-            models_resident=method.models_resident,
+            models_resident=self.models_resident[name],
             notes=[] if method.note is None else [method.note],
             prompts_key=f"seed-{self.seed}",
         )
@@ -410,8 +431,6 @@ class OneSeed:
             tokens = [figures["num_tokens"] for figures in trainings]
             result.tokens_per_second = None if None in tokens else sum(tokens) / seconds
             result.curve = self._curve(parts, trainings)
-        if self.model_args.use_peft and method.models_resident == "2":
-            result.models_resident = "1 + LoRA"
         return result
 
     def _curve(self, parts: list[str], trainings: list[dict]) -> list[dict[str, Any]]:
@@ -462,6 +481,26 @@ NOT_HANDED_ON = (
 )  # fmt: skip
 
 
+def models_resident(recipe: str, read: Sequence[Any]) -> str:
+    """
+    Models in memory during training: the one that is trained, a reference that is kept beside it, and the reward model
+    of `rl`. With an adapter the model without it is the reference. Other references are run once, before training.
+
+    Args:
+        recipe (`str`): its name.
+        read (`Sequence`): what [`parse_recipe_args`] made of its options.
+    """
+    _, args, model_args, *_ = read
+    if recipe == "rl":
+        reference = args.beta != 0
+    elif recipe in ("dpo", "kto"):
+        reference = not args.precompute_ref_log_probs
+    else:
+        reference = getattr(args, "uses_reference_model", False)
+    number = 1 + (reference and not model_args.use_peft) + (recipe == "rl")
+    return f"{number} + LoRA" if model_args.use_peft else str(number)
+
+
 def shared_settings(config: ComparisonConfig, model_args: Any, given: Collection[str]) -> dict[str, Any]:
     """The training settings that were given, for all methods, in YAML's types."""
     found = {}
@@ -474,12 +513,53 @@ def shared_settings(config: ComparisonConfig, model_args: Any, given: Collection
 
 
 def with_settings_of_file(parsed: Sequence[Any], arguments: Sequence[str], file: str | Path) -> None:
-    """Let `--settings` on the command line add to those of the config file, which the parser replaces."""
+    """
+    Let `--settings` on the command line add to those of the config file, which the parser replaces.
+
+    Raises:
+        ValueError: an option on the command line that the file's settings of a method would replace.
+    """
     words, config = with_config_apart(arguments), parsed[1]
-    file = words[words.index("--config") + 1] if "--config" in words else file if is_playground(*parsed) else None
-    before = {} if file is None else yaml.safe_load(Path(file).read_text(encoding="utf-8")).get("settings") or {}
-    both = {name: {**before.get(name, {}), **config.settings.get(name, {})} for name in {**before, **config.settings}}
-    parsed[1].settings = dataclasses.replace(config, settings=both).settings
+    file = file if is_playground(*parsed) else None
+    if "--config" in words:
+        at = words.index("--config")
+        file, words = words[at + 1], words[:at] + words[at + 2 :]
+    if file is None:
+        return
+    before = settings_by_name(yaml.safe_load(Path(file).read_text(encoding="utf-8")).get("settings"))
+    typed = given_options(words)
+    own = config.settings if "settings" in typed else {}
+    both = {name: {**before.get(name, {}), **own.get(name, {})} for name in {**before, **own}}
+    config = dataclasses.replace(config, settings=both)
+    shared = shared_settings(config, parsed[2], typed)
+    shared |= {name: getattr(config, name) for name in ("max_length", "on_invalid_row") if name in typed}
+    _refuse_what_is_lost(config, own, shared, file)
+    parsed[1].settings = config.settings
+
+
+def _refuse_what_is_lost(
+    config: ComparisonConfig, own: dict[str, dict], shared: dict[str, Any], file: str | Path
+) -> None:
+    """What the command line asks of all methods, in `shared` or its `own` settings, and the file's settings undo."""
+    methods = {**METHODS, **config.variants}
+    methods = {name: methods[name] for name in config.methods or methods if methods[name].recipe is not None}
+    names = [*methods, *(["reward_model"] if any(one.recipe == "rl" for one in methods.values()) else [])]
+    lost: dict[str, dict[str, Any]] = {}
+    for name in names:
+        layers = (name, config.settings.get(name, {}).get("method", name), "all")  # the first that has it wins
+        for option, value in {**shared, **own.get("all", {})}.items():
+            layer = next((one for one in layers if option in config.settings.get(one, {})), None)
+            if layer is None or option in own.get(layer, {}) or config.settings[layer][option] == value:
+                continue
+            made_of = {"method": config.settings[layer]["method"]} if "method" in config.settings[layer] else {}
+            lost.setdefault(layer, made_of)[option] = value
+    if lost:
+        options = sorted(set().union(*lost.values()) - {"method"})
+        raise ValueError(
+            f"{', '.join(options)}: the command line has it for all methods, and the settings in {file} have it for "
+            f"{', '.join(lost)}, which would win. Write what each is to have, "
+            f"`--settings {shlex.quote(json.dumps(lost, default=str))}`, or leave it out."
+        )
 
 
 def check_shared(config: ComparisonConfig, recipes: Path) -> None:
@@ -559,7 +639,8 @@ def pairs_stage(folder: Path, *, prompts: Path, on_playground: bool, seed: int) 
         from .playground import preference_rows
 
         rows = preference_rows(rows, seed)
-    columns = ("prompt", "chosen", "rejected", "reference", "tools", "chat_template_kwargs")
+    columns = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected", "reference", "tools",
+               "chat_template_kwargs")  # fmt: skip
     write_jsonl(folder / "pairs.jsonl", [{key: row[key] for key in columns if key in row} for row in rows])
     return {"num_rows": len(rows)}
 

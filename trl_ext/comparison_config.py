@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,7 +24,6 @@ class Method:
         data (`str`): what it is trained on: `"pairs"` (the dataset's `chosen` and `rejected`), `"ranked"` (sampled
             answers with scores), `"likelihood_near"` (CLICK's pairs of them), `"rounds"` (sampled in two rounds),
             `"self_play"` (the dataset's `reference` against sampled ones), or `"prompts"`.
-        models_resident (`str`): models in memory during training.
         batch (`Callable`): rows in a batch, of prompts in a batch and answers per prompt.
         values (`dict`, *optional*): of the recipe's options, where the method is one of its modes.
         needs (`str`, *optional*): column of the dataset without which there is nothing to train on.
@@ -34,7 +33,6 @@ class Method:
     label: str
     recipe: str | None = None
     data: str = "ranked"
-    models_resident: str = "1"
     batch: Callable[[int, int], int] = lambda prompts, answers: prompts
     values: dict[str, Any] = field(default_factory=dict)
     needs: str | None = None
@@ -42,7 +40,7 @@ class Method:
 
 
 METHODS = {
-    "sft": Method("SFT", models_resident="–"),
+    "sft": Method("SFT"),
     "best_of_n": Method("best-of-n", "best_of_n"),
     "slic_direct": Method("SLiC-HF direct", "slic", data="pairs", needs="chosen"),
     "slic_sample_rank": Method("SLiC-HF sample-rank", "slic"),
@@ -50,11 +48,11 @@ METHODS = {
     "rrhf_two_rounds": Method("RRHF, two rounds", "rrhf", data="rounds"),
     "spin": Method("SPIN", "spin", data="self_play", needs="reference", values={"num_iterations": 1}),
     "click": Method("CLICK", "train_click", data="likelihood_near", needs="reference"),
-    "dpo": Method("DPO", "dpo", models_resident="2"),
+    "dpo": Method("DPO", "dpo"),
     "ipo": Method("IPO", "ipo"),
     "orpo": Method("ORPO", "orpo", note="its log-probabilities over training are means per token"),
-    "kto": Method("KTO", "kto", models_resident="2", batch=lambda prompts, answers: 2 * prompts),
-    "rl": Method("RLOO", "rl", data="prompts", models_resident="3", batch=lambda prompts, answers: prompts * answers),
+    "kto": Method("KTO", "kto", batch=lambda prompts, answers: 2 * prompts),
+    "rl": Method("RLOO", "rl", data="prompts", batch=lambda prompts, answers: prompts * answers),
 }
 # that the comparison sets itself, so that the budget is equal and everything lands where it is looked for
 RESERVED = (
@@ -92,7 +90,8 @@ class ComparisonConfig(CommonConfig, TrainingArguments):
         trust_remote_code (`bool`, *optional*, defaults to `False`): run code that comes with the model.
 
     Raises:
-        ValueError: a method or an option that is not known, or one that the comparison sets itself.
+        ValueError: a method or an option that is not known, one that the comparison sets itself, or two methods with
+            one label.
     """
 
     unused_fields: ClassVar[dict[str, str]] = {
@@ -148,12 +147,7 @@ class ComparisonConfig(CommonConfig, TrainingArguments):
                 f"num_checkpoints={self.num_checkpoints}, num_checkpoint_prompts={self.num_checkpoint_prompts}: set "
                 "the first to 0 or more, the second to 1 or more."
             )
-        if isinstance(self.settings, str):
-            try:
-                self.settings = json.loads(self.settings)
-            except ValueError as error:
-                raise ValueError(f"settings={self.settings!r:.80} is not JSON ({error}). Mend it.") from None
-        self.settings = {} if self.settings is None else self.settings
+        self.settings = settings_by_name(self.settings)
         for name, values in self.settings.items():
             self._check_settings(name, values)
         if isinstance(self.methods, str):
@@ -164,11 +158,10 @@ class ComparisonConfig(CommonConfig, TrainingArguments):
                 raise ValueError(
                     f"methods: {name!r} is not known. Set it to some of {', '.join(known)}" + maybe_meant(name, known)
                 )
+        refuse_equal_labels(self.labels)
         super().__post_init__()
 
-    def _check_settings(self, name: Any, values: Any) -> None:
-        if not isinstance(values, dict):
-            raise ValueError(f"settings: {name!r} has {values!r:.60}, and it has to be options by name. Mend it.")
+    def _check_settings(self, name: Any, values: dict[str, Any]) -> None:
         taken = [key for key in RESERVED if key in values]
         if taken:
             raise ValueError(
@@ -195,6 +188,12 @@ class ComparisonConfig(CommonConfig, TrainingArguments):
             raise ValueError(f"settings: the `label` of {name!r} is {values['label']!r:.60}, and it has to be text.")
 
     @property
+    def labels(self) -> dict[str, str]:
+        """What readers see of each method that is compared."""
+        known = {**METHODS, **self.variants}
+        return {name: known[name].label for name in ("sft", *(self.methods or known))}
+
+    @property
     def variants(self) -> dict[str, Method]:
         """Further methods that `settings` defines."""
         return {
@@ -202,6 +201,45 @@ class ComparisonConfig(CommonConfig, TrainingArguments):
             for name, values in self.settings.items()
             if "method" in values
         }
+
+
+def refuse_equal_labels(labels: Mapping[str, str]) -> None:
+    """
+    Args:
+        labels (`Mapping[str, str]`): method to what readers see of it.
+
+    Raises:
+        ValueError: two have the same, and no reader could tell them apart.
+    """
+    owners: dict[str, str] = {}
+    for name, label in labels.items():
+        other = owners.setdefault(label, name)
+        if other != name:
+            raise ValueError(
+                f"The methods {other!r} and {name!r} are both called {label!r}, and a report has both. Give one of "
+                "them another `label` in `settings`."
+            )
+
+
+def settings_by_name(settings: Any) -> dict[str, dict[str, Any]]:
+    """
+    `settings`, as they are in a config file or in JSON, in a form that can be looked into.
+
+    Raises:
+        ValueError: it is no JSON, or not options by name.
+    """
+    if isinstance(settings, str):
+        try:
+            settings = json.loads(settings)
+        except ValueError as error:
+            raise ValueError(f"settings={settings!r:.80} is not JSON ({error}). Mend it.") from None
+    settings = {} if settings is None else settings
+    if not isinstance(settings, dict):
+        raise ValueError(f"settings={settings!r:.80} has to be options by name of a method. Mend it.")
+    for name, values in settings.items():
+        if not isinstance(values, dict):
+            raise ValueError(f"settings: {name!r} has {values!r:.60}, and it has to be options by name. Mend it.")
+    return settings
 
 
 # options of training that a comparison has no use for -> why
