@@ -5,13 +5,16 @@ import json
 import re
 import shutil
 import sys
+import textwrap
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 from trl import DatasetMixtureConfig, ScriptArguments
 
 from tests.conftest import REPOSITORY
@@ -39,21 +42,27 @@ def section(title: str) -> str:
 # Data
 
 
-THE_NINE = ["slic", "rrhf", "train_click", "dpo", "ipo", "orpo", "kto", "best_of_n", "reward"]
+DATA = section("Data, with a row each")
 TRAINERS = {
     "slic": SLiCTrainer, "rrhf": RRHFTrainer, "train_click": CLICKTrainer, "ipo": IPOTrainer, "spin": SPINTrainer,
     "dpo": DPOTrainer, "orpo": ORPOTrainer, "kto": KTOTrainer, "best_of_n": BestOfNTrainer, "reward": RewardTrainer,
 }  # fmt: skip
 
 
+def the_nine() -> list[str]:
+    """The recipes that the guide calls "the nine"."""
+    named = re.search(r'they are "the nine": (.+?)\. ', DATA.replace("\n", " "))[1]
+    return re.findall(r"`(\w+)\.py`", named)
+
+
 def formats() -> dict[str, tuple[dict, set[str]]]:
     """Each format that the guide shows: its row, and what reads it."""
-    found = re.findall(r"^\*\*(.+?)\.\*\*(.+?)\n+```json\n(.+?)\n```", section("Data, with a row each"), re.S | re.M)
+    found = re.findall(r"^\*\*(.+?)\.\*\*(.+?)\n+```json\n(.+?)\n```", DATA, re.S | re.M)
     shown = {}
     for name, text, row in found:
         said = re.search(r"Read by (.+?)\.$", text.replace("\n", " ").strip())[1]
         readers = set(re.findall(r"`(\w+)\.py`", said))
-        readers |= set(THE_NINE) if "the nine" in said else set()
+        readers |= set(the_nine()) if "the nine" in said else set()
         readers |= {"prompts"} if re.search(r"\bprompts\b", said) else set()
         shown[name] = json.loads(row), readers
     return shown
@@ -94,6 +103,11 @@ def read(reader: str, path: Path, tokenizer, dataset: Dataset | None = None) -> 
 def config(recipe: str):
     """The recipe's own config, as it is without arguments."""
     return imported(recipe_dataclasses(REPOSITORY / "recipes" / f"{recipe}.py"))[1]("unused", bf16=False)
+
+
+def test_the_nine_are_nine_and_no_format_is_overlooked():
+    assert sorted(the_nine()) == sorted(set(TRAINERS) - {"spin"}) and len(the_nine()) == 9
+    assert len(FORMATS) == GUIDE.read_text().count("```json\n") > 10
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -138,11 +152,34 @@ def test_what_the_guide_says_of_a_row_is_what_comes_out(tmp_path, tokenizer):
 
 
 def test_the_reward_function_scores_the_rows_beside_it(tmp_path):
-    (code,) = re.findall(r"```python\n(.+?)```", section("Data, with a row each"), re.S)
+    (code,) = re.findall(r"```python\n(.+?)```", DATA, re.S)
     (tmp_path / "my_rewards.py").write_text(code)
     row = {**FORMATS["Prompt with columns for a reward"][0], "completions": ["4", "5", " 4 it is"]}
     (scored,) = score_rows([row], build_scorers([f"{tmp_path / 'my_rewards.py'}:score"]))
     assert scored["scores"] == [1.0, 0.0, 1.0]
+
+
+# From an SFT model to a comparison
+
+
+def test_an_adapter_of_a_reward_model_is_merged_as_the_guide_does_it(model_dir, tokenizer, tmp_path, monkeypatch):
+    name, tokens = "runs/reward-lora", tokenizer("2 + 2? 4<|im_end|>", return_tensors="pt")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_pretrained(model_dir, num_labels=1)
+    lora = LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], init_lora_weights=False)
+    adapted = get_peft_model(base, lora).eval()
+    adapted.save_pretrained(name)
+    tokenizer.save_pretrained(name)
+    with torch.no_grad():
+        expected = adapted(**tokens).logits.item()
+    row = {"prompt": "2 + 2? ", "completions": ["4"]}
+    with pytest.raises(ValueError, match="is a PEFT adapter"):
+        build_scorers([name])
+    (code,) = re.findall(r"```python\n(.+?)```", section("From an SFT model to a comparison"), re.S)
+    exec(textwrap.dedent(code))
+    (scored,) = score_rows([row], build_scorers(["runs/reward"]))
+    assert scored["scores"] == [pytest.approx(expected, rel=1e-4)] and abs(expected) > 1e-3
 
 
 # Hardware
@@ -236,6 +273,14 @@ def test_the_loss_of_the_guide_goes_on_after_an_interruption(own_loss, model_dir
     resumed = train(str(folder), resume=True)
     assert all(torch.equal(resumed[name], weights) for name, weights in whole.items())
     assert "squared-hinge" in (folder / "README.md").read_text()
+
+
+# Outcomes
+
+
+def test_every_outcome_is_filled_in():
+    """What the claims have shown stands beside their pictures."""
+    assert not re.findall(r"<!-- outcome.*", GUIDE.read_text())
 
 
 # Links
