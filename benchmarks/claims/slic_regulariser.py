@@ -152,12 +152,13 @@ CLAIM = Claim(
     title="SLiC-HF needs no regulariser: it does nothing, or it hurts",
     source=(
         "RSO (https://huggingface.co/papers/2309.06657), A.6, table 5; RePO "
-        "(https://huggingface.co/papers/2503.07426), D.5; the value of lambda in SLiC-HF (https://huggingface.co/papers/2305.10425) is not reported"
+        "(https://huggingface.co/papers/2503.07426), D.5; the value of lambda in SLiC-HF "
+        "(https://huggingface.co/papers/2305.10425) is not reported"
     ),
     paper=(
         "RSO, SLiC on TL;DR, lambda 0, 0.5, 5, 50, 500: no effect, wins by the proxy reward 90.15, 90.45, 90.25, "
-        "90.83, 90.06 %. RePO, Llama-3-8B-Instruct, lambda 0, 0.1, 0.5, 1, 3, 5: a steady loss, length-controlled wins "
-        "34.1, 33.9, 32.8, 30.8, 28.6, 27.8 %. SLiC-HF has the regulariser to stay near the SFT model."
+        "90.83, 90.06 %. RePO, Llama-3-8B-Instruct, lambda 0, 0.1, 0.5, 1, 3, 5: a steady loss, length-controlled "
+        "wins 34.1, 33.9, 32.8, 30.8, 28.6, 27.8 %. SLiC-HF has the regulariser to stay near the SFT model."
     ),
     settings=on_playground.settings(**options()),
     seeds=(1, 2, 3),
