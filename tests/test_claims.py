@@ -279,6 +279,10 @@ def test_the_tasks_own_answers_are_to_the_held_out_prompts():
         slic_beats_sft.reference_rewards(2, prompts)
 
 
+def test_broken_words_by_hand():
+    assert slic_beats_sft.broken(["42 meh", "41 hooray", "42 glay", "42 okay okay", "42", ""]) == pytest.approx(2 / 3)
+
+
 def test_measures_of_slic_by_hand():
     rewards = {"sft": 0.4, "best_of_n": 0.5, "slic_direct": 0.8, "slic_sample_rank": 0.7}
     result = {"rows": [{"method": method, "decided_reference": share} for method, share in rewards.items()]}

@@ -30,7 +30,7 @@ from claim import Claim, Expectation, main
 
 from trl_ext.comparison_config import Method
 from trl_ext.comparison_results import MethodResult
-from trl_ext.playground import Playground, friendly_number_reward
+from trl_ext.playground import TONES, Playground, friendly_number_reward
 from trl_ext.rounds import read_jsonl
 
 POSITIVES = "sft_on_positives"
@@ -83,6 +83,16 @@ def reference_rewards(seed: int, prompts: Sequence[str]) -> list[float]:
     return friendly_number_reward([row["reference"] for row in rows], [row["answer"] for row in rows])
 
 
+def broken(answers: Sequence[str]) -> float:
+    """Share of answers whose word is none of the task's, such as "glay": the reward takes it for the unfriendliest."""
+    return sum(answer.partition(" ")[2] not in TONES for answer in answers) / len(answers)
+
+
+def answers_of(game, method: str) -> list[str]:
+    """The answers of a method to the held-out prompts."""
+    return [one["answer"] for one in game.rounds.answers("start" if method == "sft" else method)]
+
+
 def run(seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Train, and compare the answers to the held-out prompts."""
     found = on_playground.compare(seed, settings)
@@ -93,6 +103,7 @@ def run(seed: int, settings: dict[str, Any]) -> dict[str, Any]:
         result = results[method]
         rewards = result.scores["reward"]
         row = {"method": method, "reward": _mean(rewards), "accuracy": _mean(result.scores["judge"])}
+        row["broken"] = broken(answers_of(found.game, method))
         for name, others in (("reference", references), ("sft", results["sft"].scores["reward"])):
             row |= {f"{key}_{name}": value for key, value in compared(rewards, others).items()}
         row |= {"tokens": _mean(result.lengths), "kl": _mean(result.kl), "nll": _mean(result.nll)}
@@ -132,15 +143,15 @@ def draw(results: dict[int, dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     panels = [
-        ("decided_reference", "wins over the task's own answer,\nshare of decided", (0.25, 1.0)),
-        ("decided_sft", "wins over the SFT model's answer,\nshare of decided", (0.25, 1.0)),
-        ("accuracy", "right digits,\nshare of answers", (0.75, 1.0)),
-        ("tokens", "length of an answer,\ntokens", None),
+        ("decided_reference", "wins over the task's own answer,\nshare of decided"),
+        ("decided_sft", "wins over the SFT model's answer,\nshare of decided"),
+        ("broken", 'answers with a broken word,\nsuch as "glay", share'),
+        ("tokens", "length of an answer,\ntokens"),
     ]
     places = {method: len(PAPER) - place for place, method in enumerate(PAPER)}
     colours = {method: "#D55E00" if method.startswith("slic") else "#0072B2" for method in PAPER}
     figure, axes = plt.subplots(1, len(panels), figsize=(15, 4), sharey=True, layout="constrained")
-    for axis, (name, title, limits) in zip(axes, panels, strict=True):
+    for axis, (name, title) in zip(axes, panels, strict=True):
         values = {method: [figure_of(result, method, name) for result in results.values()] for method in PAPER}
         if name == "decided_sft":
             del values["sft"]
@@ -151,14 +162,13 @@ def draw(results: dict[int, dict[str, Any]], path: Path) -> None:
         if name == "decided_reference":
             paper = [share for _, share, _ in PAPER.values()]
             axis.plot(paper, list(places.values()), "D", color="black", markersize=8, fillstyle="none")
-        if name in ("decided_reference", "decided_sft"):
-            axis.axvline(0.5, color="black", linestyle=":", linewidth=1)
         if name == "decided_sft":
             axis.axvline(0.8, color="black", linestyle="--", linewidth=1)
             axis.text(0.79, places["sft"], "the paper's\n80 %", ha="right", va="center", fontsize=9)
-        if limits is not None:
-            low = min(value for of_seeds in values.values() for value in of_seeds)
-            axis.set_xlim(min(limits[0], low - 0.02), limits[1] + 0.01)
+        if name.startswith("decided"):
+            axis.axvline(0.5, color="black", linestyle=":", linewidth=1)
+            axis.set_xlim(0.38, 1)
+            axis.set_xticks([0.4, 0.6, 0.8])
         axis.set_xlabel(title)
         axis.set_yticks(list(places.values()), [label for label, _, _ in PAPER.values()])
         axis.grid(axis="x", alpha=0.3)

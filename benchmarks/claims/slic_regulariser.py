@@ -18,7 +18,7 @@ from typing import Any
 
 import on_playground
 from claim import Claim, Expectation, main
-from slic_beats_sft import compared
+from slic_beats_sft import answers_of, broken, compared
 
 from trl_ext.comparison_results import MethodResult
 
@@ -43,13 +43,14 @@ def options() -> dict[str, dict[str, Any]]:
     return {"slic_sample_rank": {}, **new}
 
 
-def row_of(weight: float | None, result: MethodResult, sft: MethodResult) -> dict[str, Any]:
+def row_of(weight: float | None, result: MethodResult, sft: MethodResult, answers: list[str]) -> dict[str, Any]:
     """The figures of a method."""
     num_answers = len(result.lengths)
     wins = compared(result.scores["reward"], sft.scores["reward"])
     row = {
         "reward": sum(result.scores["reward"]) / num_answers,
         "accuracy": sum(result.scores["judge"]) / num_answers,
+        "broken": broken(answers),
         "decided_sft": wins["decided"],
         "ties_half_sft": wins["ties_half"],
         "kl": sum(result.kl) / num_answers,
@@ -66,9 +67,15 @@ def row_of(weight: float | None, result: MethodResult, sft: MethodResult) -> dic
 
 def run(seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Train with each lambda, and evaluate on the held-out prompts."""
-    results = on_playground.compare(seed, settings).results
-    sft = results["sft"]
-    return {"rows": [row_of(SFT, sft, sft), *(row_of(weight, results[name], sft) for weight, name in METHODS.items())]}
+    found = on_playground.compare(seed, settings)
+    sft = found.results["sft"]
+    methods = {SFT: "sft", **METHODS}
+    return {
+        "rows": [
+            row_of(weight, found.results[method], sft, answers_of(found.game, method))
+            for weight, method in methods.items()
+        ]
+    }
 
 
 def figure_of(result: dict[str, Any], weight: float | None, name: str) -> float:
@@ -123,8 +130,8 @@ def draw(results: dict[int, dict[str, Any]], path: Path) -> None:
     panels = [
         ("reward", "reward of an answer, 0 to 1"),
         ("accuracy", "right digits, share of answers"),
+        ("broken", 'answers with a broken word, such as "glay", share'),
         ("kl", "KL to the SFT model, nats per answer"),
-        ("perplexity", "perplexity of the answers\nunder the SFT model"),
     ]
     figure, axes = plt.subplots(1, len(panels), figsize=(15, 4), layout="constrained")
     places = range(len(METHODS))
