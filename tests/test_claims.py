@@ -13,15 +13,18 @@ import torch
 from scipy.optimize import minimize
 
 from tests.conftest import REPOSITORY
+from trl_ext.playground import Playground
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks" / "claims"))
 
 import ipo_bandit
+import slic_beats_sft
+import slic_regulariser
 import summary
 from claim import Claim, Expectation, judge, main
 
 FOLDER = REPOSITORY / "benchmarks" / "claims"
-NAMES = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem not in ("claim", "summary"))
+NAMES = sorted(file.stem for file in FOLDER.glob("*.py") if "\nCLAIM = " in file.read_text())
 
 
 def small_claim(run=None, **changes) -> Claim:
@@ -253,3 +256,43 @@ def test_the_committed_rows_repeat_the_outcome():
         most = max(float(row["DPO_c"]) for row in of_seed if row["data"] == "D3")
         assert values[greedy[0]][seed] == pytest.approx(least, abs=1e-6)
         assert values[unseen[0]][seed] == pytest.approx(most, abs=1e-6)
+
+
+# --- SLiC-HF
+
+
+def test_shares_of_wins_by_hand():
+    shares = slic_beats_sft.compared([1.0, 0.5, 0.5, 0.0, 0.9], [0.0, 0.5, 0.6, 0.0, 0.8])
+    assert shares == pytest.approx({"won": 0.4, "tied": 0.4, "lost": 0.2, "decided": 2 / 3, "ties_half": 0.6})
+    assert slic_beats_sft.compared([0.5], [0.5])["decided"] == 0.5
+    with pytest.raises(ValueError, match="shorter"):
+        slic_beats_sft.compared([1.0, 0.5], [1.0])
+
+
+def test_the_tasks_own_answers_are_to_the_held_out_prompts():
+    prompts = Playground(seed=1).prompts("held_out")
+    rewards = slic_beats_sft.reference_rewards(1, prompts)
+    assert len(rewards) == 1000
+    assert min(rewards) == 0.5  # right digits, and the unfriendliest tone
+    assert max(rewards) == 1.0
+    with pytest.raises(RuntimeError, match="Seed 2"):
+        slic_beats_sft.reference_rewards(2, prompts)
+
+
+def test_broken_words_by_hand():
+    assert slic_beats_sft.broken(["42 meh", "41 hooray", "42 glay", "42 okay okay", "42", ""]) == pytest.approx(2 / 3)
+
+
+def test_measures_of_slic_by_hand():
+    rewards = {"sft": 0.4, "best_of_n": 0.5, "slic_direct": 0.8, "slic_sample_rank": 0.7}
+    result = {"rows": [{"method": method, "decided_reference": share} for method, share in rewards.items()]}
+    assert slic_beats_sft.worse_slic_over_best_of_n(result) == pytest.approx(0.2)
+    assert slic_beats_sft.difference("slic_direct", "sft")(result) == pytest.approx(0.4)
+
+    figures = {"SFT": 0.5, 0.0: 0.9, 0.01: 0.7, 0.1: 0.95, 1.0: 0.8, 10.0: 0.6}
+    result = {"rows": [{"reg_weight": weight, "reward": reward} for weight, reward in figures.items()]}
+    assert slic_regulariser.spread("reward")(result) == pytest.approx(0.35)  # without SFT
+    assert slic_regulariser.smallest_fall("reward", 0.1, 1.0, 10.0)(result) == pytest.approx(0.15)
+    assert slic_regulariser.smallest_fall("reward", 0.0, 0.01, 0.1)(result) == pytest.approx(-0.25)
+    assert slic_regulariser.zero_over_the_best_other(result) == pytest.approx(-0.05)
+    assert slic_regulariser.gain_left(result) == pytest.approx(0.25)
