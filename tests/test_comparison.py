@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -197,6 +198,23 @@ def test_what_is_set_for_the_comparison_reaches_the_methods(tmp_path):
     assert reward["learning_rate"] == 1e-3 and reward["use_peft"] is False and reward["save_strategy"] == "no"
 
 
+@pytest.mark.parametrize("name", [*METHODS, "reward_model"])
+@pytest.mark.parametrize("config", ["playground", "tldr"])
+def test_recipes_can_read_what_the_shipped_files_have_for_them(config, name, tmp_path):
+    file = RECIPES / "configs" / f"compare_{config}.yaml"
+    game = one_seed("--config", str(file), "--bf16", "false", "--output_dir", str(tmp_path))
+    method = METHODS.get(name, REWARD_MODEL)
+    read = game._check(name, method)
+    if method.recipe is None:
+        assert read is None
+        return
+    settings = yaml.safe_load(file.read_text())["settings"]
+    wanted = {**settings["all"], **settings.get(name, {})}
+    found = {key: getattr(part, key) for part in read for key in wanted if hasattr(part, key)}
+    assert {key: getattr(value, "value", value) for key, value in found.items()} == wanted
+    assert (read[1].max_steps, read[1].bf16, read[1].seed) == (2, False, 1)
+
+
 SETTINGS = {"all": {"weight_decay": 0.3}, "dpo": {"learning_rate": 2e-4}, "low": {"method": "dpo", "max_length": 64}}
 
 
@@ -345,6 +363,15 @@ def test_pairs_of_the_dataset_keep_their_scores(model_dir, tmp_path):
     assert trainer.train_dataset[0]["scores"] == [3.0, 1.0]
 
 
+def test_candidates_are_counted_for_the_method_whose_reward_model_has_them(tmp_path, monkeypatch):
+    game = one_seed("--output_dir", str(tmp_path))
+    game.rounds = SimpleNamespace(prompts=tmp_path / "prompts.jsonl")
+    monkeypatch.setattr(game, "_candidates", lambda: tmp_path / "ranked.jsonl", raising=False)  # seconds of sampling
+    monkeypatch.setattr(game, "_num_sampled", lambda name: {"candidates": 48}[name], raising=False)
+    assert game._data(METHODS["rl"]) == (tmp_path / "prompts.jsonl", 48)
+    assert game._data(METHODS["dpo"]) == (tmp_path / "ranked.jsonl", 48)
+
+
 # Whole comparisons
 
 
@@ -381,6 +408,18 @@ def test_every_method_is_compared_and_more_can_be_added(model_dir, prompts_file,
     assert [result.method for result in found.results] == [*asked, *kept], "what was there before stays in the report"
     assert all(result.status == "done" for result in found.results)
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+
+
+@pytest.mark.slow
+def test_what_rl_costs(model_dir, prompts_file, tmp_path):
+    words = command(model_dir, prompts_file, tmp_path / "out", "rl")[4:]
+    parsed = parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, words)
+    result = {one.method: one for one in OneSeed(parsed, RECIPES, 1, given_options(words)).play()}["rl"]
+    assert result.error is None and result.models_resident == "3"
+    candidates = 12 * 4  # prompts that are not held out, and answers to each
+    assert result.completions_sampled == candidates + 2 * 2 * 4  # updates, prompts in each, answers to each
+    manifest = tmp_path / "out" / "seed-1" / "candidates" / "candidates" / "manifest.json"
+    assert result.sampling_seconds == json.loads(manifest.read_text())["seconds"]
 
 
 @pytest.mark.slow

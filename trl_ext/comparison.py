@@ -127,8 +127,8 @@ def _results(parsed: Sequence[Any], num_held_out: int, results: list[MethodResul
     notes = [
         "Equal for all that are trained: the prompts, the updates and the rows in each, one to a prompt. What was "
         "sampled for a method is under its name: nothing for SLiC-HF direct, as many answers as candidates for most, "
-        "one for each prompt and iteration for SPIN; RLOO samples anew from the model it trains, and its time has "
-        "that in it, as it has the training of its reward model on the candidates.",
+        "one for each prompt and iteration for SPIN; RLOO samples anew from the model it trains, beside the "
+        "candidates of its reward model.",
         "Log-likelihoods over training are those of the method's own batches.",
     ]
     return ComparisonResults(
@@ -208,13 +208,15 @@ class OneSeed:
         return self.rounds.make_candidates("candidates", self.rounds.model)
 
     def _data(self, method: Method) -> tuple[Path, int]:
-        """What a method is trained on, and how many answers were sampled for it."""
+        """What a method is trained on, and how many answers were sampled for it before."""
         rounds = self.rounds
         if method.data == "pairs":
             stage = {"prompts": rounds.prompts}
             rounds.run.stage("pairs", pairs_stage, inputs=stage, on_playground=self.on_playground, seed=self.seed)
             return rounds.run.path("pairs", "pairs.jsonl"), 0
         ranked = self._candidates()
+        if method.data == "prompts":  # the candidates are its reward model's
+            return rounds.prompts, self._num_sampled("candidates")
         if method.data == "likelihood_near":
             above = self.config.click_threshold
             rounds.run.stage("near", near_stage, inputs={"ranked": ranked}, positive_above=above, seed=self.seed)
@@ -391,13 +393,13 @@ class OneSeed:
             trainings, model, sampled, sampling = self._twice(name, method)
             parts = [f"{name}/round-1", f"{name}/round-2"]
         else:
-            data, sampled = (rounds.prompts, 0) if method.data == "prompts" else self._data(method)
+            data, sampled = self._data(method)
             answers = self.sampling.num_candidates
             trainings = [self._train(name, method, rounds.model, data, updates=self.config.max_steps, answers=answers)]
             sampling = self._seconds("candidates/candidates") if sampled else math.nan
             if method.data == "prompts":
                 before = self._seconds("reward_model/model")
-                sampled = self.config.max_steps * _prompts_per_update(self.config) * answers
+                sampled += self.config.max_steps * _prompts_per_update(self.config) * answers
             model = Path(merged_model(rounds.run, name, trust_remote_code=self.config.trust_remote_code))
             parts = [name]
         rounds.evaluate("start" if method.recipe is None else name, model)

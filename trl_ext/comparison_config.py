@@ -52,7 +52,15 @@ METHODS = {
     "ipo": Method("IPO", "ipo"),
     "orpo": Method("ORPO", "orpo", note="its log-probabilities over training are means per token"),
     "kto": Method("KTO", "kto", batch=lambda prompts, answers: 2 * prompts),
-    "rl": Method("RLOO", "rl", data="prompts", batch=lambda prompts, answers: prompts * answers),
+    "rl": Method(
+        "RLOO",
+        "rl",
+        data="prompts",
+        batch=lambda prompts, answers: prompts * answers,
+        note="its answers sampled are the candidates that its reward model was trained on and those that it samples "
+        "itself; the sampling time is of the candidates, as its own sampling is part of its training time, which has "
+        "the training of the reward model in it too",
+    ),
 }
 # that the comparison sets itself, so that the budget is equal and everything lands where it is looked for
 RESERVED = (
