@@ -344,7 +344,7 @@ CLAIM = Claim(
         "chosen answer), keep them up, and that IPO, whose margin has an end, lets them fall less, are our "
         "conclusions."
     ),
-    settings={**of_playground(), "trainings": TRAININGS, "watched": 128, "watch_every": 5},
+    settings={**of_playground(), "trainings": TRAININGS, "watched": 128, "watch_every": 10},
     seeds=(1, 2, 3),
     run=run,
     draw=draw,
