@@ -1,7 +1,7 @@
 """
 SPIN on the playground: iterations beside SFT that goes on, and beside a first iteration that trains longer.
 
-    python benchmarks/claims/spin_gains.py    # about eight minutes for a seed on two cores
+    python benchmarks/claims/spin_gains.py    # about nine minutes for a seed on two cores, SFT included
 
 The task, the settings and the three iterations are those of `recipes/spin.py`: a byte-level model of 0.6 M parameters
 reads numbers in words and writes digits. It departs from the paper's 7 B model in more than size: there is one right
@@ -175,7 +175,7 @@ CLAIM = Claim(
         "lower learning rates in the last two iterations."
     ),
     settings=settings(),
-    seeds=(3, 4, 5),
+    seeds=(1, 2, 3),
     run=run,
     draw=draw,
     expectations=[
@@ -217,11 +217,23 @@ CLAIM = Claim(
         ),
     ],
     known_beforehand=(
-        "In part: the README reports the recipe's own runs with other seeds (42, 1 and 2), in which each iteration "
-        "beat the one before and SFT that goes on was mostly ahead of SPIN. The expectations are the paper's all the "
-        "same. A longer iteration 0 had not been tried; the seeds are new, and so is the measure without noise."
+        "In part: the README reports the recipe's own runs with seeds 42, 1 and 2, in which each iteration beat the "
+        "one before and SFT that goes on was mostly ahead of SPIN. The expectations are the paper's all the same. The "
+        "longer iteration 0 had not been tried, and the measure without noise is new. Seeds 3, 4 and 5 were named "
+        "first; for want of time 1 and 2 took the place of 4 and 5, neither of which had been begun."
     ),
-    remarks="",
+    remarks=(
+        "Each iteration beat the one before on every seed. The gains did not shrink from the start: iteration 1 "
+        "gained more than iteration 0 on every seed. It has the pairs of two iterations to train on, so about 1.8 "
+        "times the updates; per update the gains were 0.018, 0.012 and 0.008 points.\n\n"
+        "SFT that goes on was ahead at the end on every seed, by 0.2, 0.5 and 1.0 points, and far above its start. "
+        "The paper's SFT model had learned what it could from its data, and one more epoch made it worse. Here SFT "
+        "has seen each example once, the examples are without error, and SPIN trains on the 5 % of prompts that the "
+        "model still gets wrong. By the NLL of the right answers, some of which SFT that goes on makes very unlikely, "
+        "SPIN is ahead on two seeds of three.\n\n"
+        "Iteration 0 with the updates of iterations 0 and 1 came to where iteration 1 did (+0.4, -0.1, -0.1 points "
+        "for iteration 1): with equal updates, generating anew added nothing that three seeds could show."
+    ),
 )
 
 if __name__ == "__main__":
