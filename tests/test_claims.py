@@ -11,15 +11,19 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
+from transformers import AutoModelForCausalLM
 
 from tests.conftest import REPOSITORY
-from trl_ext.playground import Playground
+from trl_ext.evaluation import answer_logps
+from trl_ext.playground import Playground, save_byte_level_model
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks" / "claims"))
 
+import dpo_displacement
 import ipo_bandit
 import slic_beats_sft
 import slic_regulariser
+import spin_gains
 import summary
 from claim import Claim, Expectation, judge, main
 
@@ -296,3 +300,75 @@ def test_measures_of_slic_by_hand():
     assert slic_regulariser.smallest_fall("reward", 0.0, 0.01, 0.1)(result) == pytest.approx(-0.25)
     assert slic_regulariser.zero_over_the_best_other(result) == pytest.approx(-0.05)
     assert slic_regulariser.gain_left(result) == pytest.approx(0.25)
+
+
+# --- what the claims on the playground measure
+
+
+def test_answers_and_their_first_tokens_are_added_up():
+    logps = torch.tensor([[-9.0, -1.0, -2.0, -4.0, -8.0], [-1.0, -2.0, -4.0, -9.0, -9.0]])
+    mask = torch.tensor([[0.0, 1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0, 0.0]])
+    whole, first = dpo_displacement.answer_sums(logps, mask, torch.tensor([2, 7]))
+    assert whole.tolist() == [-15, -7]
+    assert first.tolist() == [-3, -7]  # an answer shorter than its first tokens counts as a whole
+
+
+def test_watched_log_likelihoods_are_those_of_an_evaluation(tmp_path):
+    """The digits too, which have no end token; other weights, the same answers, other figures."""
+    models = [save_byte_level_model(tmp_path / str(seed), hidden_size=32, num_layers=1, seed=seed) for seed in (1, 2)]
+    pairs = [
+        {"prompt": "seven = ", "chosen": "7 gladly", "rejected": "7 ugh"},
+        {"prompt": "forty-two = ", "chosen": "42 yes", "rejected": "24"},
+        {"prompt": "one = ", "chosen": "1 meh", "rejected": "1 hooray"},
+    ]
+    rows = [
+        {**pair, "completions": [pair["chosen"], pair["rejected"], digits], "are_cut": [False, False, True]}
+        for pair, digits in zip(pairs, ("7 ", "42 ", "1 "), strict=True)
+    ]
+    watch = dpo_displacement.Watch(models[0], {"two": pairs[:2], "one": pairs[2:]})
+    for model in models:
+        found = watch(AutoModelForCausalLM.from_pretrained(model).state_dict())
+        sums = [[one for one, _ in row] for row in answer_logps(model, rows)]
+        for name, of_set in (("two", sums[:2]), ("one", sums[2:])):
+            means = np.mean(of_set, axis=0)
+            assert list(found[name]) == ["chosen", "rejected", "digits"]
+            assert list(found[name].values()) == pytest.approx(means, rel=1e-5)
+    assert watch(None) == found  # as it was last
+
+
+def test_changes_of_log_likelihoods_by_hand():
+    values = {  # training -> chosen, rejected; of pairs that are trained on and of others
+        "dpo": {"trained": [(-4, -3), (-3, -6)], "apart": [(-4, -3), (-9, -9)]},
+        "dpo_small": {"trained": [(-4, -3), (-6, -9)], "apart": [(-4, -3), (-9, -9)]},
+        "dpo_hard": {"trained": [(-4, -3), (-5, -9)], "apart": [(-4, -3), (-9, -9)]},
+    }
+    rows = [
+        {
+            "kind": kind,
+            "training": name,
+            "updates": 5 * number,
+            "watched": watched,
+            "chosen": one[0],
+            "rejected": one[1],
+        }
+        for kind in ("dataset", "sampled")
+        for name, sets in values.items()
+        for number in range(2)
+        for watched, of_set in sets.items()
+        for one in [of_set[number] if kind == "sampled" else (0, 0)]
+    ]
+    result = {"rows": rows}
+    assert dpo_displacement.curve(result, "sampled", "dpo", "margin") == ([0, 5], [0, 4])
+    assert dpo_displacement.curve(result, "sampled", "dpo", "rejected", "apart") == ([0, 5], [0, -6])
+    assert dpo_displacement.change("sampled", "dpo")(result) == 1
+    assert dpo_displacement.change("sampled", "dpo_small", less="dpo")(result) == -3
+    assert dpo_displacement.smallest_margin("sampled")(result) == 4
+    assert dpo_displacement.smallest_margin("dataset")(result) == 0
+
+
+def test_gains_of_iterations_by_hand():
+    assert spin_gains.expected_accuracy([math.log(0.5), 0.0]) == pytest.approx(0.75)
+    accuracies = {"start": 0.5, "iteration-0": 0.625, "iteration-1": 0.6875, "iteration-2": 0.6875, "longer": 0.25}
+    result = {"rows": [{"model": name, "accuracy": value} for name, value in accuracies.items()]}
+    assert [spin_gains.gain(result, number) for number in range(3)] == [12.5, 6.25, 0]
+    assert spin_gains.points(result, "longer") == 25
