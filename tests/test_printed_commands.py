@@ -197,6 +197,7 @@ def stand_ins(model_dir, tmp_path_factory):
         shutil.copytree(model_dir, folder / name)
     for name in REWARD_MODELS:
         shutil.copytree(model_dir, folder / name)
+        torch.manual_seed(0)  # of the head, so that it is the same whatever test comes before
         model = AutoModelForSequenceClassification.from_pretrained(model_dir, num_labels=1)
         with torch.no_grad():
             model.score.weight.mul_(100)  # scores on both sides of 0.5
