@@ -197,10 +197,10 @@ def stand_ins(model_dir, tmp_path_factory):
         shutil.copytree(model_dir, folder / name)
     for name in REWARD_MODELS:
         shutil.copytree(model_dir, folder / name)
-        torch.manual_seed(0)  # of the head, so that it is the same whatever test comes before
         model = AutoModelForSequenceClassification.from_pretrained(model_dir, num_labels=1)
-        with torch.no_grad():
-            model.score.weight.mul_(100)  # scores on both sides of 0.5
+        with torch.no_grad():  # scores on both sides of 0.5: far apart, and about 0 for all tokens taken together
+            mean = model.model(torch.arange(model.config.vocab_size)[:, None]).last_hidden_state.mean(dim=(0, 1))
+            model.score.weight.sub_((model.score.weight @ mean)[:, None] * mean / mean.square().sum()).mul_(1000)
         model.save_pretrained(folder / name)
     for name, splits in DATASETS.items():
         DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()}).save_to_disk(folder / name)
