@@ -2,7 +2,7 @@
 RRHF as a learner of the best of n: whether its test reward follows the mean of its candidates' maximum, and what a
 second round adds.
 
-    python benchmarks/claims/rrhf_best_of_n.py    # about six minutes per seed on two cores
+    python benchmarks/claims/rrhf_best_of_n.py    # about five minutes per seed on two cores
 
 On the playground RRHF is trained from one SFT model on sets of candidates that differ in how many were sampled, how
 warm, from which model, and whether the two answers of a preference data set are among them. Updates, prompts in each
@@ -159,7 +159,7 @@ def draw(results: dict[int, dict[str, Any]], path: Path) -> None:
 
     colours = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#000000"]
     markers = ["s", "v", "^", "o", "D", "P", "*", "X"]
-    figure, axis = plt.subplots(figsize=(8.5, 6.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7.5, 7.5), layout="constrained")
     found = [by_set(result) for result in results.values()]
     for (name, of), colour, marker in zip(SETS.items(), colours, markers, strict=True):
         x = [rows[name]["mean_max"] for rows in found]
@@ -167,7 +167,7 @@ def draw(results: dict[int, dict[str, Any]], path: Path) -> None:
         hollow = {"facecolors": "none"} if name == CONTROL else {}
         axis.scatter(x, y, s=30, marker=marker, edgecolors=colour, alpha=0.7, **(hollow or {"color": colour}))
         axis.scatter(
-            fmean(x), fmean(y), s=150, marker=marker, edgecolors=colour, **(hollow or {"color": colour}),
+            fmean(x), fmean(y), s=110, marker=marker, edgecolors=colour, **(hollow or {"color": colour}),
             label=of["label"],
         )  # fmt: skip
     every = [row[key] for rows in found for row in rows.values() for key in ("mean_max", "test_reward")]
@@ -230,8 +230,19 @@ CLAIM = Claim(
         Expectation("The pair alone is worse. 4 sampled less the pair", more("D4", "P"), above=0),
         Expectation("Not in the paper: more candidates help. 8 sampled less 2", more("D8", "D2"), above=0),
     ],
-    known_beforehand="",
-    remarks="",
+    remarks=(
+        "In every seed the seven sets are in the same order by their maximum and by the reward of the model trained "
+        "on them, from 0.67 (2 sampled) to 0.86 (IP-2); the SFT model has 0.60. Eight cool samples and two warm ones "
+        "have nearly the same average candidate (0.60), and it is their maximum that the models follow: 0.71 and "
+        "0.67, for 0.70 and 0.67.\n\n"
+        "The higher the maximum, the more is left: nothing at 2 sampled, 0.02 at IP-1, 0.05 at IP-2. So the slope is "
+        "0.79 and not 1. In the paper, too, IP-2 raises the maximum by 0.18 and the reward by 0.06.\n\n"
+        "The second round's gain of 0.10 comes from its candidates: the same number of updates on IP-1's old ones "
+        "gives less than 0.01. Perplexity rises by 6 % in it, with an interval across the bound of 10 %; in the first "
+        "round it had risen by 18 % over the SFT model's 1.32, and in the paper DP's is 3 % above its start.\n\n"
+        "Equal answers to a prompt are left out, so the average candidate is one of different answers: 1.8 of 2, 3.1 "
+        "of 4, 4.6 of 8."
+    ),
 )
 
 if __name__ == "__main__":
