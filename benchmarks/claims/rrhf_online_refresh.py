@@ -6,19 +6,20 @@ reward that can be hacked.
 
 The playground's answers are digits and a word, "42007 gladly". What is trained towards is [`proxy`], a reward that
 only measures how friendly a text is; what is wanted is the playground's reward, half for right digits, half for the
-tone. Three runs train from one SFT model, ten updates at a time on the answers to 320 prompts, twice over
-all prompts:
+tone. Three runs train from one SFT model, ten updates at a time on the answers to 320 prompts, twice over all prompts:
 
 - online: before every ten updates four answers to a prompt are sampled from the model as it is (the paper's OP-k)
 - online with KL: the same, and from an answer's score 0.05 (log pi - log pi_SFT) is taken
 - offline: four answers to each prompt, sampled once from the SFT model
 
 Each ten updates are a training of their own: Adam and the schedule begin anew. Values are those of the comparison
-(`recipes/configs/compare_playground.yaml`), tried there with another reward and 50 updates at a stretch. After each the model answers held-out prompts, and the project's guard
-([`~trl_ext.rounds.reward_hacking`], with its default thresholds) says whether it would have ended the run there.
+(`recipes/configs/compare_playground.yaml`), tried there with another reward and 50 updates at a stretch. After each
+ten the model answers held-out prompts, and the project's guard ([`~trl_ext.rounds.reward_hacking`], with its default
+thresholds) says whether it would have ended the run there.
 
-Departs from the paper in model, task and reward (LLaMA-7B, dialogues, and a reward model there), in that its
-candidates have the data set's two answers among them, and in the weight of the KL, 0.01 there on another scale.
+Departs from the paper in model, task and reward (LLaMA-7B, dialogues, and a reward model there), in the perplexity
+(under gpt2-medium there, under the SFT model here), in that the paper's candidates have the data set's two answers
+among them, and in the weight of the KL, 0.01 there on another scale.
 """
 
 from dataclasses import replace
