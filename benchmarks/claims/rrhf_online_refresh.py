@@ -2,14 +2,15 @@
 What becomes of RRHF when its candidates are sampled anew from the model in training, over and over, and scored by a
 reward that can be hacked.
 
-    python benchmarks/claims/rrhf_online_refresh.py    # about five minutes per seed on two cores
+    python benchmarks/claims/rrhf_online_refresh.py    # about six minutes per seed on two cores
 
 The playground's answers are digits and a word, "42007 gladly". What is trained towards is [`proxy`], a reward that
 only measures how friendly a text is; what is wanted is the playground's reward, half for right digits, half for the
 tone. Three runs train from one SFT model, ten updates at a time on the answers to 320 prompts, twice over all prompts:
 
 - online: before every ten updates four answers to a prompt are sampled from the model as it is (the paper's OP-k)
-- online with KL: the same, and from an answer's score 0.05 (log pi - log pi_SFT) is taken
+- online with KL: the same, and from an answer's score 0.05 (log pi - log pi_SFT) is taken, which also ranks answers
+  that the proxy has as equals (in the first ten updates, where the two are one model, by rounding)
 - offline: four answers to each prompt, sampled once from the SFT model
 
 Each ten updates are a training of their own: Adam and the schedule begin anew. Values are those of the comparison
@@ -267,6 +268,8 @@ def draw(results: dict[int, dict[str, Any]], path: Path) -> None:
         axis.grid(alpha=0.3, which="both")
         if key == "perplexity":
             axis.set_yscale("log")
+            axis.set_yticks([1.5, 2, 3, 5, 10, 20], ["1.5", "2", "3", "5", "10", "20"])
+            axis.minorticks_off()
         else:
             axis.set_ylim(-0.03, 1.03)
     for axis in axes[1]:
@@ -332,7 +335,24 @@ CLAIM = Claim(
         "The expectations and their bounds were written before that and left as they were; refreshes were cut from "
         "15 to 10 for time. The KL weight was not tried."
     ),
-    remarks="",
+    remarks=(
+        "Online, every seed ends as the paper tells it: the proxy at 0.70 to 0.97, no right digits, perplexity 4.6 to "
+        '9.9 times that of the SFT model, and nearly one text for all prompts: "3 hooray", "5 hooray" or just '
+        '"hooray". The proxy rises throughout; the true reward is highest by the fourth refresh at the latest '
+        "(0.66 to 0.75), and falls to 0.54, 0.36 and 0.00. What is open here is so because seeds differ in how far it "
+        "goes: perplexity is above twice the SFT model's, and the true reward more than 0.05 below its highest, in "
+        "each of the three.\n\n"
+        "The KL penalty held in two seeds (proxy 0.42 and 0.45, true reward 0.73 and 0.84, perplexity 1.5 times the "
+        "start's) and not in the third, where the digits broke down at the sixth refresh and everything after it, the "
+        "proxy too. A likely reason: it only ranks what the model itself says, and where all four answers are broken "
+        "there is nothing to go back to.\n\n"
+        "The guard, watching accuracy, ended all nine runs after the first ten updates, where it had fallen from 0.96 "
+        "to between 0.77 and 0.85. Online that is early, and it keeps a better model than the last, by 0.07 to 0.59. "
+        "Offline it is a false alarm by the true reward, which in the end is 0.09 above the SFT model's, as tone "
+        "counts half in it; accuracy does not come back. Offline, too, perplexity is then 1.3 to 1.4 times the "
+        "start's and was up to 1.9 times on the way. A proxy that does not read digits protects none, and a learning "
+        "rate of 1e-3 that begins anew every ten updates is high; a lower one was not tried."
+    ),
 )
 
 if __name__ == "__main__":
