@@ -21,6 +21,8 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks" / "claims"))
 
 import dpo_displacement
 import ipo_bandit
+import rrhf_best_of_n
+import rrhf_online_refresh
 import slic_beats_sft
 import slic_regulariser
 import spin_gains
@@ -372,3 +374,59 @@ def test_gains_of_iterations_by_hand():
     result = {"rows": [{"model": name, "accuracy": value} for name, value in accuracies.items()]}
     assert [spin_gains.gain(result, number) for number in range(3)] == [12.5, 6.25, 0]
     assert spin_gains.points(result, "longer") == 25
+
+
+# --- RRHF
+
+
+def sets_of_candidates(**figures) -> dict:
+    """A result of `rrhf_best_of_n` with these (mean, mean of the maximum, test reward) by set."""
+    keys = ("mean", "mean_max", "test_reward")
+    return {"rows": [{"set": name, **dict(zip(keys, of, strict=True))} for name, of in figures.items()]}
+
+
+def test_what_follows_the_maximum_by_hand():
+    figures = {"P": (0.1, 0.2, 0.1), "D2": (0.3, 0.4, 0.3), "D4": (0.5, 0.6, 0.4), "IP-2": (0.5, 0.8, 0.8)}
+    result = sets_of_candidates(**figures, **{rrhf_best_of_n.CONTROL: (0.0, 0.0, 1.0)})  # which is left out
+    assert rrhf_best_of_n.rank_correlation(result) == pytest.approx(1.0)
+    assert rrhf_best_of_n.slope(result) == pytest.approx((0.3 * 0.3 + 0.1 * 0.1 + 0.0 + 0.3 * 0.4) / 0.2)
+    assert rrhf_best_of_n.distance(result) == pytest.approx((0.1 + 0.1 + 0.2 + 0.0) / 4)
+    assert rrhf_best_of_n.distance(result, "mean") == pytest.approx((0.0 + 0.0 + 0.1 + 0.3) / 4)
+    assert rrhf_best_of_n.more("IP-2", rrhf_best_of_n.CONTROL)(result) == pytest.approx(-0.2)
+
+
+def test_the_proxy_counts_friendly_letters():
+    texts = ["42007 hooray", "7 hooray", "hooray hooray", "hooray", "42007 ugh", "5 gladly", "9 fine", ""]
+    expected = [6 / 12, 6 / 8, 12 / 13, 1, 0, 6 / 7 * 6 / 8, 0, 0]
+    assert rrhf_online_refresh.proxy(completions=texts, answer=["1"] * 8) == pytest.approx(expected)
+
+
+def online_refresh(stopped: int) -> dict:
+    rows = [
+        {"run": name, "refresh": number, "proxy": number / 10, "true_reward": reward, "perplexity": 2.0 + number}
+        for name, rewards in {"online": (0.5, 0.7, 0.6, 0.2), "offline": (0.5, 0.6)}.items()
+        for number, reward in enumerate(rewards)
+    ]
+    return {"rows": rows, "stopped": {"online": [stopped, "hacked"], "offline": [0, ""]}}
+
+
+@pytest.mark.parametrize(("stopped", "gain"), [(0, 0.0), (1, 0.3), (2, 0.5), (3, 0.4)])
+def test_the_guard_keeps_the_model_before_the_refresh_it_ends_a_run_after(stopped, gain):
+    result = online_refresh(stopped)
+    assert rrhf_online_refresh.gain_of_guard(result) == pytest.approx(gain)
+    assert rrhf_online_refresh.is_ended("online")(result) == (stopped > 0)
+    assert rrhf_online_refresh.is_ended("offline")(result) == 0
+    assert rrhf_online_refresh.less("online", "offline")(result) == pytest.approx(0.2)
+    assert rrhf_online_refresh.by_start("online", "perplexity")(result) == pytest.approx(2.5)
+
+
+def test_a_score_is_penalised_by_its_log_ratio(tmp_path):
+    model = save_byte_level_model(tmp_path / "model", hidden_size=32, num_layers=1)
+    row = {"prompt": "seven = ", "completions": ["7 ugh", "7 hoo"], "scores": [0.0, 0.5]}
+    fixed = [logp for logp, _ in answer_logps(model, [{**row, "are_cut": [False, True]}])[0]]
+    row |= {"ends": ["stop", "length"], "logps": [fixed[0] + 2.0, fixed[1] - 3.0]}
+    (tmp_path / "ranked.jsonl").write_text(json.dumps(row) + "\n")
+    rrhf_online_refresh.penalise(tmp_path / "ranked.jsonl", model, weight=0.05)
+    made = json.loads((tmp_path / "ranked.jsonl").read_text())
+    assert made["scores"] == pytest.approx([-0.1, 0.65], abs=1e-5)
+    assert {key: made[key] for key in made if key != "scores"} == {key: row[key] for key in row if key != "scores"}

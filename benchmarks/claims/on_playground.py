@@ -61,8 +61,11 @@ def compare(seed: int, of_claim: dict[str, Any], folder: Path = FOLDER) -> Compa
             options in every claim, as its model is kept under it.
 
     Raises:
+        ValueError: the playground's values are others by now than those of the claim.
         RuntimeError: a method failed.
     """
+    if of_claim["playground"] != settings()["playground"]:
+        raise ValueError(f"The claim's values are not those of {PLAYGROUND.name}. Run it without changed settings.")
     recipe = RECIPES / "compare.py"
     methods = of_claim["methods"]
     arguments = ["--output_dir", str(folder), "--seeds", str(seed), "--methods", "sft", *methods]
