@@ -352,6 +352,25 @@ def test_rloo_samples_its_own_answers_to_the_prompts_of_ranked_lists(model_dir, 
     assert trainer.state.global_step == 2
 
 
+def test_rloo_goes_on_where_it_was_interrupted(model_dir, rl_kwargs, tmp_path):
+    """What is sampled after the interruption is what would have been."""
+    kwargs = {**rl_kwargs, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+
+    def train(folder, **resume):
+        config = RLOOConfig(**{**kwargs, "output_dir": str(tmp_path / folder)}, rewards=["tests.rewards:vowels"])
+        trainer = RLOOTrainer(model_dir, args=config, train_dataset=Dataset.from_list(RL_ROWS))
+        trainer.train(**resume)
+        rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+        return rewards, {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+
+    rewards, whole = train("whole")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "half" / "checkpoint-2")
+    again, resumed = train("half", resume_from_checkpoint=True)
+    assert again == rewards and len(set(rewards)) > 1
+    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+
+
 def test_rloo_refuses_before_weights_are_loaded(model_dir, rl_kwargs, monkeypatch):
     rows = Dataset.from_list(RL_ROWS)
     reward = {"rewards": "tests.test_trl_trainers:length_reward"}
