@@ -209,8 +209,9 @@ def _refuse_unless_it_fits(checkpoint: Path, training_args) -> None:
     Raise a `ValueError` unless the run that goes on takes the same rows in each step, and can take up what each
     process has kept.
 
-    Weights and optimiser states that every process holds whole can be taken up by any number of processes; losses and
-    gradients do not depend on how a step is split. Shards can be taken up by as many processes alone.
+    Weights and optimiser states that every process holds whole can be taken up by any number of processes. Losses and
+    gradients of this package's trainers do not depend on how a step is split; those of TRL's ORPO and KTO do, by a
+    little. Shards can be taken up by as many processes alone.
     """
     before, now = _read_seal(checkpoint)[0]["run"], _run(training_args)
     if before.get("only_model"):
