@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 from scipy.optimize import minimize
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +22,7 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks" / "claims"))
 
 import dpo_displacement
 import ipo_bandit
+import on_playground
 import rrhf_best_of_n
 import rrhf_online_refresh
 import slic_beats_sft
@@ -169,6 +171,49 @@ def test_the_committed_outcome_is_of_the_committed_script(name):
         assert len(outcome["values"]) == len(claim.seeds)
     with (FOLDER / "results" / f"{name}.csv").open() as file:
         assert {int(row["seed"]) for row in csv.DictReader(file)} == set(claim.seeds)
+
+
+# what is judged there is not all in rows: curves of training, where the guard stops
+NOT_OF_ROWS = {"ipo_bandit", "rrhf_online_refresh"}
+
+
+def of_csv(text: str):
+    """What a figure was before it was written to a .csv."""
+    try:
+        return float(text) if "." in text or "e" in text else int(text)
+    except ValueError:
+        return text or None
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in NOT_OF_ROWS])
+def test_committed_figures_are_those_of_the_committed_rows(name):
+    claim = importlib.import_module(name).CLAIM
+    with (FOLDER / "results" / f"{name}.csv").open() as file:
+        rows = [{key: of_csv(text) for key, text in row.items()} for row in csv.DictReader(file)]
+    written = json.loads((FOLDER / "results" / f"{name}.json").read_text())
+    for expectation, outcome in zip(claim.expectations, written["expectations"], strict=True):
+        found = [
+            expectation.measure({"rows": [row for row in rows if row["seed"] == seed]}) for seed in written["seeds"]
+        ]
+        assert found == pytest.approx(outcome["values"], rel=1e-4, abs=1e-5), expectation.text
+
+
+@pytest.mark.slow
+def test_a_claim_on_the_playground_runs_as_it_is(tmp_path, monkeypatch):
+    """With two updates and two answers to a prompt: the script with all its methods, from SFT to the figure."""
+    values = yaml.safe_load(on_playground.PLAYGROUND.read_text()) | {"max_steps": 2, "num_candidates": 2}
+    monkeypatch.setattr(on_playground, "PLAYGROUND", tmp_path / "compare_playground.yaml")
+    on_playground.PLAYGROUND.write_text(yaml.safe_dump(values))
+    monkeypatch.setattr(on_playground.compare, "__kwdefaults__", {"on_pairs": None, "folder": tmp_path / "runs"})
+    claim = dataclasses.replace(
+        slic_beats_sft.CLAIM, settings=on_playground.settings(best_of_n={}, slic_direct={}, slic_sample_rank={})
+    )
+    main(claim, ["--seeds", "1"], runs=tmp_path / "kept", results=tmp_path / "results")
+    with (tmp_path / "results" / "slic_beats_sft.csv").open() as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert list(rows) == list(slic_beats_sft.PAPER)
+    assert len({row["reward"] for row in rows.values()}) > 2 and float(rows["sft"]["accuracy"]) > 0.5
+    assert (tmp_path / "results" / "slic_beats_sft.png").is_file()
 
 
 def test_no_outcome_is_left_of_a_script_that_is_gone():

@@ -528,7 +528,7 @@ def with_settings_of_file(parsed: Sequence[Any], arguments: Sequence[str], file:
         file, words = words[at + 1], words[:at] + words[at + 2 :]
     if file is None:
         return
-    before = settings_by_name(yaml.safe_load(Path(file).read_text(encoding="utf-8")).get("settings"))
+    before = settings_by_name((yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}).get("settings"))
     typed = given_options(words)
     own = config.settings if "settings" in typed else {}
     both = {name: {**before.get(name, {}), **own.get(name, {})} for name in {**before, **own}}
@@ -551,7 +551,7 @@ def _refuse_what_is_lost(
         layers = (name, config.settings.get(name, {}).get("method", name), "all")  # the first that has it wins
         for option, value in {**shared, **own.get("all", {})}.items():
             layer = next((one for one in layers if option in config.settings.get(one, {})), None)
-            if layer is None or option in own.get(layer, {}) or config.settings[layer][option] == value:
+            if layer is None or option in own.get(layer, {}) or _same(config.settings[layer][option], value):
                 continue
             made_of = {"method": config.settings[layer]["method"]} if "method" in config.settings[layer] else {}
             lost.setdefault(layer, made_of)[option] = value
@@ -562,6 +562,14 @@ def _refuse_what_is_lost(
             f"{', '.join(lost)}, which would win. Write what each is to have, "
             f"`--settings {shlex.quote(json.dumps(lost, default=str))}`, or leave it out."
         )
+
+
+def _same(in_file: Any, given: Any) -> bool:
+    """Whether two values are one, where YAML takes 1e-3 for text."""
+    try:
+        return in_file == given or float(in_file) == float(given)
+    except (TypeError, ValueError):
+        return False
 
 
 def check_shared(config: ComparisonConfig, recipes: Path) -> None:

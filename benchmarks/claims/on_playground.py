@@ -5,6 +5,7 @@ All of a seed's methods train from the same SFT model; the scored answers of tha
 kept in `runs/claims/playground/seed-N/`, and what is finished is not made again.
 """
 
+import dataclasses
 import json
 import sys
 from dataclasses import dataclass
@@ -50,7 +51,9 @@ class Compared:
     game: OneSeed
 
 
-def compare(seed: int, of_claim: dict[str, Any], folder: Path = FOLDER) -> Compared:
+def compare(
+    seed: int, of_claim: dict[str, Any], *, on_pairs: dict[str, dict[str, Any]] | None = None, folder: Path = FOLDER
+) -> Compared:
     """
     Train and evaluate methods, those that are not finished.
 
@@ -59,6 +62,8 @@ def compare(seed: int, of_claim: dict[str, Any], folder: Path = FOLDER) -> Compa
         of_claim (`dict`): [`settings`] of the claim. Its `methods` are named and set like the `settings` of
             `recipes/compare.py`: a method's own name, or a new one with `method` and `label`. A name means the same
             options in every claim, as its model is kept under it.
+        on_pairs (`dict`, *optional*): further methods, named and set likewise, that are trained on the pairs that no
+            model sampled.
 
     Raises:
         ValueError: the playground's values are others by now than those of the claim.
@@ -67,7 +72,7 @@ def compare(seed: int, of_claim: dict[str, Any], folder: Path = FOLDER) -> Compa
     if of_claim["playground"] != settings()["playground"]:
         raise ValueError(f"The claim's values are not those of {PLAYGROUND.name}. Run it without changed settings.")
     recipe = RECIPES / "compare.py"
-    methods = of_claim["methods"]
+    methods = {**of_claim["methods"], **(on_pairs or {})}
     arguments = ["--output_dir", str(folder), "--seeds", str(seed), "--methods", "sft", *methods]
     arguments += ["--settings", json.dumps(methods), "--num_checkpoints", "0", "--resume_from_checkpoint", "true"]
     arguments += ["--disable_tqdm", "true"]
@@ -75,9 +80,11 @@ def compare(seed: int, of_claim: dict[str, Any], folder: Path = FOLDER) -> Compa
     with_settings_of_file(parsed, arguments, PLAYGROUND)
     use_all_cpu_cores()
     game = OneSeed(parsed, RECIPES, seed, given_options(arguments, PLAYGROUND))
+    for name in on_pairs or ():
+        game.methods[name] = dataclasses.replace(game.methods[name], data="pairs")
     results = {}
     for result in game.play():
         if result.status != "done":
-            raise RuntimeError(f"{result.label}, seed {seed}: {result.status}")
+            raise RuntimeError(f"{result.label}, seed {seed}: {result.error}")
         results[result.method] = result
     return Compared(results, game)

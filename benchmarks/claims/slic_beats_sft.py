@@ -28,8 +28,6 @@ from typing import Any
 import on_playground
 from claim import Claim, Expectation, main
 
-from trl_ext.comparison_config import Method
-from trl_ext.comparison_results import MethodResult
 from trl_ext.playground import TONES, Playground, friendly_number_reward
 from trl_ext.rounds import read_jsonl
 
@@ -65,16 +63,6 @@ def compared(scores: Sequence[float], others: Sequence[float]) -> dict[str, floa
     }
 
 
-def sft_on_positives(game) -> MethodResult:
-    """SFT on the chosen answers of the pairs, with the options of best-of-n, for the same updates."""
-    game.config.settings[POSITIVES] = {"method": "best_of_n"}
-    game.methods = {POSITIVES: Method(PAPER[POSITIVES][0], "best_of_n", data="pairs")}
-    (result,) = game.play()
-    if result.status != "done":
-        raise RuntimeError(f"{result.label}, seed {game.seed}: {result.error}")
-    return result
-
-
 def reference_rewards(seed: int, prompts: Sequence[str]) -> list[float]:
     """Rewards of the task's own answers to the held-out prompts: right digits, in a tone like the examples'."""
     rows = Playground(seed=seed).rows("held_out", reference=True)
@@ -95,16 +83,16 @@ def answers_of(game, method: str) -> list[str]:
 
 def run(seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Train, and compare the answers to the held-out prompts."""
-    found = on_playground.compare(seed, settings)
-    results = {**found.results, POSITIVES: sft_on_positives(found.game)}
+    further = {POSITIVES: {"method": "best_of_n", "label": PAPER[POSITIVES][0]}}  # with the options of best-of-n
+    found = on_playground.compare(seed, settings, on_pairs=further)
     references = reference_rewards(seed, [row["prompt"] for row in read_jsonl(found.game.rounds.watched)])
     rows = []
     for method in PAPER:
-        result = results[method]
+        result = found.results[method]
         rewards = result.scores["reward"]
         row = {"method": method, "reward": _mean(rewards), "accuracy": _mean(result.scores["judge"])}
         row["broken"] = broken(answers_of(found.game, method))
-        for name, others in (("reference", references), ("sft", results["sft"].scores["reward"])):
+        for name, others in (("reference", references), ("sft", found.results["sft"].scores["reward"])):
             row |= {f"{key}_{name}": value for key, value in compared(rewards, others).items()}
         row |= {"tokens": _mean(result.lengths), "kl": _mean(result.kl), "nll": _mean(result.nll)}
         rows.append({key: value if key == "method" else float(f"{value:.6g}") for key, value in row.items()})
@@ -162,10 +150,9 @@ def draw(results: dict[int, dict[str, Any]], path: Path) -> None:
         if name == "decided_reference":
             paper = [share for _, share, _ in PAPER.values()]
             axis.plot(paper, list(places.values()), "D", color="black", markersize=8, fillstyle="none")
-        if name == "decided_sft":
-            axis.axvline(0.8, color="black", linestyle="--", linewidth=1)
-            axis.text(0.79, places["sft"], "the paper's\n80 %", ha="right", va="center", fontsize=9)
         if name.startswith("decided"):
+            axis.axvline(0.8, color="black", linestyle="--", linewidth=1)
+            axis.text(0.81, places["sft"], "80 %", ha="left", va="center", fontsize=9)
             axis.axvline(0.5, color="black", linestyle=":", linewidth=1)
             axis.set_xlim(0.38, 1)
             axis.set_xticks([0.4, 0.6, 0.8])
@@ -196,16 +183,26 @@ CLAIM = Claim(
     seeds=(1, 2, 3),
     run=run,
     draw=draw,
+    known_beforehand=(
+        "In part. The README has `recipes/slic.py` on the same task, with a regulariser of 3, a learning rate of 1e-3 "
+        "and a tournament's pairs, at 94.5 and 96.9 % of decided wins over SFT (seeds 1 and 42). What is tried here "
+        "is "
+        "`compare_playground.yaml`, whose regulariser is 0.1; its values were chosen by the mean reward with seed 42. "
+        "A "
+        "comparison with seed 1 existed, and was not looked at for the bounds."
+    ),
     remarks=(
-        "SLiC-HF beats the SFT model, by 70 to 83 % of the decided comparisons, and best-of-n beats it: in a quarter "
-        "of SLiC-HF's answers the word after the right digits is broken ('glay'), which counts as the unfriendliest. "
-        "Its mean reward (0.74 and 0.72) is below that of best-of-n (0.76) too. The learning rate and weights of "
-        "`compare_playground.yaml` were chosen by the mean reward with seed 42, which hides that; with a "
-        "regulariser of 1 instead of 0.1 sample-rank wins 85 to 93 % (slic_regulariser), which we found afterwards. "
-        "All models answer with the same random numbers, so many comparisons with the SFT model's answers are tied "
-        "and a small shift wins most of the others: those with the task's own answers say more. Friendlier words are "
-        "longer, so length says little here. A comparison with seed 1 existed before; it was not looked at for the "
-        "bounds. The share of broken words was added to rows and figure after the first seed; no bound uses it."
+        "With these values SLiC-HF wins 71 to 83 % of the decided comparisons with the SFT model's answers and 67 to "
+        "79 % of those with the task's own, which is what the paper's figures are of. Best-of-n wins more of both, "
+        "and so does SFT on positives of the first. In a quarter of SLiC-HF's answers (SFT: 4 %) the word is broken "
+        "('glay'), which counts as the unfriendliest; mean reward shows that a little (0.74 and 0.72, best-of-n "
+        "0.76), accuracy not at all. So this speaks of a weak regulariser and a large step: with a weight of 1 "
+        "(slic_regulariser, made afterwards) 5 % of the words are broken and 85 to 93 % of the decided comparisons "
+        "with SFT's answers are won, at a mean reward of 0.70.\n\n"
+        "SFT on positives gains three times what it does in the paper. All models answer with the same random "
+        "numbers, so many comparisons with the SFT model's answers are tied and a small shift wins most of the "
+        "others: those with the task's own answers say more. Friendlier words are longer, so length says little here. "
+        "The share of broken words was added to rows and figure after the first seed; no bound uses it."
     ),
     expectations=[
         Expectation(
@@ -235,7 +232,7 @@ CLAIM = Claim(
         ),
         Expectation("SFT: wins over the task's own answers (paper: 0.450)", value("sft"), below=0.5),
         Expectation(
-            "SFT on positives helps a little: its wins over the task's own answers, minus those of SFT (paper: 0.067)",
+            "SFT on positives helps: its wins over the task's own answers, minus those of SFT (paper: 0.067)",
             difference(POSITIVES, "sft"),
             above=0,
         ),

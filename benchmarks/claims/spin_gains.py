@@ -1,7 +1,7 @@
 """
 SPIN on the playground: iterations beside SFT that goes on, and beside a first iteration that trains longer.
 
-    python benchmarks/claims/spin_gains.py    # about nine minutes for a seed on two cores, SFT included
+    python benchmarks/claims/spin_gains.py    # nine to twenty minutes a seed on two busy cores, SFT included
 
 The task, the settings and the three iterations are those of `recipes/spin.py`: a byte-level model of 0.6 M parameters
 reads numbers in words and writes digits. It departs from the paper's 7 B model in more than size: there is one right
@@ -217,8 +217,9 @@ CLAIM = Claim(
         ),
     ],
     known_beforehand=(
-        "In part: the README reports the recipe's own runs with seeds 42, 1 and 2, in which each iteration beat the "
-        "one before and SFT that goes on was mostly ahead of SPIN. The expectations are the paper's all the same. The "
+        "In part: the README reports the recipe's runs with seeds 42, 1 and 2, in which each iteration beat the one "
+        "before and SFT that goes on was mostly ahead of SPIN; seeds 1 and 2 are the same runs again, seed 3 is new. "
+        "The expectations are the paper's all the same. The "
         "longer iteration 0 had not been tried, and the measure without noise is new. Seeds 3, 4 and 5 were named "
         "first; for want of time 1 and 2 took the place of 4 and 5, neither of which had been begun."
     ),

@@ -17,10 +17,11 @@ HEAD = """\
 Made by `python benchmarks/claims/summary.py` from [`results`](results); a test holds it to that.
 
 Each script of this folder tries what a paper says at a size that takes minutes on a CPU. What should be seen, and
-within which bounds, stands in the script before it is run. Each figure is measured on every seed: an expectation
-**came true** if the 95 % interval of the mean over the seeds (Student's t) lies within its bounds, **did not come
-true** if it lies outside, and is **open** if a bound cuts it. `--seeds 1 2 3` runs other seeds than the committed
-ones; what is finished is kept in `runs/claims/`, and an interrupted run goes on from there.
+within which bounds, stands in the script before it is run (of what was known by then, each says so). Each figure is
+measured on every seed: an expectation **came true** if the 95 % interval of the mean over the seeds (Student's t)
+lies within its bounds, **did not come true** if it lies outside, and is **open** if a bound cuts it. `--seeds 1 2 3`
+runs other seeds than the committed ones; what is finished is kept in `runs/claims/`, and an interrupted run goes on
+from there.
 """
 
 
