@@ -198,9 +198,12 @@ def stand_ins(model_dir, tmp_path_factory):
     for name in REWARD_MODELS:
         shutil.copytree(model_dir, folder / name)
         model = AutoModelForSequenceClassification.from_pretrained(model_dir, num_labels=1)
-        with torch.no_grad():  # scores on both sides of 0.5: far apart, and about 0 for all tokens taken together
-            mean = model.model(torch.arange(model.config.vocab_size)[:, None]).last_hidden_state.mean(dim=(0, 1))
-            model.score.weight.sub_((model.score.weight @ mean)[:, None] * mean / mean.square().sum()).mul_(1000)
+        tokens = torch.arange(model.config.vocab_size)
+        ended = torch.stack([tokens, torch.full_like(tokens, model.config.eos_token_id)], dim=1)
+        with torch.no_grad():  # scores on both sides of 0.5: about 0 on average, of texts with an end and without
+            means = [model.model(ids).last_hidden_state[:, -1].mean(dim=0) for ids in (tokens[:, None], ended)]
+            basis = torch.linalg.qr(torch.stack(means, dim=1)).Q
+            model.score.weight.sub_(model.score.weight @ basis @ basis.T).mul_(1000)
         model.save_pretrained(folder / name)
     for name, splits in DATASETS.items():
         DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()}).save_to_disk(folder / name)

@@ -327,12 +327,15 @@ def _make_pairs(row, rule: str, seed: int, max_pairs: int | None, positive_above
 def _tournament_pairs(row, candidates: list[_Candidate], seed: int) -> list[tuple[_Candidate, _Candidate]]:
     by_index = {candidate.index: candidate for candidate in candidates}
     if row.get("games") is not None:
-        pairs = []
-        for game in row["games"]:
-            players = [by_index.get(index) for index in game]
+        pairs, games = [], row["games"]
+        if not isinstance(games, list):
+            raise RowError("other games", "games", f"is {games!r:.40}, not a list of [winner, loser]")
+        for game in games:
+            indices = game if isinstance(game, list | tuple) else [game]
+            players = [by_index.get(index) if isinstance(index, int) else None for index in indices]
             if len(players) != 2 or None in players or not players[0].score > players[1].score:
                 raise RowError(
-                    "other games", "games", f"holds {list(game)}, which is no [winner, loser] with scores to match"
+                    "other games", "games", f"holds {game!r:.40}, which is no [winner, loser] with scores to match"
                 )
             pairs.append(tuple(players))
         if not pairs:
