@@ -197,6 +197,7 @@ def stand_ins(model_dir, tmp_path_factory):
         shutil.copytree(model_dir, folder / name)
     for name in REWARD_MODELS:
         shutil.copytree(model_dir, folder / name)
+        torch.manual_seed(0)  # of the head, so that it is the same whatever test comes before
         model = AutoModelForSequenceClassification.from_pretrained(model_dir, num_labels=1)
         tokens = torch.arange(model.config.vocab_size)
         ended = torch.stack([tokens, torch.full_like(tokens, model.config.eos_token_id)], dim=1)
