@@ -115,13 +115,13 @@ def parse_args(dataclass_types: Sequence[str | type], args: Sequence[str]) -> tu
     refuse_unknown_options(dataclass_types, args)
     if "--config" in args:
         read_config(args[args.index("--config") + 1], dataclass_types, args)
-    # a shortened name would pass for the whole one here, and not where it matters which options were given
-    return TrlParser(dataclass_types, allow_abbrev=False).parse_args_and_config(args)
+    return TrlParser(dataclass_types).parse_args_and_config(args)
 
 
 def refuse_unknown_options(dataclass_types: Sequence[type], args: Sequence[str]) -> None:
     """
-    Refuse words of a command line that look like options and are none, a shortened name among them.
+    Refuse words of a command line that look like options and are none. A shortened name, which argparse would take for
+    the whole one, is among them: it would not count where it matters which options were given.
 
     Raises:
         ValueError: the first of them, and what it may be meant for.
@@ -194,7 +194,7 @@ def read_config(file: str | Path, dataclass_types: Sequence[type], args: Sequenc
 
 def _model_data_and_config(args: Sequence[str], dataclass_types: Sequence[type]) -> tuple[Any, Any, str | None]:
     """What the command line or its config file names as model and data, and the config file."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False)
     for name in ("model_name_or_path", "dataset_name"):
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name)
     given, _ = parser.parse_known_args(args)

@@ -264,13 +264,13 @@ def _usable_prompts(dataset: Any, tokenizer: Any, args: Any, name: str) -> Datas
             "add it."
         )
     refuse_decoding(dataset.features, name)
-    rows, unread = dataset.to_list(), ("tools", "chat_template_kwargs")
-    if idle := [column for column in unread if any(row.get(column) for row in rows)]:
+    given, unread = dataset.to_list(), ("tools", "chat_template_kwargs")
+    if idle := [column for column in unread if any(row.get(column) for row in given)]:
         raise ValueError(
             f"The {name} dataset has a column {' and '.join(map(repr, idle))}, and TRL's RLOO renders prompts without "
             "what a row says there. Leave the column out; `chat_template_kwargs` of the config holds for all rows."
         )
-    given, rows = rows, []
+    rows = []
     for number, row in enumerate(given):
         try:
             rows.append({**row, "prompt": prompt_of(row), "_number": number})

@@ -145,5 +145,8 @@ def main(claim: Claim, argv: Sequence[str] | None = None, *, runs: Path = RUNS, 
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen is needed
     claim.draw({seed: of_seed["result"] for seed, of_seed in kept.items()}, results / f"{claim.name}.png")
     write_atomically(results / f"{claim.name}.json", json.dumps(outcome, indent=1, allow_nan=False) + "\n")

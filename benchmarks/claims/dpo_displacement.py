@@ -245,9 +245,6 @@ STYLES = {"chosen": "-", "rejected": "--", "margin": ":"}
 
 def draw(results: dict[int, dict[str, Any]], path: Path) -> None:
     """A panel for each training and kind of pairs: changes over the updates, seeds thin and their mean bold."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     names = [name for name in TRAININGS if name.startswith("dpo")]

@@ -199,9 +199,6 @@ def second_half(data: str, action: str, tau: float):
 
 def draw(results: dict[int, dict[str, Any]], path: Path) -> None:
     """A panel for each data set, loss and tau: probabilities over the steps, mean and 95 % interval of the seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from scipy.stats import t
 

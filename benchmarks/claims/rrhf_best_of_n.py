@@ -152,9 +152,6 @@ def more(better: str, worse: str, figure: str = "test_reward"):
 
 def draw(results: dict[int, dict[str, Any]], path: Path) -> None:
     """Test reward over the mean of the maximum: a point for each seed, and a label at their mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     colours = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#000000"]

@@ -241,9 +241,6 @@ def gain_of_guard(result: dict[str, Any]) -> float:
 
 def draw(results: dict[int, dict[str, Any]], path: Path) -> None:
     """A panel for each figure: seeds as thin lines, their mean as a thick one, and where the guard ends a run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     colours = {"online": "#D55E00", "online_kl": "#0072B2", "offline": "#009E73"}

@@ -23,6 +23,7 @@ beside them in the .csv. Answers are sampled at temperature 1, not searched for 
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import on_playground
@@ -90,17 +91,13 @@ def run(seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     for method in PAPER:
         result = found.results[method]
         rewards = result.scores["reward"]
-        row = {"method": method, "reward": _mean(rewards), "accuracy": _mean(result.scores["judge"])}
+        row = {"method": method, "reward": fmean(rewards), "accuracy": fmean(result.scores["judge"])}
         row["broken"] = broken(answers_of(found.game, method))
         for name, others in (("reference", references), ("sft", found.results["sft"].scores["reward"])):
             row |= {f"{key}_{name}": value for key, value in compared(rewards, others).items()}
-        row |= {"tokens": _mean(result.lengths), "kl": _mean(result.kl), "nll": _mean(result.nll)}
+        row |= {"tokens": fmean(result.lengths), "kl": fmean(result.kl), "nll": fmean(result.nll)}
         rows.append({key: value if key == "method" else float(f"{value:.6g}") for key, value in row.items()})
     return {"rows": rows}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def figure_of(result: dict[str, Any], method: str, name: str) -> float:
@@ -125,9 +122,6 @@ def worse_slic_over_best_of_n(result: dict[str, Any]) -> float:
 
 def draw(results: dict[int, dict[str, Any]], path: Path) -> None:
     """A row for each method; points are seeds, bars their means, diamonds what the paper has."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     panels = [
@@ -145,7 +139,7 @@ def draw(results: dict[int, dict[str, Any]], path: Path) -> None:
             del values["sft"]
         for method, of_seeds in values.items():
             colour, place = colours[method], places[method]
-            axis.plot([_mean(of_seeds)] * 2, [place - 0.3, place + 0.3], color=colour, linewidth=3)
+            axis.plot([fmean(of_seeds)] * 2, [place - 0.3, place + 0.3], color=colour, linewidth=3)
             axis.plot(of_seeds, [place] * len(of_seeds), "o", color=colour, markersize=5, alpha=0.6)
         if name == "decided_reference":
             paper = [share for _, share, _ in PAPER.values()]

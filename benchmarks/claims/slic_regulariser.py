@@ -122,9 +122,6 @@ def gain_left(result: dict[str, Any]) -> float:
 
 def draw(results: dict[int, dict[str, Any]], path: Path) -> None:
     """Figures over lambda; thin lines are seeds, thick ones their means, the dashed one the SFT model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     panels = [

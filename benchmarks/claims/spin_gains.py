@@ -125,9 +125,6 @@ def gain(result: dict[str, Any], number: int) -> float:
 
 def draw(results: dict[int, dict[str, Any]], path: Path) -> None:
     """Accuracy over the iterations beside SFT that goes on, and what each iteration adds; seeds thin, mean bold."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained", width_ratios=[3, 2])
