@@ -195,6 +195,7 @@ def test_no_row_of_a_dataset_is_lost_silently(number, tokenizer):
 
     @cases(number)
     @given(st.lists(ROWS, min_size=1, max_size=4), st.booleans(), OPTIONS)
+    @example([{"tools": {"": None, "\x00": None}}], True, RowOptions(min_completions=1))
     def check(rows, with_sound, options):
         table = as_table([{**sound, **row} if with_sound else row for row in rows])
         with refused("row ", "column", "dataset has no rows") as errors:

@@ -509,13 +509,13 @@ def load_prompts(script_args, dataset_args) -> list[dict[str, Any]]:
     Raises:
         ValueError: rows without a prompt, rows that cannot be kept as JSON, or a stream.
     """
-    from .data import RowError, prompt_of, refuse_decoding
+    from .data import RowError, check_features, prompt_of
 
     if script_args.dataset_streaming or dataset_args.streaming:
         raise ValueError("Prompts to sample for are read as a whole. Leave `--dataset_streaming` out.")
     dataset_args = dataclasses.replace(dataset_args, test_split_size=None)  # for the training on what is sampled
     dataset, _ = load_datasets(script_args, dataset_args, with_eval=False, seed=0)
-    refuse_decoding(dataset.features, "prompt")
+    check_features(dataset.features, "prompt")
     columns = set(dataset.column_names)
     if "prompt" not in columns and not columns >= {"chosen", "rejected"}:
         raise ValueError(

@@ -230,19 +230,39 @@ def check_columns(columns: list[str], name: str) -> None:
         )
 
 
-def refuse_decoding(features: Features | None, name: str) -> None:
+def check_features(features: Features | None, name: str) -> None:
     """
-    Refuse columns whose values `datasets` would open as files, from the disk or the net, once a row is looked at.
+    Refuse columns whose rows should not or cannot be read: files that `datasets` would open, from the disk or the net,
+    once a row is looked at; and objects with two fields of one name, from which Arrow makes no row.
 
     Raises:
-        NotImplementedError: there are such columns.
+        NotImplementedError: there are columns of the first kind.
+        ValueError: there are columns of the second kind.
     """
-    opened = sorted(column for column, feature in (features or {}).items() if require_decoding(feature))
+    if features is None:
+        return
+    opened = sorted(column for column, feature in features.items() if require_decoding(feature))
     if opened:
         raise NotImplementedError(
             f"The {name} dataset has columns of images, sound or other files ({', '.join(opened)}), which would be "
             "opened wherever its rows say. Remove these columns, and use text rows."
         )
+    for column in features.arrow_schema:
+        twice = _field_that_is_there_twice(column.type)
+        if twice is not None:
+            raise ValueError(
+                f"The column {column.name!r} of the {name} dataset holds objects with two fields named {twice!r} "
+                "(a null character ends a name), which cannot be read. Rename one of them, or leave the column out."
+            )
+
+
+def _field_that_is_there_twice(type_) -> str | None:
+    """The name, anywhere within an Arrow type."""
+    inner = [type_.field(index) for index in range(type_.num_fields)]
+    names = [part.name for part in inner]
+    twice = [name for name in names if names.count(name) > 1]
+    twice += [name for part in inner if (name := _field_that_is_there_twice(part.type)) is not None]
+    return twice[0] if twice else None
 
 
 def _check_text(value: Any, column: str, *, is_completion: bool) -> None:
@@ -739,7 +759,7 @@ def prepare_dataset(
     if is_prepared(columns):
         return dataset, None
     check_columns(columns, name)
-    refuse_decoding(dataset.features, name)
+    check_features(dataset.features, name)
     if options.score_values and "completions" not in columns and "score_chosen" not in columns:
         raise ValueError(
             f"The {name} dataset has the columns {sorted(columns)}: this loss needs the size of the scores. Add "

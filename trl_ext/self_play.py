@@ -44,7 +44,7 @@ from .cli import (
     run_settings,
     use_all_cpu_cores,
 )
-from .data import RowError, RowOptions, parse_row, prepare_row, refusal, refuse_decoding
+from .data import RowError, RowOptions, check_features, parse_row, prepare_row, refusal
 from .evaluation import answer_logps
 from .machines import from_all
 from .reference import refuse_fsdp
@@ -96,7 +96,7 @@ def sft_rows(
     Raises:
         ValueError: a column is missing, or rows cannot be used, unless `on_invalid_row="drop"`; nothing is left.
     """
-    refuse_decoding(dataset.features, name)
+    check_features(dataset.features, name)
     columns = set(dataset.column_names)
     if "messages" not in columns and not {"prompt", "completion"} <= columns:
         raise ValueError(

@@ -21,10 +21,10 @@ from .data import (
     PreparationReport,
     RowError,
     RowOptions,
+    check_features,
     is_prepared,
     prepare_dataset,
     prompt_of,
-    refuse_decoding,
 )
 from .losses import bradley_terry_loss
 from .prefix_sharing import refuse_unless_shareable, share_prefixes
@@ -263,7 +263,7 @@ def _usable_prompts(dataset: Any, tokenizer: Any, args: Any, name: str) -> Datas
             f"The {name} dataset has the columns {sorted(dataset.column_names)} and no `prompt` to answer. Rename or "
             "add it."
         )
-    refuse_decoding(dataset.features, name)
+    check_features(dataset.features, name)
     given, unread = dataset.to_list(), ("tools", "chat_template_kwargs")
     if idle := [column for column in unread if any(row.get(column) for row in given)]:
         raise ValueError(
