@@ -22,7 +22,7 @@ interruption, or to add methods: the same command and `--resume_from_checkpoint 
 import sys
 from pathlib import Path
 
-from trl_ext.cli import given_options, is_playground, parse_recipe_args, run_recipe, use_all_cpu_cores
+from trl_ext.cli import given_options, is_playground, run_recipe, use_all_cpu_cores
 
 DATACLASSES = (
     "trl.ScriptArguments",
@@ -36,10 +36,9 @@ PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "compare_playground.yaml
 
 
 def main(arguments):
-    from trl_ext.comparison import compare, has_failed, with_settings_of_file
+    from trl_ext.comparison import compare, has_failed, parse_comparison_args
 
-    parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
-    with_settings_of_file(parsed, arguments, PLAYGROUND_CONFIG)
+    parsed = parse_comparison_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
     given = given_options(arguments, PLAYGROUND_CONFIG if is_playground(*parsed) else None)
     use_all_cpu_cores()
     if has_failed(compare(parsed, Path(__file__).parent, given)):

@@ -23,8 +23,8 @@ from trl_ext.comparison import (
     compare,
     models_resident,
     pairs_stage,
+    parse_comparison_args,
     shared_settings,
-    with_settings_of_file,
     without_code,
 )
 from trl_ext.comparison_config import METHODS, ComparisonConfig
@@ -70,11 +70,14 @@ def run(words, *launch, code=0):
 # What is set
 
 
+def parsed_from(arguments):
+    return parse_comparison_args(recipe_dataclasses(RECIPE), PLAYGROUND, list(arguments))
+
+
 def one_seed(*arguments):
     """What a comparison knows before it begins anything."""
-    parsed = parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, list(arguments))
+    parsed = parsed_from(arguments)
     game = OneSeed.__new__(OneSeed)
-    with_settings_of_file(parsed, arguments, PLAYGROUND)
     game.config, game.model_args, game.sampling, game.seed, game.recipes = parsed[1], parsed[2], parsed[4], 1, RECIPES
     game.given = given_options(list(arguments), PLAYGROUND)
     return game
@@ -164,14 +167,14 @@ def test_every_method_has_the_same_budget(tmp_path):
     for name, method in METHODS.items():
         if method.recipe is None:
             continue
-        values = game._values(name, method, updates=7, answers=8)
+        values = game.values_for(name, method, updates=7, answers=8)
         rows = {"kto": 2, "rl": 8}.get(name, 1)  # rows of a prompt
         assert values["max_steps"] == 7 and values["per_device_train_batch_size"] == 32 * rows
         assert values["gradient_accumulation_steps"] == 3 and values["seed"] == 1
         wanted = yaml.safe_load(PLAYGROUND.read_text())["settings"]
         assert all(values[key] == value for key, value in wanted[name].items())
         assert values["lr_scheduler_type"] == "linear", "what is for all reaches all"
-    assert game._values("rl", METHODS["rl"], updates=7, answers=8)["num_generations"] == 8
+    assert game.values_for("rl", METHODS["rl"], updates=7, answers=8)["num_generations"] == 8
 
 
 def test_what_is_set_for_the_comparison_reaches_the_methods(tmp_path):
@@ -179,10 +182,10 @@ def test_what_is_set_for_the_comparison_reaches_the_methods(tmp_path):
     words = ["--output_dir", str(tmp_path), "--settings", settings, "--weight_decay", "0.1", "--use_peft",
              "--attn_implementation", "eager", "--lora_r", "4"]  # fmt: skip
     game = one_seed(*words)
-    low, plain = (game._values(name, METHODS["dpo"], updates=4, answers=8) for name in ("dpo_low", "dpo"))
+    low, plain = (game.values_for(name, METHODS["dpo"], updates=4, answers=8) for name in ("dpo_low", "dpo"))
     assert low["beta"] == 0.01 and plain["beta"] == 0.5
     for name in ("dpo", "slic_direct", "rl"):
-        values = game._values(name, METHODS[name], updates=4, answers=8)
+        values = game.values_for(name, METHODS[name], updates=4, answers=8)
         assert (values["weight_decay"], values["use_peft"], values["lora_r"]) == (0.1, True, 4)
         assert values["attn_implementation"] == "eager"
     assert game.config.variants["dpo_low"].label == "low"
@@ -191,10 +194,10 @@ def test_what_is_set_for_the_comparison_reaches_the_methods(tmp_path):
                     "--settings", '{"dpo": {"beta": 0.3}, "all": {"weight_decay": 0.2}}')  # fmt: skip
     shared = shared_settings(game.config, game.model_args, game.given)
     assert shared == {"adam_beta1": 0.8, "bf16": False}
-    values = game._values("dpo", METHODS["dpo"], updates=4, answers=8)
+    values = game.values_for("dpo", METHODS["dpo"], updates=4, answers=8)
     assert (values["beta"], values["learning_rate"], values["weight_decay"]) == (0.3, 2e-4, 0.2)
     assert values["lr_scheduler_type"] == "linear" and "hub_token" not in values
-    reward = game._values("reward_model", REWARD_MODEL, updates=4, answers=1)
+    reward = game.values_for("reward_model", REWARD_MODEL, updates=4, answers=1)
     assert reward["learning_rate"] == 1e-3 and reward["use_peft"] is False and reward["save_strategy"] == "no"
 
 
@@ -238,20 +241,16 @@ def test_the_command_line_is_not_lost_behind_settings_of_the_file(words, instead
     values = {"model_name_or_path": "model", "dataset_name": "data", "learning_rate": 1e-3, "output_dir": "out"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**values, "rewards": ["scorer"], "settings": SETTINGS}))
     words = ["--config", str(tmp_path / "config.yaml"), *words]
-    parsed = parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, words)
     if instead is None:
-        with_settings_of_file(parsed, words, PLAYGROUND)
-        assert parsed[1].settings["dpo"]["learning_rate"] == 2e-4
+        assert parsed_from(words)[1].settings["dpo"]["learning_rate"] == 2e-4
         return
     with pytest.raises(ValueError, match="the command line has it for all methods") as raised:
-        with_settings_of_file(parsed, words, PLAYGROUND)
+        parsed_from(words)
     # what is to be written instead does what was wanted
     after = shlex.split(str(raised.value).split("`")[1])
     assert after[0] == "--settings" and json.loads(after[1]) == instead
     words = [*(words[: words.index("--settings")] if "--settings" in words else words), *after]
-    parsed = parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, words)
-    with_settings_of_file(parsed, words, PLAYGROUND)
-    assert parsed[1].settings == {name: {**SETTINGS[name], **instead.get(name, {})} for name in SETTINGS}
+    assert parsed_from(words)[1].settings == {name: {**SETTINGS[name], **instead.get(name, {})} for name in SETTINGS}
 
 
 @pytest.mark.parametrize(("config", "expected"), [("playground", "dpo"), ("tldr", "all")])
@@ -259,18 +258,29 @@ def test_an_option_that_a_shipped_file_has_for_methods_is_refused(config, expect
     file = ["--config", str(RECIPES / "configs" / f"compare_{config}.yaml")]
     for words in (file, []) if config == "playground" else (file,):
         words = [*words, "--learning_rate", "1e-9", "--bf16", "false"]
-        parsed = parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, words)
         with pytest.raises(ValueError, match=f'"{expected}": {{"learning_rate": 1e-09}}'):
-            with_settings_of_file(parsed, words, PLAYGROUND)
+            parsed_from(words)
 
 
 def test_settings_of_a_file_may_be_json(tmp_path):
     values = {"model_name_or_path": "model", "dataset_name": "data", "rewards": ["scorer"]}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**values, "settings": json.dumps(SETTINGS)}))
     words = ["--config", str(tmp_path / "config.yaml"), "--settings", '{"dpo": {"beta": 0.3}}']
-    parsed = parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, words)
-    with_settings_of_file(parsed, words, PLAYGROUND)
-    assert parsed[1].settings == {**SETTINGS, "dpo": {"learning_rate": 2e-4, "beta": 0.3}}
+    assert parsed_from(words)[1].settings == {**SETTINGS, "dpo": {"learning_rate": 2e-4, "beta": 0.3}}
+
+
+def test_methods_of_a_file_may_be_those_that_its_settings_define(tmp_path):
+    values = {"model_name_or_path": "model", "dataset_name": "data", "rewards": ["scorer"], "methods": ["dpo", "low"]}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**values, "settings": SETTINGS}))
+    config = ["--config", str(tmp_path / "config.yaml")]
+    assert parsed_from(config)[1].methods == ["dpo", "low"]
+    for words in (["--settings", '{"low": {"beta": 0.3}}'], ['--settings={"low": {"beta": 0.3}}']):
+        parsed = parsed_from([*config, *words])
+        assert parsed[1].methods == ["dpo", "low"]
+        assert parsed[1].settings == {**SETTINGS, "low": {**SETTINGS["low"], "beta": 0.3}}
+    # and on the command line they may be of either
+    words = ["--settings", '{"mine": {"method": "ipo"}}', "--methods", "low", "mine"]
+    assert parsed_from([*config, *words])[1].methods == ["low", "mine"]
 
 
 TRAINERS = {
@@ -315,7 +325,7 @@ def test_models_in_memory_are_those_that_the_trainer_has(method, options, expect
 @pytest.mark.parametrize(("updates", "looks", "steps"), [(50, 3, [13, 26, 39]), (7, 3, [2, 4, 6]), (2, 1, [1])])
 def test_so_many_checkpoints_as_are_asked_for(updates, looks, steps, tmp_path):
     game = one_seed("--output_dir", str(tmp_path), "--num_checkpoints", str(looks))
-    every = game._values("dpo", METHODS["dpo"], updates=updates, answers=8)["save_steps"]
+    every = game.values_for("dpo", METHODS["dpo"], updates=updates, answers=8)["save_steps"]
     assert list(range(every, updates, every)) == steps
 
 

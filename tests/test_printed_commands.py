@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.conftest import PAIRS, REPOSITORY, read_jsonl
 from tests.printed_commands import commands_of, printed_commands
 from trl_ext.cli import given_options, parse_recipe_args
-from trl_ext.comparison import OneSeed, with_settings_of_file
+from trl_ext.comparison import OneSeed, parse_comparison_args
 from trl_ext.comparison_results import ComparisonResults
 from trl_ext.data import RowOptions
 from trl_ext.playground_rounds import start_playground
@@ -383,9 +383,9 @@ def sharing(first_playground, monkeypatch):
 def begin(recipe, *arguments):
     """Begin a recipe's playground as the recipe does, as far as the candidates."""
     module = recipe_module(recipe)
-    parsed = parse_recipe_args(module.DATACLASSES, module.PLAYGROUND_CONFIG, list(arguments))
+    parse = parse_comparison_args if recipe == "compare" else parse_recipe_args
+    parsed = parse(module.DATACLASSES, module.PLAYGROUND_CONFIG, list(arguments))
     if recipe == "compare":
-        with_settings_of_file(parsed, arguments, module.PLAYGROUND_CONFIG)
         given = given_options(arguments, module.PLAYGROUND_CONFIG)
         OneSeed(parsed, REPOSITORY / "recipes", 42, given)
     elif recipe == "reward":

@@ -15,6 +15,7 @@ fails does not take the others with it.
       comparison.csv, .md, .html    the report, see `comparison_report.py`
 """
 
+import argparse
 import dataclasses
 import functools
 import importlib.util
@@ -34,7 +35,7 @@ import yaml
 from accelerate import PartialState
 
 from .checkpoints import wants_to_resume
-from .cli import given_options, imported, is_playground, parse_recipe_args, with_config_apart
+from .cli import given_options, imported, is_playground, parse_recipe_args, read_config, with_config_apart
 from .comparison_config import IDLE, METHODS, RESERVED, ComparisonConfig, Method, refuse_equal_labels, settings_by_name
 from .comparison_report import write_report
 from .comparison_results import ComparisonResults, MethodResult
@@ -233,8 +234,19 @@ class OneSeed:
 
     # Training
 
-    def _values(self, name: str, method: Method, *, updates: int, answers: int) -> dict[str, Any]:
-        """Every option that a method's recipe is called with, but for model and data."""
+    def values_for(self, name: str, method: Method, *, updates: int, answers: int) -> dict[str, Any]:
+        """
+        Every option that a method's recipe is called with, but for model and data.
+
+        Args:
+            name (`str`): key of the method, or of a variant that `settings` defines.
+            method ([`Method`]): what is trained.
+            updates (`int`): optimiser steps.
+            answers (`int`): answers that are sampled to each prompt: a batch of RLOO holds them all.
+
+        Returns:
+            `dict[str, Any]`: in YAML's types.
+        """
         config = self.config
         options = _options(self.recipes / f"{method.recipe}.py")
         shared = shared_settings(config, self.model_args, self.given)
@@ -287,7 +299,7 @@ class OneSeed:
             if self.config.settings.get(name):
                 raise ValueError(f"settings: {name!r} is not trained, so there is nothing to set. Leave it out.")
             return None
-        values = self._values(name, method, updates=2, answers=self.sampling.num_candidates)
+        values = self.values_for(name, method, updates=2, answers=self.sampling.num_candidates)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "config.yaml"
             values |= {"model_name_or_path": "model", "dataset_name": "data", "output_dir": folder}
@@ -303,8 +315,24 @@ class OneSeed:
             except (ValueError, TypeError) as error:
                 raise type(error)(f"{name}: {error}") from None
 
-    def _train(self, name: str, method: Method, model: str | Path, data: Path, **options: Any) -> dict[str, Any]:
-        values = self._values(name.partition("/")[0], method, **options)
+    def train(self, name: str, method: Method, model: str | Path, data: Path, **options: Any) -> dict[str, Any]:
+        """
+        Train with a method's recipe, if that is not done yet; the model is kept in `NAME/model` of the seed's folder.
+
+        Args:
+            name (`str`): key of the method, with `/PART` behind it where it is trained more than once.
+            method ([`Method`]): what is trained.
+            model (`str` or `Path`): folder of the model to start from.
+            data (`Path`): file of rows.
+            **options: see [`values_for`].
+
+        Returns:
+            `dict[str, Any]`: the stage's figures.
+
+        Raises:
+            ValueError: it was trained with other options.
+        """
+        values = self.values_for(name.partition("/")[0], method, **options)
         if method.recipe == "rl":
             values["rewards"] = [str(self._reward_model())]
         self._refuse_other_options(name, values)
@@ -334,7 +362,7 @@ class OneSeed:
     def _reward_model(self) -> Path:
         """A reward model of the candidates, for RLOO."""
         rounds, updates = self.rounds, self.config.max_steps
-        self._train("reward_model", REWARD_MODEL, rounds.model, self._candidates(), updates=updates, answers=1)
+        self.train("reward_model", REWARD_MODEL, rounds.model, self._candidates(), updates=updates, answers=1)
         return rounds.run.path("reward_model", "model")
 
     def _twice(self, name: str, method: Method) -> tuple[list[dict], Path, int, float]:
@@ -361,7 +389,7 @@ class OneSeed:
                 }
                 rounds.run.stage(f"{part}/pairs", self_play_stage, inputs=inputs)
                 data = rounds.run.path(part, "pairs", "pairs.jsonl")
-            figures.append(self._train(part, method, model, data, updates=updates, answers=answers))
+            figures.append(self.train(part, method, model, data, updates=updates, answers=answers))
             model = merged_model(rounds.run, part, trust_remote_code=self.config.trust_remote_code)
         return figures, Path(model), sampled, seconds
 
@@ -395,7 +423,7 @@ class OneSeed:
         else:
             data, sampled = self._data(method)
             answers = self.sampling.num_candidates
-            trainings = [self._train(name, method, rounds.model, data, updates=self.config.max_steps, answers=answers)]
+            trainings = [self.train(name, method, rounds.model, data, updates=self.config.max_steps, answers=answers)]
             sampling = self._seconds("candidates/candidates") if sampled else math.nan
             if method.data == "prompts":
                 before = self._seconds("reward_model/model")
@@ -514,29 +542,36 @@ def shared_settings(config: ComparisonConfig, model_args: Any, given: Collection
     return {name: value for name, value in found.items() if not name.endswith("_token")}
 
 
-def with_settings_of_file(parsed: Sequence[Any], arguments: Sequence[str], file: str | Path) -> None:
+def parse_comparison_args(
+    dataclass_types: Sequence[str | type], playground_config: str | Path, args: Sequence[str]
+) -> tuple[Any, ...]:
     """
-    Let `--settings` on the command line add to those of the config file, which the parser replaces.
+    [`parse_recipe_args`], where `--settings` on the command line adds to those of the config file (the playground's,
+    if there is neither a file nor a model), which the parser by itself replaces.
 
     Raises:
-        ValueError: an option on the command line that the file's settings of a method would replace.
+        ValueError, TypeError, FileNotFoundError: see [`parse_recipe_args`]; or an option on the command line that the
+            file's settings of a method would replace.
     """
-    words, config = with_config_apart(arguments), parsed[1]
-    file = file if is_playground(*parsed) else None
-    if "--config" in words:
-        at = words.index("--config")
-        file, words = words[at + 1], words[:at] + words[at + 2 :]
+    types, words = imported(dataclass_types), with_config_apart(args)
+    typed = given_options([word for word in words if word != "--config"])
+    file = None if {"model_name_or_path", "dataset_name"} & typed else playground_config
+    file = words[words.index("--config") + 1] if "--config" in words else file
     if file is None:
-        return
-    before = settings_by_name((yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}).get("settings"))
-    typed = given_options(words)
-    own = config.settings if "settings" in typed else {}
-    both = {name: {**before.get(name, {}), **own.get(name, {})} for name in {**before, **own}}
-    config = dataclasses.replace(config, settings=both)
+        return parse_recipe_args(types, playground_config, words)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--settings")
+    own = settings_by_name(parser.parse_known_args(words)[0].settings)
+    if own:
+        before = settings_by_name(read_config(file, types, words).get("settings"))
+        both = {name: {**before.get(name, {}), **own.get(name, {})} for name in {**before, **own}}
+        words = [*words, "--settings", json.dumps(both, default=str)]  # the last one counts
+    parsed = parse_recipe_args(types, playground_config, words)
+    config = parsed[1]
     shared = shared_settings(config, parsed[2], typed)
     shared |= {name: getattr(config, name) for name in ("max_length", "on_invalid_row") if name in typed}
     _refuse_what_is_lost(config, own, shared, file)
-    parsed[1].settings = config.settings
+    return parsed
 
 
 def _refuse_what_is_lost(

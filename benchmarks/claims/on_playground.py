@@ -8,6 +8,7 @@ kept in `runs/claims/playground/seed-N/`, and what is finished is not made again
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from claim import REPOSITORY, RUNS
 
 sys.path.insert(0, str(REPOSITORY))
 
-from trl_ext.cli import given_options, parse_recipe_args, use_all_cpu_cores
-from trl_ext.comparison import OneSeed, with_settings_of_file
+from trl_ext.cli import given_options, use_all_cpu_cores
+from trl_ext.comparison import OneSeed, parse_comparison_args
 from trl_ext.comparison_results import MethodResult
+from trl_ext.playground import TONES
 from trl_ext.recipe_help import recipe_dataclasses
 
 RECIPES = REPOSITORY / "recipes"
@@ -76,8 +78,7 @@ def compare(
     arguments = ["--output_dir", str(folder), "--seeds", str(seed), "--methods", "sft", *methods]
     arguments += ["--settings", json.dumps(methods), "--num_checkpoints", "0", "--resume_from_checkpoint", "true"]
     arguments += ["--disable_tqdm", "true"]
-    parsed = parse_recipe_args(recipe_dataclasses(recipe), PLAYGROUND, arguments)
-    with_settings_of_file(parsed, arguments, PLAYGROUND)
+    parsed = parse_comparison_args(recipe_dataclasses(recipe), PLAYGROUND, arguments)
     use_all_cpu_cores()
     game = OneSeed(parsed, RECIPES, seed, given_options(arguments, PLAYGROUND))
     for name in on_pairs or ():
@@ -88,3 +89,37 @@ def compare(
             raise RuntimeError(f"{result.label}, seed {seed}: {result.error}")
         results[result.method] = result
     return Compared(results, game)
+
+
+# Measures
+
+
+def compared(scores: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    """
+    Prompt by prompt, how often the first answer has the higher score.
+
+    Returns:
+        `dict`: shares of all prompts `"won"`, `"tied"` and `"lost"`; `"decided"`, wins among the prompts without a tie
+            (0.5 if there is none); `"ties_half"`, wins where a tie is half of one.
+    """
+    pairs = list(zip(scores, others, strict=True))
+    won = sum(one > other for one, other in pairs) / len(pairs)
+    lost = sum(one < other for one, other in pairs) / len(pairs)
+    tied = sum(one == other for one, other in pairs) / len(pairs)
+    return {
+        "won": won,
+        "tied": tied,
+        "lost": lost,
+        "decided": won / (won + lost) if won + lost else 0.5,
+        "ties_half": won + tied / 2,
+    }
+
+
+def broken(answers: Sequence[str]) -> float:
+    """Share of answers whose word is none of the task's, such as "glay": the reward takes it for the unfriendliest."""
+    return sum(answer.partition(" ")[2] not in TONES for answer in answers) / len(answers)
+
+
+def answers_of(game: OneSeed, method: str) -> list[str]:
+    """The answers of a method to the held-out prompts."""
+    return [one["answer"] for one in game.rounds.answers("start" if method == "sft" else method)]

@@ -94,7 +94,7 @@ def run(seed: int, settings: dict[str, Any]) -> dict[str, Any]:
         model = models[of["model"]] if "model" in of else Path(rounds.model)
         data = files[of["candidates"]] if "candidates" in of else candidates(game, name, model, of)
         updates = game.config.max_steps
-        game._train(f"rrhf/{name}", METHODS["rrhf"], model, data, updates=updates, answers=1)
+        game.train(f"rrhf/{name}", METHODS["rrhf"], model, data, updates=updates, answers=1)
         models[name], files[name] = rounds.run.path("rrhf", name, "model"), data
         figures = rounds.evaluate(f"rrhf/{name}", models[name])
         scores = [row["scores"] for row in read_jsonl(data)]

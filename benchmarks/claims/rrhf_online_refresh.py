@@ -180,7 +180,7 @@ def run(seed: int, settings: dict[str, Any]) -> dict[str, Any]:
             sampling=replaced(rounds.sampling, num_candidates=of_claim["num_candidates"]),
             ranking=replace(rounds.config, rewards=[f"{Path(__file__).stem}:{proxy.__name__}"]),
             recipe=RECIPES / "rrhf.py",
-            values=game._values("rrhf", METHODS["rrhf"], updates=of_claim["updates"], answers=1),
+            values=game.values_for("rrhf", METHODS["rrhf"], updates=of_claim["updates"], answers=1),
             load=rounds.load,
         )
         result["rows"] += [row_of(name, refresh, figures) for refresh, figures in enumerate(found["figures"])]
