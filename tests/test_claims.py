@@ -313,11 +313,11 @@ def test_the_committed_rows_repeat_the_outcome():
 
 
 def test_shares_of_wins_by_hand():
-    shares = slic_beats_sft.compared([1.0, 0.5, 0.5, 0.0, 0.9], [0.0, 0.5, 0.6, 0.0, 0.8])
+    shares = on_playground.compared([1.0, 0.5, 0.5, 0.0, 0.9], [0.0, 0.5, 0.6, 0.0, 0.8])
     assert shares == pytest.approx({"won": 0.4, "tied": 0.4, "lost": 0.2, "decided": 2 / 3, "ties_half": 0.6})
-    assert slic_beats_sft.compared([0.5], [0.5])["decided"] == 0.5
+    assert on_playground.compared([0.5], [0.5])["decided"] == 0.5
     with pytest.raises(ValueError, match="shorter"):
-        slic_beats_sft.compared([1.0, 0.5], [1.0])
+        on_playground.compared([1.0, 0.5], [1.0])
 
 
 def test_the_tasks_own_answers_are_to_the_held_out_prompts():

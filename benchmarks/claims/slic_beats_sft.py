@@ -28,8 +28,9 @@ from typing import Any
 
 import on_playground
 from claim import Claim, Expectation, main
+from on_playground import answers_of, broken, compared
 
-from trl_ext.playground import TONES, Playground, friendly_number_reward
+from trl_ext.playground import Playground, friendly_number_reward
 from trl_ext.rounds import read_jsonl
 
 POSITIVES = "sft_on_positives"
@@ -43,43 +44,12 @@ PAPER = {
 }
 
 
-def compared(scores: Sequence[float], others: Sequence[float]) -> dict[str, float]:
-    """
-    Prompt by prompt, how often the first answer has the higher score.
-
-    Returns:
-        `dict`: shares of all prompts `"won"`, `"tied"` and `"lost"`; `"decided"`, wins among the prompts without a tie
-            (0.5 if there is none); `"ties_half"`, wins where a tie is half of one.
-    """
-    pairs = list(zip(scores, others, strict=True))
-    won = sum(one > other for one, other in pairs) / len(pairs)
-    lost = sum(one < other for one, other in pairs) / len(pairs)
-    tied = sum(one == other for one, other in pairs) / len(pairs)
-    return {
-        "won": won,
-        "tied": tied,
-        "lost": lost,
-        "decided": won / (won + lost) if won + lost else 0.5,
-        "ties_half": won + tied / 2,
-    }
-
-
 def reference_rewards(seed: int, prompts: Sequence[str]) -> list[float]:
     """Rewards of the task's own answers to the held-out prompts: right digits, in a tone like the examples'."""
     rows = Playground(seed=seed).rows("held_out", reference=True)
     if [row["prompt"] for row in rows] != list(prompts):
         raise RuntimeError(f"Seed {seed}: the held-out prompts are not those of the playground.")
     return friendly_number_reward([row["reference"] for row in rows], [row["answer"] for row in rows])
-
-
-def broken(answers: Sequence[str]) -> float:
-    """Share of answers whose word is none of the task's, such as "glay": the reward takes it for the unfriendliest."""
-    return sum(answer.partition(" ")[2] not in TONES for answer in answers) / len(answers)
-
-
-def answers_of(game, method: str) -> list[str]:
-    """The answers of a method to the held-out prompts."""
-    return [one["answer"] for one in game.rounds.answers("start" if method == "sft" else method)]
 
 
 def run(seed: int, settings: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import on_playground
 from claim import Claim, Expectation, main
-from slic_beats_sft import answers_of, broken, compared
+from on_playground import answers_of, broken, compared
 
 from trl_ext.comparison_results import MethodResult
 
