@@ -34,6 +34,8 @@ def settings(**methods: dict[str, Any]) -> dict[str, Any]:
     values = yaml.safe_load(PLAYGROUND.read_text(encoding="utf-8"))
     values["num_checkpoints"] = 0
     del values["output_dir"], values["seeds"]
+    for name in ("rl", "reward_model"):  # which no claim trains
+        del values["settings"][name]
     return {"playground": values, "methods": methods}
 
 
