@@ -15,8 +15,10 @@ from scipy.optimize import minimize
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import REPOSITORY
+from trl_ext.comparison import parse_comparison_args
 from trl_ext.evaluation import answer_logps
 from trl_ext.playground import Playground, save_byte_level_model
+from trl_ext.recipe_help import recipe_dataclasses
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks" / "claims"))
 
@@ -196,6 +198,20 @@ def test_committed_figures_are_those_of_the_committed_rows(name):
             expectation.measure({"rows": [row for row in rows if row["seed"] == seed]}) for seed in written["seeds"]
         ]
         assert found == pytest.approx(outcome["values"], rel=1e-4, abs=1e-5), expectation.text
+
+
+@pytest.mark.parametrize("methods", [{}, {"rrhf": {}}, {"dpo": {"beta": 0.3}}, {"mine": {"method": "slic_direct"}}])
+def test_what_a_claim_does_not_set_is_the_playgrounds(methods, tmp_path):
+    words = on_playground.arguments_of(1, methods, tmp_path)
+    classes = recipe_dataclasses(on_playground.RECIPES / "compare.py")
+    parsed = parse_comparison_args(classes, on_playground.PLAYGROUND, words)
+    settings = yaml.safe_load(on_playground.PLAYGROUND.read_text())["settings"]
+    assert parsed[1].settings == settings | {name: settings.get(name, {}) | of for name, of in methods.items()}
+
+
+def test_rloos_values_are_kept_where_it_is_trained():
+    assert {"rl", "reward_model"} <= set(on_playground.settings(mine={"method": "rl"})["playground"]["settings"])
+    assert not {"rl", "reward_model"} & set(on_playground.settings(dpo={})["playground"]["settings"])
 
 
 @pytest.mark.slow

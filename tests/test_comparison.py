@@ -42,6 +42,10 @@ ROWS = [{**row, "reference": row["chosen"]} for row in PAIRS * 2]
 ROWS = [{**row, "prompt": f"{number}. {row['prompt']}"} for number, row in enumerate(ROWS)]
 
 
+CIRCLE = {}
+CIRCLE["circle"] = CIRCLE
+
+
 @pytest.fixture
 def prompts_file(tmp_path):
     path = tmp_path / "prompts.jsonl"
@@ -92,6 +96,8 @@ def one_seed(*arguments):
         ({"settings": "{"}, "is not JSON"),
         ({"settings": "[1]"}, "has to be options by name of a method"),
         ({"settings": {"dpo": 3}}, "'dpo' has 3, and it has to be options by name"),
+        ({"settings": {"dpo": {1: 3}}}, "'dpo' has {1: 3}, and it has to be options by name"),
+        ({"settings": {"dpo": {"model_init_kwargs": CIRCLE}}}, "'dpo' has values that are none of JSON .Circular"),
         ({"settings": {"dpo": {"max_steps": 3}}}, "'dpo' sets max_steps, which the comparison sets itself"),
         ({"settings": {"all": {"output_dir": "x"}}}, "'all' sets output_dir"),
         ({"settings": {"dpo": {"label": "x"}}}, "'dpo' is a name that is taken"),
@@ -269,6 +275,17 @@ def test_settings_of_a_file_may_be_json(tmp_path):
     assert parsed_from(words)[1].settings == {**SETTINGS, "dpo": {"learning_rate": 2e-4, "beta": 0.3}}
 
 
+@pytest.mark.parametrize("nothing", ["{}", "null"])
+def test_empty_settings_on_the_command_line_leave_those_of_the_file(nothing, tmp_path):
+    values = {"model_name_or_path": "model", "dataset_name": "data", "rewards": ["scorer"], "settings": SETTINGS}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    words = ["--config", str(tmp_path / "config.yaml"), "--settings", nothing]
+    assert parsed_from(words)[1].settings == SETTINGS
+    assert parsed_from(["--settings", nothing])[1].settings == yaml.safe_load(PLAYGROUND.read_text())["settings"]
+    with pytest.raises(ValueError, match="the command line has it for all methods"):
+        parsed_from([*words, "--learning_rate", "1e-9"])
+
+
 def test_methods_of_a_file_may_be_those_that_its_settings_define(tmp_path):
     values = {"model_name_or_path": "model", "dataset_name": "data", "rewards": ["scorer"], "methods": ["dpo", "low"]}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**values, "settings": SETTINGS}))
@@ -330,10 +347,40 @@ def test_so_many_checkpoints_as_are_asked_for(updates, looks, steps, tmp_path):
 
 
 def test_code_is_handed_on_by_the_command_line_alone():
+    loading = {"dtype": "float32", "revision_of_code": "x"}
     values = {"trust_remote_code": True, "attn_implementation": "somebody/kernel", "beta": 0.1}
-    kept, words = without_code(values)
-    assert kept == {"beta": 0.1}
-    assert words == ["--attn_implementation", "somebody/kernel", "--trust_remote_code", "True"]
+    kept, words = without_code({**values, "model_init_kwargs": loading, "output_dir": "out", "rewards": ["model"]})
+    assert kept == {"beta": 0.1, "output_dir": "out", "rewards": ["model"]}
+    assert words[:4] == ["--trust_remote_code", "True", "--attn_implementation", "somebody/kernel"]
+    assert words[4] == "--model_init_kwargs" and json.loads(words[5]) == loading and len(words) == 6
+    assert without_code({"model_init_kwargs": {"dtype": "float32"}})[1] == []
+    # from the comparison's command line to what the recipe reads
+    words = ["--output_dir", "out", "--trust_remote_code", "true", "--model_init_kwargs", '{"weights_only": false}']
+    read = one_seed(*words)._check("dpo", METHODS["dpo"])
+    assert read[1].model_init_kwargs == {"weights_only": False}
+    assert read[1].trust_remote_code or read[2].trust_remote_code
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"all": {"trust_remote_code": True}}, "settings of 'all': `trust_remote_code` has code run"),
+        ({"dpo": {"trust_remote_code": "yes"}}, "settings of 'dpo': `trust_remote_code` has code run"),
+        ('{"dpo": {"trust_remote_code": true}}', "settings of 'dpo': `trust_remote_code` has code run"),
+        ({"dpo": {"attn_implementation": "some/kernel"}}, "names the code 'some/kernel'"),
+        ({"dpo": {"model_init_kwargs": {"weights_only": False}}}, "sets weights_only, which may name code"),
+    ],
+)
+def test_settings_of_a_file_cannot_have_code_run(settings, message, tmp_path):
+    values = {"model_name_or_path": "model", "dataset_name": "data", "rewards": ["scorer"], "output_dir": "out"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**values, "settings": settings}))
+    config = ["--config", str(tmp_path / "config.yaml")]
+    for words in (config, [*config, "--settings", '{"ipo": {"beta": 0.3}}']):
+        with pytest.raises(ValueError, match="config.yaml, .*" + message):
+            parsed_from(words)
+    # on the command line it may stand
+    typed = settings if isinstance(settings, str) else json.dumps(settings)
+    one_seed(*config, "--settings", typed)._check("dpo", METHODS["dpo"])
 
 
 def test_what_two_rounds_and_the_report_need(tmp_path):

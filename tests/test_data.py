@@ -392,6 +392,18 @@ def test_preparing_twice_changes_nothing(pairs, tokenizer):
     assert twice is once and report is None
 
 
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_objects_with_two_fields_of_one_name_are_refused(as_stream, tokenizer):
+    # Arrow ends a name at a null character, and reads no row of such a table
+    call = {"name": "f", "arguments": {"x": 1, "x\x00y": 2}}
+    rows = Dataset.from_list([{**PAIRS[0], "tools": [call]}])
+    rows = rows.to_iterable_dataset() if as_stream else rows
+    with pytest.raises(
+        ValueError, match="column 'tools' of the train dataset holds objects with two fields named 'x'"
+    ):
+        prepare_dataset(rows, tokenizer, RowOptions(), name="train")
+
+
 def test_other_columns_are_dropped_or_kept_as_asked(tokenizer):
     rows = [{**GOOD, "source": "web"}]
     assert "source" not in prepare(rows, tokenizer)[0].column_names

@@ -43,7 +43,7 @@ from .data import RowOptions
 from .ranking import pair_rows
 from .recipe_help import recipe_dataclasses
 from .rounds import Rounds, evaluation_stage, merged_model, read_jsonl, replaced, start_rounds, write_jsonl
-from .safety import maybe_meant
+from .safety import maybe_meant, refuse_code_in_config
 from .sampling import write_atomically
 from .scoring import as_text
 from .stages import without_secrets
@@ -239,7 +239,7 @@ class OneSeed:
         Every option that a method's recipe is called with, but for model and data.
 
         Args:
-            name (`str`): key of the method, or of a variant that `settings` defines.
+            name (`str`): key of the method, or of a variant that `settings` defines; or `"reward_model"`.
             method ([`Method`]): what is trained.
             updates (`int`): optimiser steps.
             answers (`int`): answers that are sampled to each prompt: a batch of RLOO holds them all.
@@ -550,8 +550,8 @@ def parse_comparison_args(
     if there is neither a file nor a model), which the parser by itself replaces.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: see [`parse_recipe_args`]; or an option on the command line that the
-            file's settings of a method would replace.
+        ValueError, TypeError, FileNotFoundError: see [`parse_recipe_args`]; settings of the file that would have code
+            run; or an option on the command line that the file's settings of a method would replace.
     """
     types, words = imported(dataclass_types), with_config_apart(args)
     typed = given_options([word for word in words if word != "--config"])
@@ -559,11 +559,13 @@ def parse_comparison_args(
     file = words[words.index("--config") + 1] if "--config" in words else file
     if file is None:
         return parse_recipe_args(types, playground_config, words)
+    before = settings_by_name(read_config(file, types, words).get("settings"))
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--settings")
+    parser.add_argument("--settings", nargs="?")
     own = settings_by_name(parser.parse_known_args(words)[0].settings)
-    if own:
-        before = settings_by_name(read_config(file, types, words).get("settings"))
+    for name, values in before.items():
+        refuse_code_in_config(values, f"{file}, settings of {name!r}", tuple(own.get(name, ())))
+    if "settings" in typed:
         both = {name: {**before.get(name, {}), **own.get(name, {})} for name in {**before, **own}}
         words = [*words, "--settings", json.dumps(both, default=str)]  # the last one counts
     parsed = parse_recipe_args(types, playground_config, words)
@@ -671,10 +673,15 @@ def without_code(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     What may stand in a recipe's config file, and the arguments beside it: what would have code run must not stand in a
     file, and was given on the command line of the comparison.
     """
-    is_code = {name for name in ("trust_remote_code",) if values.get(name)}
-    is_code |= {"attn_implementation"} if "/" in str(values.get("attn_implementation")) else set()
-    kept = {name: value for name, value in values.items() if name not in is_code}
-    return kept, [word for name in sorted(is_code) for word in (f"--{name}", str(values[name]))]
+    kept, words = {}, []
+    for name, value in values.items():
+        try:
+            refuse_code_in_config({name: value}, "")
+            kept[name] = value
+        except ValueError:
+            several = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *(json.dumps(one) if isinstance(one, dict) else str(one) for one in several)]
+    return kept, words
 
 
 def pairs_stage(folder: Path, *, prompts: Path, on_playground: bool, seed: int) -> dict[str, Any]:

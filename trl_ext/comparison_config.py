@@ -234,7 +234,7 @@ def settings_by_name(settings: Any) -> dict[str, dict[str, Any]]:
     `settings`, as they are in a config file or in JSON, in a form that can be looked into.
 
     Raises:
-        ValueError: it is no JSON, or not options by name.
+        ValueError: it is no JSON, cannot be JSON, or not options by name.
     """
     if isinstance(settings, str):
         try:
@@ -245,8 +245,12 @@ def settings_by_name(settings: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(settings, dict):
         raise ValueError(f"settings={settings!r:.80} has to be options by name of a method. Mend it.")
     for name, values in settings.items():
-        if not isinstance(values, dict):
+        if not isinstance(values, dict) or not all(isinstance(option, str) for option in values):
             raise ValueError(f"settings: {name!r} has {values!r:.60}, and it has to be options by name. Mend it.")
+        try:
+            json.dumps(values, default=str)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"settings: {name!r} has values that are none of JSON ({error}). Mend it.") from None
     return settings
 
 

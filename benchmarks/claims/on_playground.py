@@ -1,5 +1,6 @@
 """
-What the claims that are tried on the playground share: the models and data of `recipes/compare.py`, with its settings.
+What the claims that are tried on the playground share: the models and data of `recipes/compare.py`, with its settings,
+and measures of answers.
 
 All of a seed's methods train from the same SFT model; the scored answers of that model are sampled once. Everything is
 kept in `runs/claims/playground/seed-N/`, and what is finished is not made again.
@@ -34,8 +35,8 @@ def settings(**methods: dict[str, Any]) -> dict[str, Any]:
     values = yaml.safe_load(PLAYGROUND.read_text(encoding="utf-8"))
     values["num_checkpoints"] = 0
     del values["output_dir"], values["seeds"]
-    for name in ("rl", "reward_model"):  # which no claim trains
-        del values["settings"][name]
+    if "rl" not in {of.get("method", name) for name, of in methods.items()}:
+        del values["settings"]["rl"], values["settings"]["reward_model"]
     return {"playground": values, "methods": methods}
 
 
@@ -53,6 +54,13 @@ class Compared:
 
     results: dict[str, MethodResult]
     game: OneSeed
+
+
+def arguments_of(seed: int, methods: dict[str, dict[str, Any]], folder: Path) -> list[str]:
+    """The command line of `recipes/compare.py` that compares methods with the options given, on the playground."""
+    arguments = ["--output_dir", str(folder), "--seeds", str(seed), "--methods", "sft", *methods]
+    arguments += ["--settings", json.dumps(methods), "--num_checkpoints", "0", "--resume_from_checkpoint", "true"]
+    return [*arguments, "--disable_tqdm", "true"]
 
 
 def compare(
@@ -73,14 +81,10 @@ def compare(
         ValueError: the playground's values are others by now than those of the claim.
         RuntimeError: a method failed.
     """
-    if of_claim["playground"] != settings()["playground"]:
+    if of_claim["playground"] != settings(**of_claim["methods"])["playground"]:
         raise ValueError(f"The claim's values are not those of {PLAYGROUND.name}. Run it without changed settings.")
-    recipe = RECIPES / "compare.py"
-    methods = {**of_claim["methods"], **(on_pairs or {})}
-    arguments = ["--output_dir", str(folder), "--seeds", str(seed), "--methods", "sft", *methods]
-    arguments += ["--settings", json.dumps(methods), "--num_checkpoints", "0", "--resume_from_checkpoint", "true"]
-    arguments += ["--disable_tqdm", "true"]
-    parsed = parse_comparison_args(recipe_dataclasses(recipe), PLAYGROUND, arguments)
+    arguments = arguments_of(seed, {**of_claim["methods"], **(on_pairs or {})}, folder)
+    parsed = parse_comparison_args(recipe_dataclasses(RECIPES / "compare.py"), PLAYGROUND, arguments)
     use_all_cpu_cores()
     game = OneSeed(parsed, RECIPES, seed, given_options(arguments, PLAYGROUND))
     for name in on_pairs or ():
