@@ -11,7 +11,7 @@ import json
 import math
 import pickle
 import shutil
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 
 import pytest
 import yaml
@@ -24,13 +24,20 @@ from tests.conftest import REPOSITORY
 from tests.stage_functions import look_around
 from trl_ext import CLICKConfig, RRHFConfig, SLiCConfig, SPINConfig
 from trl_ext.cli import load_prompts, parse_recipe_args
+from trl_ext.comparison import parse_comparison_args
+from trl_ext.comparison_config import ComparisonConfig
 from trl_ext.data import RowError, RowOptions, parse_row, prepare_dataset, prepare_row
+from trl_ext.ipo_config import IPOConfig
+from trl_ext.orpo_config import ORPOConfig
 from trl_ext.ranking import PAIR_RULES, pair_rows, rank_rows, score_report
+from trl_ext.recipe_help import recipe_dataclasses
 from trl_ext.rounds import RankingConfig, RoundsConfig, check_prompts
+from trl_ext.sample_and_rank_config import SampleAndRankConfig
 from trl_ext.sampling import SamplingConfig
 from trl_ext.scoring import FunctionScorer, score_rows
 from trl_ext.self_play import sft_rows
 from trl_ext.stages import Run
+from trl_ext.trl_configs import BestOfNConfig, KTOConfig, RewardConfig, RLOOConfig
 
 EXPECTED = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotImplementedError, RuntimeError, ImportError)
 # kinds of these that say nothing to somebody who has only made a mistake
@@ -326,11 +333,14 @@ def test_rewards_of_any_kind_are_scores_or_refused(number):
 
 # Settings
 
-CONFIGS = (SLiCConfig, RRHFConfig, CLICKConfig, SPINConfig, SamplingConfig, RankingConfig, RoundsConfig)
+CONFIGS = (
+    SLiCConfig, RRHFConfig, CLICKConfig, SPINConfig, IPOConfig, ORPOConfig, BestOfNConfig, KTOConfig, RewardConfig,
+    RLOOConfig, ComparisonConfig, SampleAndRankConfig, SamplingConfig, RankingConfig, RoundsConfig,
+)  # fmt: skip
 OWN = {
     config: [entry.name for entry in fields(config) if entry.init and entry.name != "output_dir"] for config in CONFIGS
 }
-THEIRS = {entry.name for entry in fields(DPOConfig)}
+OF_DPO = {entry.name for entry in fields(DPOConfig)}
 VALUES = st.one_of(
     NUMBERS, SCALARS, NESTED, st.lists(TEXT, max_size=2), st.sampled_from(["true", "auto", "none", "{"])
 )
@@ -344,15 +354,21 @@ ODD_VALUES = (
 
 
 def make(config, values):
-    if config is RankingConfig:
-        RankingConfig(**{"rewards": ["a:b"], **values}).check()
+    if config in (RankingConfig, SampleAndRankConfig):
+        config(**{"rewards": ["a:b"], **values}).check()
     else:
         config(**{"output_dir": "out"} if "output_dir" in {entry.name for entry in fields(config)} else {}, **values)
 
 
-def expected_names(names):
+def theirs(config):
+    """Settings that TRL and transformers define."""
+    parts = [part for part in config.__mro__ if is_dataclass(part) and not part.__module__.startswith("trl_ext.")]
+    return {entry.name for part in parts for entry in fields(part)}
+
+
+def expected_names(config, names):
     """What a refusal has to name: what TRL and transformers say of their own settings need not name them."""
-    return () if set(names) & THEIRS else (*names, "vllm", "JSON", "rewards")
+    return () if set(names) & theirs(config) else (*names, "vllm", "JSON", "rewards")
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
@@ -360,10 +376,10 @@ def test_each_setting_takes_or_refuses_each_odd_value(config, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     taken = refusals = 0
     for name in OWN[config]:
-        if name in THEIRS and config is not SLiCConfig:
-            continue  # theirs are the same in every config
+        if name in OF_DPO and config is not SLiCConfig:
+            continue  # most configs have them
         for value in ODD_VALUES:
-            with refused(*expected_names([name])) as errors:
+            with refused(*expected_names(config, [name])) as errors:
                 make(config, {name: value})
             taken += not errors
             refusals += bool(errors)
@@ -375,7 +391,7 @@ def test_settings_are_taken_or_refused_by_name(number):
     seen = [0, 0]
     for config in CONFIGS:  # chance may bring some of them none that is taken, or none that is refused
         make(config, {})
-        name = next(name for name in OWN[config] if name not in THEIRS)
+        name = next((name for name in OWN[config] if name not in theirs(config)), "beta")
         with refused(name) as errors:
             make(config, {name: {1.5}})
         assert errors, config
@@ -387,7 +403,7 @@ def test_settings_are_taken_or_refused_by_name(number):
         names = data.draw(st.lists(st.sampled_from(OWN[config]), min_size=1, max_size=2, unique=True))
         values = {name: data.draw(VALUES) for name in names}
         assume(not any(isinstance(value, str) and "/" in value for value in values.values()))  # no paths
-        with refused(*expected_names(names)) as errors:
+        with refused(*expected_names(config, names)) as errors:
             make(config, values)
         seen[bool(errors)] += 1
 
@@ -425,6 +441,56 @@ def test_config_files_are_read_or_refused(number, tmp_path, capsys):
 
     check()
     assert read
+
+
+OF_METHODS = st.dictionaries(
+    st.sampled_from(["method", "label", "beta", "learning_rate", "trust_remote_code", "model_init_kwargs"]) | TEXT,
+    VALUES | st.sampled_from(["dpo", "ipo", "spin"]),
+    max_size=3,
+)
+ODD_SETTINGS = VALUES | st.dictionaries(
+    st.sampled_from(["all", "reward_model", "dpo", "rl", "mine"]) | TEXT, OF_METHODS | VALUES, max_size=2
+)
+SOUND_SETTINGS = st.fixed_dictionaries(
+    {},
+    optional={"all": st.just({"learning_rate": 1e-6}), "dpo": st.just({"beta": 0.3}),
+              "mine": st.just({"method": "ipo", "label": "mine"})},
+)  # fmt: skip
+# of the file, and of the command line
+BOTH_SETTINGS = st.one_of(
+    st.tuples(SOUND_SETTINGS, st.none() | SOUND_SETTINGS),
+    st.tuples(SOUND_SETTINGS, ODD_SETTINGS),
+    st.tuples(ODD_SETTINGS, st.none() | SOUND_SETTINGS),
+)
+COMPARE = REPOSITORY / "recipes" / "compare.py"
+
+
+@more_or_less(60, 500)
+def test_settings_of_compared_methods_are_read_or_refused(number, tmp_path, capsys):
+    file = tmp_path / "config.yaml"
+    base = {"model_name_or_path": "model", "dataset_name": "data", "output_dir": str(tmp_path), "rewards": ["model"]}
+    playground, classes = COMPARE.parent / "configs" / "compare_playground.yaml", recipe_dataclasses(COMPARE)
+    read = []
+
+    @cases(number)
+    @given(BOTH_SETTINGS, st.lists(st.sampled_from(["dpo", "rl", "mine"]), max_size=2))
+    def check(settings, methods):
+        of_file, typed = settings
+        file.write_bytes(yaml.dump({**base, "bf16": False, "settings": of_file}).encode("utf-8", "surrogatepass"))
+        words = ["--config", str(file), *(["--methods", *methods] if methods else [])]
+        if typed is not None:
+            words += ["--settings", typed if isinstance(typed, str) else json.dumps(typed)]
+        try:
+            with refused("settings", "methods"):
+                found = parse_comparison_args(classes, playground, words)[1].settings
+                for part in (part for part in settings if isinstance(part, dict)):
+                    assert all(set(part[name]) <= set(found.get(name, ())) for name in part), "nothing is lost"
+                read.append(found)
+        except SystemExit:
+            assert "error: argument" in capsys.readouterr().err
+
+    check()
+    assert sum(map(bool, read)) > 3, "not all is nonsense"
 
 
 # Manifests
