@@ -2,12 +2,11 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
 from tests import reference
-from trl_ext.evaluation import answer_logps, distinct_n, paired_difference, perplexity
+from trl_ext.evaluation import answer_logps, distinct_n, perplexity
 
 
 def likelihoods(model, tokenizer, rows):
@@ -64,23 +63,3 @@ def test_distinct_n_by_hand():
     assert distinct_n(["a b a", "b a"], 1) == 2 / 5
     assert distinct_n(["a b a", "b a"], 2) == 2 / 3  # none that goes over from one answer to the next
     assert distinct_n(["", "a"], 2) == 0.0
-
-
-def test_paired_difference_covers_the_truth():
-    """Of 95 % intervals about 95 % contain the true difference; pairing removes what prompts have in common."""
-    generator, covered, widths = np.random.default_rng(0), 0, []
-    for _ in range(1000):
-        prompts = generator.normal(0, 5, size=100)
-        before = prompts + generator.normal(size=100)
-        after = prompts + 0.3 + generator.normal(size=100)
-        change = paired_difference(after.tolist(), before.tolist())
-        covered += change.low <= 0.3 <= change.high
-        widths.append(change.high - change.low)
-    assert 930 <= covered <= 970
-    assert np.mean(widths) == pytest.approx(2 * 1.96 * math.sqrt(2) / 10, rel=0.02)
-
-
-@pytest.mark.parametrize(("after", "before"), [([1.0], []), ([], [])])
-def test_values_that_make_no_pairs(after, before):
-    with pytest.raises(ValueError, match="make no pairs"):
-        paired_difference(after, before)

@@ -29,11 +29,11 @@ from statistics import fmean
 import numpy as np
 
 from .comparison_results import REWARD, ComparisonResults, MethodResult
+from .intervals import LEVEL, outcomes
 
 DRAWS = 2000
 # each draw is a fit of its own there
 LENGTH_CONTROL_DRAWS = 500
-LEVEL = 0.95
 # of the length-controlled win rate, on the sum of log-likelihoods
 RIDGE = 0.1
 
@@ -232,11 +232,7 @@ def _logistic_intercepts(won: np.ndarray, by_length: np.ndarray, weights: np.nda
 
 
 def _outcomes(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> list[np.ndarray]:
-    found = []
-    for one, other in _paired(a, b):
-        outcome = (np.sign(np.greater(one, other).astype(float) - np.less(one, other)) + 1) / 2
-        found.append(np.where(np.isnan(one) | np.isnan(other), np.nan, outcome))
-    return found
+    return [outcomes(one, other) for one, other in _paired(a, b)]
 
 
 def _paired(a, b) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -8,9 +8,7 @@ reward hacking in the RRHF paper (https://huggingface.co/papers/2304.05302, its 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -107,40 +105,3 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     """
     grams = [tuple(words[start : start + n]) for words in map(str.split, texts) for start in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
-
-
-@dataclass(frozen=True)
-class PairedDifference:
-    """
-    Mean of `after - before` over the same prompts, with its 95 % interval (normal approximation).
-
-    Attributes:
-        mean, low, high (`float`): the difference and its interval.
-        num_pairs (`int`): prompts.
-    """
-
-    mean: float
-    low: float
-    high: float
-    num_pairs: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
-
-
-def paired_difference(after: Sequence[float], before: Sequence[float]) -> PairedDifference:
-    """
-    Compare two models on the same prompts.
-
-    Raises:
-        ValueError: the lists differ in length, or are empty.
-    """
-    if len(after) != len(before) or not after:
-        raise ValueError(
-            f"There are {len(after)} values after and {len(before)} before, which make no pairs. Give one of each for "
-            "every prompt, in the same order."
-        )
-    differences = [a - b for a, b in zip(after, before, strict=True)]
-    mean = fmean(differences)
-    half_width = 1.96 * stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
-    return PairedDifference(mean, mean - half_width, mean + half_width, len(differences))

@@ -29,7 +29,6 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from scipy.stats import binomtest
 
 from .checkpoints import RESUME_LAST, wants_to_resume
 from .cli import (
@@ -42,7 +41,8 @@ from .cli import (
     run_settings,
 )
 from .data import RowError, RowOptions, prepare_row, refusal
-from .evaluation import answer_logps, distinct_n, paired_difference, perplexity
+from .evaluation import answer_logps, distinct_n, perplexity
+from .intervals import TIE_RULE, Mean, Wins, paired_difference, wins
 from .machines import from_all
 from .ranking import PAIR_RULES, check_pair_rule, pair_rows, rank_rows, score_report
 from .safety import check_field_types, explain_remote_code, weights_only
@@ -521,8 +521,9 @@ class Rounds:
 
         row("reward", "reward", ".3f")
         pairs = zip(names, list(names)[1:], strict=False)
-        table.add_row("change from the left", "", *(change(answers[b], answers[a]) for a, b in pairs))
-        table.add_row("wins over the first", *(wins(answers[name], first) for name in names))
+        table.add_row("change from the left", "", *(format_change(change(answers[b], answers[a])) for a, b in pairs))
+        over_first = ("" if name == "start" else format_wins(wins_over(answers[name], first)) for name in names)
+        table.add_row(f"wins over the first\n({TIE_RULE})", *over_first)
         row(f"judge: {str(self.config.judge).rpartition(':')[2]}", "judge", ".3f")
         row("perplexity, fixed model", "perplexity", ".2f")
         row("KL to it, nats per answer", "kl", ".2f")
@@ -545,22 +546,30 @@ class Rounds:
         print(f"The model is {self.model_to_take}; rounds.json and rounds.png are in {self.run.folder}")
 
 
-def change(answers: dict[int, dict], before: dict[int, dict]) -> str:
-    """Mean change of the reward on the same prompts, with its 95 % interval."""
-    both = [number for number in answers if number in before]
-    change = paired_difference([answers[n]["reward"] for n in both], [before[n]["reward"] for n in both])
-    return f"{change.mean:+.3f}\n{change.low:+.3f} to {change.high:+.3f}"
+def change(answers: dict[int, dict], before: dict[int, dict]) -> Mean:
+    """Mean change of the reward on the prompts that both answered."""
+    return paired_difference(*_rewards(answers, before))
 
 
-def wins(answers: dict[int, dict], first: dict[int, dict]) -> str:
-    """Share of wins among decided comparisons of the same prompts, with its 95 % Wilson interval."""
-    gains = [answers[n]["reward"] - first[n]["reward"] for n in answers if n in first]
-    decided = sum(gain != 0 for gain in gains)
-    if not decided:
-        return ""
-    wins = sum(gain > 0 for gain in gains)
-    interval = binomtest(wins, decided).proportion_ci(method="wilson")
-    return f"{wins / decided:.1%} of {decided}\n{interval.low:.1%} to {interval.high:.1%}"
+def format_change(change: Mean) -> str:
+    """A cell of two lines for a table."""
+    return f"{change.value:+.3f}\n{change.low:+.3f} to {change.high:+.3f}"
+
+
+def wins_over(answers: dict[int, dict], first: dict[int, dict]) -> Wins:
+    """Wins, ties and losses by reward on the prompts that both answered."""
+    return wins(*_rewards(answers, first))
+
+
+def format_wins(found: Wins) -> str:
+    """A cell of three lines for a table."""
+    low, high = found.interval
+    return f"{found.rate:.1%}\n{low:.1%} to {high:.1%}\n{found.tied} of {found.num_pairs} tied"
+
+
+def _rewards(answers: dict[int, dict], others: dict[int, dict]) -> tuple[list[float], list[float]]:
+    both = [number for number in answers if number in others]
+    return [answers[number]["reward"] for number in both], [others[number]["reward"] for number in both]
 
 
 def _short(text: str | list[dict], width: int = 48) -> Text:

@@ -46,9 +46,20 @@ from .cli import (
 )
 from .data import RowError, RowOptions, check_features, parse_row, prepare_row, refusal
 from .evaluation import answer_logps
+from .intervals import TIE_RULE
 from .machines import from_all
 from .reference import refuse_fsdp
-from .rounds import as_jsonl, change, merged_model, read_jsonl, set_apart, wins, write_jsonl
+from .rounds import (
+    as_jsonl,
+    change,
+    format_change,
+    format_wins,
+    merged_model,
+    read_jsonl,
+    set_apart,
+    wins_over,
+    write_jsonl,
+)
 from .sampling import (
     SamplingConfig,
     context_window,
@@ -599,8 +610,11 @@ class SelfPlay:
         row("reward", "reward", ".3f")
         if has_reward:
             steps = zip(names, names[1:], strict=False)
-            table.add_row("change from the left", "", *(change(answers[b], answers[a]) for a, b in steps))
-            table.add_row("wins over the first", *(wins(answers[name], first) for name in names))
+            table.add_row(
+                "change from the left", "", *(format_change(change(answers[b], answers[a])) for a, b in steps)
+            )
+            over_first = ("" if name == "start" else format_wins(wins_over(answers[name], first)) for name in names)
+            table.add_row(f"wins over the first\n({TIE_RULE})", *over_first)
         row("NLL of real answers, per token", "nll", ".4f")
         row("margin over the opponent, nats", "margin", "+.2f")
         row("margin > 0", "margin_accuracy", ".1%")
@@ -619,7 +633,7 @@ class SelfPlay:
                 reward, nll = ([self.figures[one][key] for one in (name, control)] for key in ("reward", "nll"))
                 table.add_row(
                     name.replace("-", " "), *(f"{value:.3f}" for value in reward),
-                    change(answers[name], answers[control]).replace("\n", ", "), *(f"{value:.4f}" for value in nll),
+                    str(change(answers[name], answers[control])), *(f"{value:.4f}" for value in nll),
                 )  # fmt: skip
             console.print(table)
         print(f"The model is {self.model_to_take}; spin.json and spin.png are in {self.run.folder}")
