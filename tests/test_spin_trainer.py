@@ -13,6 +13,7 @@ from trl import DPOConfig, DPOTrainer
 
 from tests import reference
 from tests.conftest import PAIRS
+from tests.same_training import SGD, assert_same_movement
 from tests.test_slic_trainer import Losses, assert_same_gradients, gradients, perturbed, weights
 from trl_ext import SPINConfig, SPINTrainer
 from trl_ext.losses import spin_loss
@@ -290,14 +291,16 @@ def run(model_dir, tokenizer, rows, config_kwargs, resume=None, **settings):
 def test_any_split_into_micro_batches_gives_the_same_training(model_dir, tokenizer, pairs, config_kwargs):
     runs = []
     for batch_size, accumulation in ((8, 1), (1, 8), (3, 3)):
-        kwargs = {**config_kwargs, "per_device_train_batch_size": batch_size, "num_train_epochs": 3, "beta": 1.0}
-        runs.append(run(model_dir, tokenizer, pairs, kwargs, gradient_accumulation_steps=accumulation))
+        kwargs = {**config_kwargs, **SGD, "per_device_train_batch_size": batch_size, "num_train_epochs": 3}
+        runs.append(run(model_dir, tokenizer, pairs, kwargs, gradient_accumulation_steps=accumulation, beta=1.0))
     first, first_losses = runs[0]
+    start = weights(build(model_dir, tokenizer, pairs, config_kwargs))
     assert first_losses.series()[-1] < first_losses.series()[0] - 1e-3
     for trainer, losses in runs[1:]:
         for name in ("loss", "rewards/margins", "logps/chosen", "lengths/rejected"):
             torch.testing.assert_close(losses.series(name), first_losses.series(name), rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(weights(trainer), weights(first), rtol=1e-3, atol=1e-4)
+        # the margin is a difference of float32 sums of about 100 nats, whose last digit is 8e-6
+        assert_same_movement(weights(trainer), weights(first), start, share=5e-5)
 
 
 @pytest.mark.parametrize("lora", [False, True])
