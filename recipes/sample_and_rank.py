@@ -16,7 +16,6 @@ join in with `--mix_in chosen rejected`. Of TRL's options those are refused that
 from pathlib import Path
 
 from trl_ext.cli import (
-    load_prompts,
     local_model,
     parse_args,
     refuse_all_but,
@@ -24,6 +23,7 @@ from trl_ext.cli import (
     use_all_cpu_cores,
     with_config_apart,
 )
+from trl_ext.load import load_prompts
 
 DATACLASSES = (
     "trl.ScriptArguments",

@@ -21,7 +21,8 @@ LoRA: `--use_peft`, one adapter per iteration, merged after it. To go on after a
 
 from pathlib import Path
 
-from trl_ext.cli import is_playground, load_datasets, parse_recipe_args, run_recipe, train_and_save
+from trl_ext.cli import is_playground, parse_recipe_args, run_recipe, train_and_save
+from trl_ext.load import load_datasets
 
 DATACLASSES = (
     "trl.ScriptArguments",

@@ -23,11 +23,12 @@ from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments
 from tests.conftest import REPOSITORY
 from tests.stage_functions import look_around
 from trl_ext import CLICKConfig, RRHFConfig, SLiCConfig, SPINConfig
-from trl_ext.cli import load_prompts, parse_recipe_args
+from trl_ext.cli import parse_recipe_args
 from trl_ext.comparison import parse_comparison_args
 from trl_ext.comparison_config import ComparisonConfig
 from trl_ext.data import RowError, RowOptions, parse_row, prepare_dataset, prepare_row
 from trl_ext.ipo_config import IPOConfig
+from trl_ext.load import load_prompts
 from trl_ext.orpo_config import ORPOConfig
 from trl_ext.ranking import PAIR_RULES, pair_rows, rank_rows, score_report
 from trl_ext.recipe_help import recipe_dataclasses

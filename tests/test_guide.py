@@ -20,8 +20,9 @@ from trl import DatasetMixtureConfig, ScriptArguments
 from tests.conftest import REPOSITORY
 from tests.reference import sequence_logp
 from trl_ext import CLICKTrainer, IPOTrainer, RRHFTrainer, SLiCTrainer, SPINTrainer
-from trl_ext.cli import imported, load_datasets, load_prompts
+from trl_ext.cli import imported
 from trl_ext.data import RowOptions
+from trl_ext.load import load_datasets, load_prompts
 from trl_ext.orpo_trainer import ORPOTrainer
 from trl_ext.recipe_help import recipe_dataclasses
 from trl_ext.rounds import check_prompts

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 from trl import DatasetMixtureConfig, ScriptArguments
 
 from tests.conftest import PAIRS, REPOSITORY, read_jsonl, real_data
-from trl_ext.cli import load_datasets, load_prompts, parse_recipe_args
+from trl_ext.cli import parse_recipe_args
 from trl_ext.data import RowOptions
+from trl_ext.load import load_datasets, load_prompts
 from trl_ext.plots import plot_training_curves
 from trl_ext.recipe_help import recipe_dataclasses
 from trl_ext.rounds import check_prompts, in_rounds, start_rounds

@@ -22,8 +22,9 @@ from tests.conftest import PAIRS, REPOSITORY
 from tests.stage_functions import look_around
 from trl_ext import SLiCConfig, SLiCTrainer, SPINConfig, SPINTrainer
 from trl_ext.checkpoints import SEAL
-from trl_ext.cli import load_datasets, load_prompts, local_model, parse_recipe_args
+from trl_ext.cli import local_model, parse_recipe_args
 from trl_ext.evaluation import answer_logps
+from trl_ext.load import load_datasets, load_prompts
 from trl_ext.rounds import RoundsConfig, merge_stage
 from trl_ext.safety import UnsafeFileError, has_type, refuse_code_in_deepspeed, weights_only
 from trl_ext.sampling import SamplingConfig, context_window, load_causal_lm, load_tokenizer, sample_candidates

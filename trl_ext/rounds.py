@@ -35,7 +35,6 @@ from .cli import (
     MAY_CHANGE,
     changed_fields,
     is_playground,
-    load_prompts,
     loading_for_sampling,
     local_model,
     run_settings,
@@ -43,6 +42,7 @@ from .cli import (
 from .data import RowError, RowOptions, prepare_row, refusal
 from .evaluation import answer_logps, distinct_n, perplexity
 from .intervals import TIE_RULE, Mean, Wins, paired_difference, wins
+from .load import load_prompts
 from .machines import from_all
 from .ranking import PAIR_RULES, check_pair_rule, pair_rows, rank_rows, score_report
 from .safety import check_field_types, explain_remote_code, weights_only

@@ -40,13 +40,13 @@ from .cli import (
     is_playground,
     local_model,
     model_init_kwargs,
-    refuse_unless_json,
     run_settings,
     use_all_cpu_cores,
 )
 from .data import RowError, RowOptions, check_features, parse_row, prepare_row, refusal
 from .evaluation import answer_logps
 from .intervals import TIE_RULE
+from .load import refuse_unless_json
 from .machines import from_all
 from .reference import refuse_fsdp
 from .rounds import (
