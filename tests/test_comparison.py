@@ -1,7 +1,6 @@
 """`recipes/compare.py`: what it refuses, how the budget is shared out, and whole comparisons on a tiny model."""
 
 import json
-import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -25,7 +24,6 @@ from trl_ext.comparison import (
     pairs_stage,
     parse_comparison_args,
     shared_settings,
-    without_code,
 )
 from trl_ext.comparison_config import METHODS, ComparisonConfig
 from trl_ext.comparison_results import ComparisonResults, MethodResult
@@ -228,44 +226,44 @@ SETTINGS = {"all": {"weight_decay": 0.3}, "dpo": {"learning_rate": 2e-4}, "low":
 
 
 @pytest.mark.parametrize(
-    ("words", "instead"),
+    ("words", "changed"),
     [
         (["--learning_rate", "1e-9"], {"dpo": {"learning_rate": 1e-9}}),
         (["--learning_rate=1e-9", "--methods", "dpo"], {"dpo": {"learning_rate": 1e-9}}),
-        (["--learning-rate", "1e-9", "--methods", "ipo"], None),  # which the file does not set it for
-        (["--learning_rate", "2e-4"], None),  # as in the file
-        (["--weight_decay", "0"], {"all": {"weight_decay": 0.0}}),
-        (["--max_length", "32"], {"low": {"method": "dpo", "max_length": 32}}),
+        (["--weight-decay", "0"], {name: {"weight_decay": 0.0} for name in ("dpo", "ipo", "low", "reward_model")}),
+        (["--max_length", "32"], {name: {"max_length": 32} for name in ("dpo", "low")}),
+        (["--bf16", "false"], {"ipo": {"bf16": False}}),
         (["--settings", '{"all": {"learning_rate": 1e-9}}'], {"dpo": {"learning_rate": 1e-9}}),
-        (["--settings", '{"all": {"weight_decay": 0.2}}'], None),
-        (["--settings", '{"dpo": {"weight_decay": 0.2}}'], None),
-        (["--reward_batch_size", "3", "--adam_beta1", "0.8"], None),
+        # on the command line what is for one method wins over what is for all
+        (["--settings", '{"dpo": {"learning_rate": 0.5}}', "--learning_rate", "1e-9"],
+         {"dpo": {"learning_rate": 0.5}, "low": {"learning_rate": 0.5}, "ipo": {"learning_rate": 1e-9}}),
+        # which of a further method the file says itself
+        (["--settings", '{"dpo": {"max_length": 16}}'], {"dpo": {"max_length": 16}, "low": {"max_length": 64}}),
+        (["--reward_batch_size", "3"], {"rl": {"reward_batch_size": 5}}),  # of the comparison's own scoring
     ],
-)
-def test_the_command_line_is_not_lost_behind_settings_of_the_file(words, instead, tmp_path):
-    # what is beside its settings in the file gives way to them
+)  # fmt: skip
+def test_the_command_line_wins_over_settings_of_the_file(words, changed, tmp_path):
+    settings = {**SETTINGS, "ipo": {"bf16": True}, "rl": {"reward_batch_size": 5}}
     values = {"model_name_or_path": "model", "dataset_name": "data", "learning_rate": 1e-3, "output_dir": "out"}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**values, "rewards": ["scorer"], "settings": SETTINGS}))
-    words = ["--config", str(tmp_path / "config.yaml"), *words]
-    if instead is None:
-        assert parsed_from(words)[1].settings["dpo"]["learning_rate"] == 2e-4
-        return
-    with pytest.raises(ValueError, match="the command line has it for all methods") as raised:
-        parsed_from(words)
-    # what is to be written instead does what was wanted
-    after = shlex.split(str(raised.value).split("`")[1])
-    assert after[0] == "--settings" and json.loads(after[1]) == instead
-    words = [*(words[: words.index("--settings")] if "--settings" in words else words), *after]
-    assert parsed_from(words)[1].settings == {name: {**SETTINGS[name], **instead.get(name, {})} for name in SETTINGS}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**values, "rewards": ["scorer"], "settings": settings}))
+    game = one_seed("--config", str(tmp_path / "config.yaml"), *words)
+    known = {**METHODS, **game.config.variants, "reward_model": REWARD_MODEL}
+    for name, wanted in changed.items():
+        found = game.values_for(name, known[name], updates=2, answers=4)
+        assert {key: found[key] for key in wanted} == wanted
 
 
-@pytest.mark.parametrize(("config", "expected"), [("playground", "dpo"), ("tldr", "all")])
-def test_an_option_that_a_shipped_file_has_for_methods_is_refused(config, expected):
+@pytest.mark.parametrize("config", ["playground", "tldr"])
+def test_the_command_line_wins_over_settings_of_the_shipped_files(config):
     file = ["--config", str(RECIPES / "configs" / f"compare_{config}.yaml")]
     for words in (file, []) if config == "playground" else (file,):
-        words = [*words, "--learning_rate", "1e-9", "--bf16", "false"]
-        with pytest.raises(ValueError, match=f'"{expected}": {{"learning_rate": 1e-09}}'):
-            parsed_from(words)
+        game = one_seed(*words, "--learning_rate", "1e-9", "--bf16", "false", "--output_dir", "out")
+        rates = [
+            game.values_for(name, method, updates=2, answers=4)["learning_rate"]
+            for name, method in METHODS.items()
+            if method.recipe is not None
+        ]
+        assert set(rates) == {1e-9}
 
 
 def test_settings_of_a_file_may_be_json(tmp_path):
@@ -282,8 +280,6 @@ def test_empty_settings_on_the_command_line_leave_those_of_the_file(nothing, tmp
     words = ["--config", str(tmp_path / "config.yaml"), "--settings", nothing]
     assert parsed_from(words)[1].settings == SETTINGS
     assert parsed_from(["--settings", nothing])[1].settings == yaml.safe_load(PLAYGROUND.read_text())["settings"]
-    with pytest.raises(ValueError, match="the command line has it for all methods"):
-        parsed_from([*words, "--learning_rate", "1e-9"])
 
 
 def test_methods_of_a_file_may_be_those_that_its_settings_define(tmp_path):
@@ -346,41 +342,18 @@ def test_so_many_checkpoints_as_are_asked_for(updates, looks, steps, tmp_path):
     assert list(range(every, updates, every)) == steps
 
 
-def test_code_is_handed_on_by_the_command_line_alone():
-    loading = {"dtype": "float32", "revision_of_code": "x"}
-    values = {"trust_remote_code": True, "attn_implementation": "somebody/kernel", "beta": 0.1}
-    kept, words = without_code({**values, "model_init_kwargs": loading, "output_dir": "out", "rewards": ["model"]})
-    assert kept == {"beta": 0.1, "output_dir": "out", "rewards": ["model"]}
-    assert words[:4] == ["--trust_remote_code", "True", "--attn_implementation", "somebody/kernel"]
-    assert words[4] == "--model_init_kwargs" and json.loads(words[5]) == loading and len(words) == 6
-    assert without_code({"model_init_kwargs": {"dtype": "float32"}})[1] == []
-    # from the comparison's command line to what the recipe reads
-    words = ["--output_dir", "out", "--trust_remote_code", "true", "--model_init_kwargs", '{"weights_only": false}']
-    read = one_seed(*words)._check("dpo", METHODS["dpo"])
-    assert read[1].model_init_kwargs == {"weights_only": False}
-    assert read[1].trust_remote_code or read[2].trust_remote_code
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"all": {"trust_remote_code": True}}, "settings of 'all': `trust_remote_code` has code run"),
-        ({"dpo": {"trust_remote_code": "yes"}}, "settings of 'dpo': `trust_remote_code` has code run"),
-        ('{"dpo": {"trust_remote_code": true}}', "settings of 'dpo': `trust_remote_code` has code run"),
-        ({"dpo": {"attn_implementation": "some/kernel"}}, "names the code 'some/kernel'"),
-        ({"dpo": {"model_init_kwargs": {"weights_only": False}}}, "sets weights_only, which may name code"),
-    ],
-)
-def test_settings_of_a_file_cannot_have_code_run(settings, message, tmp_path):
+def test_settings_of_a_file_may_name_code(tmp_path):
+    """A config file is the user's own: what may stand on the command line may stand in it, and reaches the recipe."""
+    loading = {"weights_only": False}
+    settings = {
+        "all": {"trust_remote_code": True},
+        "dpo": {"attn_implementation": "some/kernel", "model_init_kwargs": loading},
+    }
     values = {"model_name_or_path": "model", "dataset_name": "data", "rewards": ["scorer"], "output_dir": "out"}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**values, "settings": settings}))
-    config = ["--config", str(tmp_path / "config.yaml")]
-    for words in (config, [*config, "--settings", '{"ipo": {"beta": 0.3}}']):
-        with pytest.raises(ValueError, match="config.yaml, .*" + message):
-            parsed_from(words)
-    # on the command line it may stand
-    typed = settings if isinstance(settings, str) else json.dumps(settings)
-    one_seed(*config, "--settings", typed)._check("dpo", METHODS["dpo"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**values, "bf16": False, "settings": settings}))
+    _, args, model_args, *_ = one_seed("--config", str(tmp_path / "config.yaml"))._check("dpo", METHODS["dpo"])
+    assert args.trust_remote_code and args.model_init_kwargs == loading
+    assert model_args.attn_implementation == "some/kernel"
 
 
 def test_what_two_rounds_and_the_report_need(tmp_path):

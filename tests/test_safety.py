@@ -460,85 +460,47 @@ def parse(folder, values, *arguments):
     return parse_recipe_args(DATACLASSES, playground, ["--config", str(file), *arguments])
 
 
-IS_IN = "trl_ext.playground:accuracy"
-
-
-@pytest.mark.parametrize(
-    ("values", "message", "arguments"),
-    [
-        ({"rewards": ["mine.py:score"]}, "`rewards` names the code 'mine.py:score'", ["--rewards", "mine.py:score"]),
-        ({"rewards": ["os:system", IS_IN]}, "names the code 'os:system'", ["--rewards", "os:system", IS_IN]),
-        ({"rewards": "package.module:f"}, "names the code 'package.module:f'", ["--rewards", "package.module:f"]),
-        ({"rewards": ["trl_ext.scoring:os.system"]}, "names the code", ["--rewards", IS_IN]),
-        ({"rewards": ["trl_ext.scoring:find_adapter_config_file"]}, "names the code", ["--rewards", IS_IN]),
-        ({"rewards": ["trl_ext_other:f"]}, "names the code", ["--rewards", IS_IN]),
-        ({"rewards": ["./trl_ext.py:f"]}, "names the code", ["--rewards", IS_IN]),
-        ({"rewards": [IS_IN], "judge": "a.py:b"}, "`judge` names the code 'a.py:b'", ["--judge", "a.py:b"]),
-        ({"ranker": "a.py:b"}, "`ranker` names the code 'a.py:b'", ["--ranker", "a.py:b"]),
-        (
-            {"rewards": [IS_IN], "sampling_engine": "vllm", "vllm_python": "/x/python"},
-            "`vllm_python` names the program '/x/python'",
-            ["--vllm_python", "/x/python"],
-        ),
-        (
-            {"rewards": [IS_IN], "sampling_engine": "vllm", "vllm_args": {"worker_cls": "a.b", "seed": 1}},
-            "`vllm_args` sets worker_cls, which may name code",
-            ["--vllm_python", "/x", "--vllm_args", '{"worker_cls": "a.b", "seed": 1}'],
-        ),
-        (
-            {"rewards": [IS_IN], "trust_remote_code": True},
-            "`trust_remote_code` has code run that comes with a model",
-            ["--trust_remote_code", "true"],
-        ),
-        (
-            {"rewards": [IS_IN], "reward_trust_remote_code": "yes"},
-            "`reward_trust_remote_code` has code run",
-            ["--reward_trust_remote_code", "true"],
-        ),
-        (
-            {"rewards": [IS_IN], "attn_implementation": "somebody/kernel"},
-            "`attn_implementation` names the code 'somebody/kernel'",
-            ["--attn_implementation", "somebody/kernel"],
-        ),
-        (
-            {"rewards": [IS_IN], "model_init_kwargs": {"trust_remote_code": True, "dtype": "float32"}},
-            "`model_init_kwargs` sets trust_remote_code, which may name code",
-            ["--model_init_kwargs", '{"trust_remote_code": true, "dtype": "float32"}'],
-        ),
-        (
-            {"rewards": [IS_IN], "model_init_kwargs": '{"weights_only": false}'},
-            "`model_init_kwargs` sets weights_only",
-            ["--model_init_kwargs", '{"weights_only": false}'],
-        ),
-    ],
-)
-def test_a_config_file_cannot_have_code_run(values, message, arguments, tmp_path):
-    with pytest.raises(ValueError) as refused:
-        parse(tmp_path, {**BASE, **values})
-    assert message in str(refused.value) and "to the command line" in str(refused.value)
-    parse(tmp_path, {**BASE, **values}, *arguments)  # as it says
-    if arguments[-1] != IS_IN:
-        flag = " ".join(f"'{word}'" if word.startswith("{") else word for word in arguments[-2:])
-        assert flag in str(refused.value) or len(arguments) == 3
-
-
-def test_a_config_file_cannot_set_environment_variables(tmp_path, monkeypatch):
-    monkeypatch.delenv("LD_PRELOAD", raising=False)
-    with pytest.raises(ValueError, match="`env` sets environment .* `env LD_PRELOAD=x.so accelerate launch ...`"):
-        parse(tmp_path, {**BASE, "rewards": [IS_IN], "env": {"LD_PRELOAD": "x.so"}})
-    assert "LD_PRELOAD" not in os.environ
-
-
-def test_what_is_only_data_may_stand_in_a_config_file(tmp_path, model_dir):
+def test_a_config_file_may_name_what_the_command_line_may(tmp_path, monkeypatch):
     values = {
-        "rewards": [IS_IN, "org/reward-model", model_dir],
-        "sampling_engine": "transformers",
-        "trust_remote_code": False,
-        "model_init_kwargs": {"dtype": "float32", "attn_implementation": "sdpa"},
-        "attn_implementation": "sdpa",
+        "rewards": ["mine.py:score", "package.module:f", "org/reward-model"],
+        "judge": "a.py:b",
+        "sampling_engine": "vllm",
+        "vllm_python": "/x/python",
+        "vllm_args": {"worker_cls": "a.b", "seed": 1},
+        "trust_remote_code": True,
+        "reward_trust_remote_code": True,
+        "attn_implementation": "somebody/kernel",
+        "model_init_kwargs": {"trust_remote_code": True, "dtype": "float32"},
     }
-    parsed = parse(tmp_path, {**BASE, **values})
-    assert parsed[5].rewards == values["rewards"] and parsed[1].trust_remote_code is False
+    monkeypatch.setenv("TRL_EXT_TEST", "before")
+    parsed = parse(tmp_path, {**BASE, **values, "env": {"TRL_EXT_TEST": 5}})
+    found = {name: getattr(part, name) for part in parsed[::-1] for name in values if hasattr(part, name)}
+    assert found == values and os.environ["TRL_EXT_TEST"] == "5"
+
+
+@pytest.mark.parametrize("variables", ["A=1", ["A"], {1: 2}, {"A=B": 1}, {"A": "\0"}, {"": 1}, None])
+def test_odd_environment_variables_of_a_config_file_are_refused(variables, tmp_path):
+    with pytest.raises(TypeError, match="has env: .* values by names of environment variables"):
+        parse(tmp_path, {**BASE, "rewards": ["a:b"], "env": variables})
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    """Over the same option, and over the option that it excludes."""
+    values = {
+        "rewards": ["a:b"],
+        "reward_weights": [2.0],
+        "datasets": [{"path": "mixed"}],
+        "seed": 1,
+        "use_peft": True,
+    }
+    values = {**{key: value for key, value in BASE.items() if key != "dataset_name"}, **values}
+    words = ["--dataset_name", "mine.jsonl", "--ranker", "c:d", "--seed", "2", "--use_peft", "false"]
+    script, training, model, mixture, _, rounds = parse(tmp_path, values, *words)
+    assert (script.dataset_name, mixture.datasets) == ("mine.jsonl", [])
+    assert (rounds.ranker, rounds.rewards, rounds.reward_weights) == ("c:d", None, None)
+    assert (training.seed, model.use_peft) == (2, False)
+    del values["rewards"], values["reward_weights"]
+    assert parse(tmp_path, {**values, "ranker": "c:d"}, "--rewards", "a:b")[-1].ranker is None
 
 
 @pytest.mark.parametrize("arguments", [["--config=a.yaml", "--config", "b.yaml"], ["--config", "a", "--config", "a"]])

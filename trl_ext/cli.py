@@ -7,13 +7,13 @@ import json
 import os
 import reprlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from .load import _load_file, load_datasets, load_prompts  # noqa: F401
-from .safety import WIDER_THAN_DECLARED, has_type, list_items, maybe_meant, refuse_code_in_config, shown_hint
+from .safety import WIDER_THAN_DECLARED, has_type, list_items, maybe_meant, shown_hint
 
 
 def imported(dataclass_types: Sequence[str | type]) -> tuple[type, ...]:
@@ -100,21 +100,41 @@ def with_config_apart(args: Sequence[str]) -> list[str]:
     return args
 
 
-def parse_args(dataclass_types: Sequence[str | type], args: Sequence[str]) -> tuple[Any, ...]:
+def parse_args(
+    dataclass_types: Sequence[str | type], args: Sequence[str], values: dict[str, Any] | None = None
+) -> tuple[Any, ...]:
     """
-    One object per dataclass, given as such or by its dotted name, from a command line that [`with_config_apart`] has
-    been over.
+    One object per dataclass, given as such or by its dotted name. The command line wins over the config file.
+
+    Args:
+        dataclass_types (`Sequence[str | type]`): classes, or dotted names of them.
+        args (`Sequence[str]`): command line that [`with_config_apart`] has been over.
+        values (`dict`, *optional*): in place of what the file behind `--config` holds.
 
     Raises:
         FileNotFoundError, ValueError, TypeError: see [`read_config`]; or unknown arguments on the command line.
     """
     from trl import TrlParser
 
-    dataclass_types = imported(dataclass_types)
+    dataclass_types, args = imported(dataclass_types), list(args)
     refuse_unknown_options(dataclass_types, args)
     if "--config" in args:
-        read_config(args[args.index("--config") + 1], dataclass_types, args)
-    return TrlParser(dataclass_types).parse_args_and_config(args)
+        index = args.index("--config")
+        file = args[index + 1]
+        del args[index : index + 2]
+        values = read_config(file, dataclass_types) if values is None else values
+    values = dict(values or {})
+    for name, others in INSTEAD_OF.items():
+        if name in typed_options(args):
+            values = {key: value for key, value in values.items() if key not in others}
+    os.environ.update({key: str(value) for key, value in values.pop("env", {}).items()})
+    parser = TrlParser(dataclass_types)
+    parser.set_defaults_with_config(**values)
+    return parser.parse_args_into_dataclasses(args)
+
+
+# option of the command line -> what it replaces in a config file, beside itself
+INSTEAD_OF = {"dataset_name": ("datasets",), "rewards": ("ranker",), "ranker": ("rewards", "reward_weights")}
 
 
 def refuse_unknown_options(dataclass_types: Sequence[type], args: Sequence[str]) -> None:
@@ -132,19 +152,17 @@ def refuse_unknown_options(dataclass_types: Sequence[type], args: Sequence[str])
             raise ValueError(f"`{word[:80]}` is no option here. Leave it out{maybe_meant(name, known)}")
 
 
-def read_config(file: str | Path, dataclass_types: Sequence[type], args: Sequence[str] = ()) -> dict[str, Any]:
+def read_config(file: str | Path, dataclass_types: Sequence[type]) -> dict[str, Any]:
     """
-    The values of a config file, checked: each is a field of its type, and none has code run (see
-    [`refuse_code_in_config`]).
+    Read the values of a config file, each of which must be a field of its type; `env` holds environment variables.
 
     Args:
         file (`str` or `Path`): YAML.
         dataclass_types (`Sequence[type]`): whose fields may stand in it.
-        args (`Sequence[str]`): the command line, which wins.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not YAML, holds no fields or unknown ones, or would have code run.
+        ValueError: it is not YAML, or holds no fields or unknown ones.
         TypeError: a value is not of its field's type.
     """
     import yaml
@@ -176,10 +194,13 @@ def read_config(file: str | Path, dataclass_types: Sequence[type], args: Sequenc
             f"The config file {file} has the unknown arguments {', '.join(map(reprlib.repr, unknown))}. Leave them "
             "out" + maybe_meant(unknown[0], known)
         )
-    given = [word[2:].partition("=")[0].replace("-", "_") for word in args if word.startswith("--")]
-    refuse_code_in_config(values, file, given)
+    if "env" in values and not _is_environment(values["env"]):
+        raise TypeError(
+            f"The config file {file} has env: {reprlib.repr(values['env'])}, and it has to be values by names of "
+            "environment variables."
+        )
     for key, value in values.items():
-        if key in WIDER_THAN_DECLARED:
+        if key in (*WIDER_THAN_DECLARED, "env"):
             continue
         # text is converted as on the command line is; one value stands for a list of one
         one_of_list = any(has_type(value, one) for one in list_items(hints[key]))
@@ -191,6 +212,14 @@ def read_config(file: str | Path, dataclass_types: Sequence[type], args: Sequenc
     return values
 
 
+def _is_environment(variables: Any) -> bool:
+    """Whether these can be set as environment variables."""
+    return isinstance(variables, dict) and all(
+        isinstance(name, str) and name and "=" not in name and "\0" not in name + str(value)
+        for name, value in variables.items()
+    )
+
+
 def _model_data_and_config(args: Sequence[str], dataclass_types: Sequence[type]) -> tuple[Any, Any, str | None]:
     """What the command line or its config file names as model and data, and the config file."""
     parser = argparse.ArgumentParser(add_help=False)
@@ -198,7 +227,7 @@ def _model_data_and_config(args: Sequence[str], dataclass_types: Sequence[type])
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name)
     given, _ = parser.parse_known_args(args)
     config = args[args.index("--config") + 1] if "--config" in args else None
-    values = {} if config is None else read_config(config, dataclass_types, args)
+    values = {} if config is None else read_config(config, dataclass_types)
     data = given.dataset_name or values.get("dataset_name") or values.get("datasets")
     return given.model_name_or_path or values.get("model_name_or_path"), data, config
 
@@ -213,6 +242,12 @@ def changed_fields(part: Any) -> list[str]:
     ]
 
 
+def typed_options(args: Iterable[str]) -> set[str]:
+    """Names of the options on a command line."""
+    given = {word[2:].partition("=")[0].replace("-", "_") for word in args if word.startswith("--")}
+    return given | {name.removeprefix("no_") for name in given if name.startswith("no_")}
+
+
 def given_options(args: Sequence[str], config_file: str | Path | None = None) -> set[str]:
     """
     Names of the options that are set, whatever to: on the command line, or in the file behind its `--config`, or else
@@ -221,9 +256,8 @@ def given_options(args: Sequence[str], config_file: str | Path | None = None) ->
     import yaml
 
     args = with_config_apart(args)
-    given = {word[2:].partition("=")[0].replace("-", "_") for word in args if word.startswith("--")}
-    given |= {name.removeprefix("no_") for name in given if name.startswith("no_")}
     file = args[args.index("--config") + 1] if "--config" in args else config_file
+    given = typed_options(args)
     return given if file is None else given | set(yaml.safe_load(Path(file).read_text(encoding="utf-8")))
 
 

@@ -35,7 +35,7 @@ import yaml
 from accelerate import PartialState
 
 from .checkpoints import wants_to_resume
-from .cli import given_options, imported, is_playground, parse_recipe_args, read_config, with_config_apart
+from .cli import imported, is_playground, parse_recipe_args, read_config, typed_options, with_config_apart
 from .comparison_config import IDLE, METHODS, RESERVED, ComparisonConfig, Method, refuse_equal_labels, settings_by_name
 from .comparison_report import write_report
 from .comparison_results import ComparisonResults, MethodResult
@@ -43,7 +43,7 @@ from .data import RowOptions
 from .ranking import pair_rows
 from .recipe_help import recipe_dataclasses
 from .rounds import Rounds, evaluation_stage, merged_model, read_jsonl, replaced, start_rounds, write_jsonl
-from .safety import maybe_meant, refuse_code_in_config
+from .safety import maybe_meant
 from .sampling import write_atomically
 from .scoring import as_text
 from .stages import without_secrets
@@ -303,11 +303,10 @@ class OneSeed:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "config.yaml"
             values |= {"model_name_or_path": "model", "dataset_name": "data", "output_dir": folder}
-            kept, words = without_code(values)
-            file.write_text(yaml.safe_dump(kept))
+            file.write_text(yaml.safe_dump(values))
             recipe = self.recipes / f"{method.recipe}.py"
             try:
-                return parse_recipe_args(recipe_dataclasses(recipe), recipe, ["--config", str(file), *words])
+                return parse_recipe_args(recipe_dataclasses(recipe), recipe, ["--config", str(file)])
             except SystemExit:
                 raise ValueError(
                     f"settings: {name!r} has a value that `{recipe.name}` cannot read, see above."
@@ -546,67 +545,31 @@ def parse_comparison_args(
     dataclass_types: Sequence[str | type], playground_config: str | Path, args: Sequence[str]
 ) -> tuple[Any, ...]:
     """
-    [`parse_recipe_args`], where `--settings` on the command line adds to those of the config file (the playground's,
-    if there is neither a file nor a model), which the parser by itself replaces.
+    Parse as [`parse_recipe_args`] does, and join `--settings` with those of the config file (the playground's, if
+    there is neither a file nor a model). The command line wins: an option that it has for all methods replaces the
+    one in the file's settings of a method.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: see [`parse_recipe_args`]; settings of the file that would have code
-            run; or an option on the command line that the file's settings of a method would replace.
+        ValueError, TypeError, FileNotFoundError: see [`parse_recipe_args`].
     """
     types, words = imported(dataclass_types), with_config_apart(args)
-    typed = given_options([word for word in words if word != "--config"])
+    typed = typed_options(word for word in words if word != "--config")
     file = None if {"model_name_or_path", "dataset_name"} & typed else playground_config
     file = words[words.index("--config") + 1] if "--config" in words else file
     if file is None:
         return parse_recipe_args(types, playground_config, words)
-    before = settings_by_name(read_config(file, types, words).get("settings"))
+    in_file = settings_by_name(read_config(file, types).get("settings"))
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--settings", nargs="?")
     own = settings_by_name(parser.parse_known_args(words)[0].settings)
-    for name, values in before.items():
-        refuse_code_in_config(values, f"{file}, settings of {name!r}", tuple(own.get(name, ())))
-    if "settings" in typed:
-        both = {name: {**before.get(name, {}), **own.get(name, {})} for name in {**before, **own}}
-        words = [*words, "--settings", json.dumps(both, default=str)]  # the last one counts
-    parsed = parse_recipe_args(types, playground_config, words)
-    config = parsed[1]
-    shared = shared_settings(config, parsed[2], typed)
-    shared |= {name: getattr(config, name) for name in ("max_length", "on_invalid_row") if name in typed}
-    _refuse_what_is_lost(config, own, shared, file)
-    return parsed
-
-
-def _refuse_what_is_lost(
-    config: ComparisonConfig, own: dict[str, dict], shared: dict[str, Any], file: str | Path
-) -> None:
-    """What the command line asks of all methods, in `shared` or its `own` settings, and the file's settings undo."""
-    methods = {**METHODS, **config.variants}
-    methods = {name: methods[name] for name in config.methods or methods if methods[name].recipe is not None}
-    names = [*methods, *(["reward_model"] if any(one.recipe == "rl" for one in methods.values()) else [])]
-    lost: dict[str, dict[str, Any]] = {}
-    for name in names:
-        layers = (name, config.settings.get(name, {}).get("method", name), "all")  # the first that has it wins
-        for option, value in {**shared, **own.get("all", {})}.items():
-            layer = next((one for one in layers if option in config.settings.get(one, {})), None)
-            if layer is None or option in own.get(layer, {}) or _same(config.settings[layer][option], value):
-                continue
-            made_of = {"method": config.settings[layer]["method"]} if "method" in config.settings[layer] else {}
-            lost.setdefault(layer, made_of)[option] = value
-    if lost:
-        options = sorted(set().union(*lost.values()) - {"method"})
-        raise ValueError(
-            f"{', '.join(options)}: the command line has it for all methods, and the settings in {file} have it for "
-            f"{', '.join(lost)}, which would win. Write what each is to have, "
-            f"`--settings {shlex.quote(json.dumps(lost, default=str))}`, or leave it out."
-        )
-
-
-def _same(in_file: Any, given: Any) -> bool:
-    """Whether two values are one, where YAML takes 1e-3 for text."""
-    try:
-        return in_file == given or float(in_file) == float(given)
-    except (TypeError, ValueError):
-        return False
+    shared = {entry.name for one in types[1:3] for entry in dataclasses.fields(one)} - set(NOT_HANDED_ON)
+    replaced_by = {*own.get("all", {}), *(typed & {*shared, "max_length", "on_invalid_row"})}
+    kept = {
+        name: {key: value for key, value in values.items() if key not in replaced_by}
+        for name, values in in_file.items()
+    }
+    settings = {name: {**kept.get(name, {}), **own.get(name, {})} for name in {**kept, **own}}
+    return parse_recipe_args(types, playground_config, [*words, "--settings", json.dumps(settings, default=str)])
 
 
 def check_shared(config: ComparisonConfig, recipes: Path) -> None:
@@ -640,8 +603,7 @@ def _options(recipe: Path) -> set[str]:
 def train_stage(folder: Path, *, model: Path, data: Path, recipe: Path, values: dict[str, Any]) -> dict[str, Any]:
     """A recipe's own training."""
     named = {**values, **dict(zip(NAMED, (str(model), str(data), str(folder)), strict=True))}
-    kept, words = without_code(named)
-    content = yaml.safe_dump(kept, sort_keys=False)
+    content = yaml.safe_dump(named, sort_keys=False)
     if os.environ.get("RANK", "0") == "0":  # Accelerate's state is the trainer's to make
         write_atomically(folder / "config.yaml", content)
     spec = importlib.util.spec_from_file_location(f"trl_ext_recipe_{recipe.stem}", recipe)
@@ -650,9 +612,7 @@ def train_stage(folder: Path, *, model: Path, data: Path, recipe: Path, values: 
     with tempfile.TemporaryDirectory() as own:  # each process has the file when it reads it
         file = Path(own) / "config.yaml"
         file.write_text(content, encoding="utf-8")
-        results = module.train(
-            ["--config", str(file), *words], model=str(model), data=str(data), output_dir=str(folder)
-        )
+        results = module.train(["--config", str(file)], model=str(model), data=str(data), output_dir=str(folder))
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     logged = [entry for entry in history if entry.get("logps/chosen") is not None and "logps/rejected" in entry]
     if torch.accelerator.is_available():
@@ -666,22 +626,6 @@ def train_stage(folder: Path, *, model: Path, data: Path, recipe: Path, values: 
         "peak_memory_mib": peak,
         "logps": [[entry["step"], entry["logps/chosen"], entry["logps/rejected"]] for entry in logged],
     }
-
-
-def without_code(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """
-    What may stand in a recipe's config file, and the arguments beside it: what would have code run must not stand in a
-    file, and was given on the command line of the comparison.
-    """
-    kept, words = {}, []
-    for name, value in values.items():
-        try:
-            refuse_code_in_config({name: value}, "")
-            kept[name] = value
-        except ValueError:
-            several = value if isinstance(value, list) else [value]
-            words += [f"--{name}", *(json.dumps(one) if isinstance(one, dict) else str(one) for one in several)]
-    return kept, words
 
 
 def pairs_stage(folder: Path, *, prompts: Path, on_playground: bool, seed: int) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class ComparisonConfig(CommonConfig, TrainingArguments):
         settings (`dict` or `str`, *optional*): options of methods: `{"dpo": {"beta": 0.3}}`; with `all` of every
             method that has them; with `reward_model` of the one that RLOO is trained towards; with `method` a further
             method: `{"dpo_low": {"method": "dpo", "label": "DPO, beta 0.01", "beta": 0.01}}`. JSON on the command
-            line, where it is added to what a config file says.
+            line, where it is added to what a config file says and wins over it.
         click_threshold (`float`, *optional*, defaults to `0.5`): for CLICK: answers with a higher reward are positive.
         num_checkpoints (`int`, *optional*, defaults to `0`): how often during training reward and KL are looked at.
             Each costs a checkpoint on the disk, with the state of the optimiser.

@@ -3,7 +3,6 @@ What files and settings that come from somebody else cannot do: run code.
 
 - Checkpoints and models are loaded as tensors and plain values ([`weights_only`]): a pickle that names anything else
   is refused, and the message names the file.
-- A config file cannot name code to run ([`refuse_code_in_config`]): what does so has to stand on the command line.
 - Code that comes with a model is run only where `trust_remote_code` says so ([`explain_remote_code`]).
 """
 
@@ -115,79 +114,6 @@ def explain_remote_code(setting: str = "trust_remote_code") -> Iterator[None]:
 
 # Settings
 
-# names whose values are data and nothing else, of what is passed on to others
-VLLM_ARGS_IN_CONFIG = (
-    "block_size", "cpu_offload_gb", "disable_custom_all_reduce", "disable_log_stats", "enable_chunked_prefill",
-    "enable_prefix_caching", "enforce_eager", "gpu_memory_utilization", "kv_cache_memory_bytes", "max_model_len",
-    "max_num_batched_tokens", "max_num_seqs", "num_gpu_blocks_override", "pipeline_parallel_size", "seed",
-    "swap_space", "tensor_parallel_size",
-)  # fmt: skip
-MODEL_INIT_KWARGS_IN_CONFIG = (
-    "attn_implementation", "device_map", "dtype", "low_cpu_mem_usage", "max_memory", "revision", "torch_dtype",
-    "use_safetensors", "variant",
-)  # fmt: skip
-SCORERS = ("rewards", "ranker", "judge")
-
-
-def refuse_code_in_config(values: Mapping[str, Any], file: str | Path, given: Sequence[str] = ()) -> None:
-    """
-    Refuse a config file that would have code run: somebody may have shared it.
-
-    Functions of this package may be named in it (`rewards: [trl_ext.playground:accuracy]`), and models. Other
-    functions, interpreters, environment variables, `trust_remote_code`, kernels, and arguments of vLLM and of
-    `from_pretrained` that are not known to be mere values have to stand on the command line.
-
-    Args:
-        values (`dict`): what the file says.
-        file (`str` or `Path`): its name, for the message.
-        given (`Sequence[str]`): names that the command line gives; what the file says there does not count.
-
-    Raises:
-        ValueError: with what to put on the command line.
-    """
-
-    def refuse(name: str, why: str, instead: str) -> None:
-        raise ValueError(
-            f"{file}: {name} {why}, and a config file must not have code run, as somebody else may have written it. "
-            f"If you trust it, take it out of the file and {instead}."
-        )
-
-    if "env" in values:
-        variables = values["env"]
-        words = (
-            [f"{key}={value}" for key, value in variables.items()] if isinstance(variables, Mapping) else ["NAME=…"]
-        )
-        refuse(
-            "`env`", "sets environment variables, which other programs take orders from",
-            f"set them where the run is launched: `env {' '.join(words)} accelerate launch ...`",
-        )  # fmt: skip
-    for name, value in values.items():
-        if name in given or value is None:
-            continue
-        if name.endswith("trust_remote_code") and str(value).lower() not in ("false", "no", "n", "f", "0"):
-            refuse(f"`{name}`", "has code run that comes with a model", f"add `--{name} true` to the command line")
-        elif name in SCORERS:
-            specs = value if isinstance(value, list) else [value]
-            foreign = [spec for spec in specs if isinstance(spec, str) and _names_foreign_code(spec)]
-            if foreign:
-                words = " ".join(map(str, specs))
-                refuse(f"`{name}`", f"names the code {foreign[0]!r}", f"add `--{name} {words}` to the command line")
-        elif name == "vllm_python":
-            refuse("`vllm_python`", f"names the program {value!r}", f"add `--vllm_python {value}` to the command line")
-        elif name == "attn_implementation" and "/" in str(value):
-            refuse(f"`{name}`", f"names the code {value!r}", f"add `--{name} {value}` to the command line")
-        elif name in ("vllm_args", "model_init_kwargs"):
-            known = VLLM_ARGS_IN_CONFIG if name == "vllm_args" else MODEL_INIT_KWARGS_IN_CONFIG
-            entries = _as_dict(value)
-            other = sorted(str(key) for key in entries if key not in known)
-            other += ["attn_implementation"] if "/" in str(entries.get("attn_implementation")) else []
-            other += ["use_safetensors"] if entries.get("use_safetensors", True) is not True else []
-            if other:
-                refuse(
-                    f"`{name}`", f"sets {', '.join(other)}, which may name code",
-                    f"add `--{name} '{json.dumps(entries, default=str)}'` to the command line",
-                )  # fmt: skip
-
 
 def refuse_code_in_deepspeed(config: Any) -> None:
     """
@@ -215,22 +141,6 @@ def _as_dict(value: Any) -> dict:
         with contextlib.suppress(ValueError):
             value = json.loads(value)
     return dict(value) if isinstance(value, Mapping) else {}
-
-
-def _names_foreign_code(spec: str) -> bool:
-    """Whether a scorer's name is that of a function outside of this package."""
-    if os.path.isdir(os.path.expanduser(spec)) or (":" not in spec and not spec.endswith(".py")):
-        return False  # a model, which without `trust_remote_code` is data
-    where, _, name = spec.rpartition(":")
-    if not (
-        where.startswith("trl_ext.") and where.replace(".", "").replace("_", "").isalnum() and name.isidentifier()
-    ):
-        return True
-    try:
-        function = getattr(import_module(where), name)
-    except (ImportError, AttributeError):
-        return False  # there is no such thing to run; loading it says so better
-    return not str(getattr(function, "__module__", "")).startswith("trl_ext.")
 
 
 # Types
