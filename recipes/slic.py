@@ -13,7 +13,7 @@ file or a folder):
     accelerate launch recipes/slic.py --model_name_or_path MODEL --dataset_name pairs.jsonl --output_dir runs/slic
 
 SLiC-HF sample-rank, on prompts alone (one row: `prompt`, and whatever the reward needs): the model's own answers are
-sampled, scored and paired by a knock-out tournament:
+sampled, scored and paired by a knock-out tournament; the regulariser's target is the best of them:
 
     accelerate launch recipes/slic.py --model_name_or_path MODEL --dataset_name prompts.jsonl --output_dir runs/slic \
         --num_rounds 1 --num_candidates 8 --temperature 0.7 --top_k 40 --pair_rule tournament \
@@ -56,7 +56,7 @@ def main(arguments):
     if not in_rounds(parsed):
         train(arguments)
         return
-    rounds = start_rounds(parsed, rows=RowOptions(reference=True))
+    rounds = start_rounds(parsed, rows=RowOptions(), best_as_reference=True)
     rounds.play(train, arguments)
     rounds.report("SLiC-HF")
 

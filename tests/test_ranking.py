@@ -69,6 +69,23 @@ def test_all_pairs_by_hand():
     ]
 
 
+def test_the_best_answer_as_reference():
+    """SLiC-HF's sample-rank: every pair of a prompt has the same target."""
+    row = row_of([1, 3, 2], reference="r", tools=[])
+    for rule in ("all", "tournament", "best_worst"):
+        assert {pair["reference"] for pair in make_pairs(row, rule, best_as_reference=True)} == {"b"}
+        assert {pair["reference"] for pair in make_pairs(row, rule)} == {"r"}
+    drawn = [make_pairs(row, "random", seed, max_pairs=1, best_as_reference=True)[0] for seed in range(9)]
+    assert {pair["chosen"] for pair in drawn} == {"b", "c"} and {pair["reference"] for pair in drawn} == {"b"}
+    chats = chat(row_of([2, 2, 1]))
+    (pair,) = make_pairs(chats, "best_worst", best_as_reference=True)
+    assert pair["reference"] == pair["chosen"], "of equals the one whose likelihood is computed anyway"
+    (ranked,), _ = rank_rows([row], best_as_reference=True)
+    assert "reference" not in ranked and ranked["tools"] == [], "the trainer takes the best of a list"
+    (ranked,), _ = rank_rows([row])
+    assert ranked["reference"] == "r"
+
+
 def test_best_and_worst_by_hand():
     assert letters(make_pairs(row_of([2, 1, 3]), "best_worst")) == ["cb"]
     rows = [{**row_of([3, 1, 3, 1]), "prompt": str(index)} for index in range(100)]

@@ -222,6 +222,9 @@ class OneSeed:
             above = self.config.click_threshold
             rounds.run.stage("near", near_stage, inputs={"ranked": ranked}, positive_above=above, seed=self.seed)
             ranked = rounds.run.path("near", "pairs.jsonl")
+        elif method.recipe == "slic":
+            rounds.run.stage("sample_rank", sample_rank_stage, inputs={"ranked": ranked})
+            ranked = rounds.run.path("sample_rank", "ranked.jsonl")
         return ranked, self._num_sampled("candidates")
 
     def _num_sampled(self, name: str) -> int:
@@ -638,6 +641,13 @@ def pairs_stage(folder: Path, *, prompts: Path, on_playground: bool, seed: int) 
     columns = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected", "reference", "tools",
                "chat_template_kwargs")  # fmt: skip
     write_jsonl(folder / "pairs.jsonl", [{key: row[key] for key in columns if key in row} for row in rows])
+    return {"num_rows": len(rows)}
+
+
+def sample_rank_stage(folder: Path, *, ranked: Path) -> dict[str, Any]:
+    """Scored answers without the dataset's `reference`: the best of them is the target of SLiC-HF's regulariser."""
+    rows = [{key: value for key, value in row.items() if key != "reference"} for row in read_jsonl(ranked)]
+    write_jsonl(folder / "ranked.jsonl", rows)
     return {"num_rows": len(rows)}
 
 

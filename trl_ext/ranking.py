@@ -239,6 +239,7 @@ def make_pairs(
     *,
     max_pairs: int | None = None,
     positive_above: float = 0.5,
+    best_as_reference: bool = False,
 ) -> list[dict[str, Any]]:
     """
     Make the pairs of one scored row.
@@ -265,6 +266,9 @@ def make_pairs(
             Most pairs to make; a seeded draw decides which are kept. By default all (`"random"`: see there).
         positive_above (`float`, defaults to 0.5):
             For `"likelihood_near"`: scores above are positive.
+        best_as_reference (`bool`, defaults to `False`):
+            Whether `reference` of each pair is the best candidate of the row, as in SLiC-HF's sample-rank, instead of
+            the row's own.
 
     Returns:
         `list[dict]`: with `prompt`, `chosen`, `rejected`, `score_chosen`, `score_rejected`, and the columns of the row
@@ -274,12 +278,14 @@ def make_pairs(
         ValueError: an unusable row or setting; no `logps` for `"likelihood_near"`.
     """
     try:
-        return _make_pairs(row, rule, seed, max_pairs, positive_above)
+        return _make_pairs(row, rule, seed, max_pairs, positive_above, best_as_reference)
     except _NoPair:
         return []
 
 
-def _make_pairs(row, rule: str, seed: int, max_pairs: int | None, positive_above: float) -> list[dict[str, Any]]:
+def _make_pairs(
+    row, rule: str, seed: int, max_pairs: int | None, positive_above: float, best_as_reference: bool
+) -> list[dict[str, Any]]:
     check_pair_rule(rule, max_pairs=max_pairs, positive_above=positive_above)
     _check_scored_row(row)
     if rule == "likelihood_near" and row.get("logps") is None:
@@ -311,6 +317,11 @@ def _make_pairs(row, rule: str, seed: int, max_pairs: int | None, positive_above
     if limit is not None and limit < len(pairs):
         pairs = generator.sample(pairs, limit)
     carried = {column: row[column] for column in CARRIED_COLUMNS if column in row}
+    if best_as_reference:
+        winners = {winner.index for winner, _ in pairs}
+        # among equals one that is `chosen`, whose likelihood is computed anyway
+        best = max(candidates, key=lambda candidate: (candidate.score, candidate.index in winners))
+        carried["reference"] = best.completion
     return [
         {
             "prompt": row["prompt"],
@@ -370,6 +381,7 @@ def pair_rows(
     *,
     max_pairs_per_prompt: int | None = None,
     positive_above: float = 0.5,
+    best_as_reference: bool = False,
 ) -> tuple[list[dict[str, Any]], RankingReport]:
     """
     Make pairs of scored rows.
@@ -377,7 +389,7 @@ def pair_rows(
     Args:
         rows (`Sequence[dict]`): candidate rows with `scores`, as [`~trl_ext.scoring.score_rows`] gives them.
         rule (`str`), seed (`int`, defaults to 42), max_pairs_per_prompt (`int`, *optional*), positive_above (`float`,
-            defaults to 0.5): as in [`make_pairs`].
+            defaults to 0.5), best_as_reference (`bool`, defaults to `False`): as in [`make_pairs`].
 
     Returns:
         `tuple`: the pairs, row by row, and the [`RankingReport`].
@@ -392,7 +404,7 @@ def pair_rows(
     for index, row in enumerate(rows):
         _count_candidates(row, report, count_likelihoods=rule == "likelihood_near")
         try:
-            made = _make_pairs(row, rule, seed, max_pairs_per_prompt, positive_above)
+            made = _make_pairs(row, rule, seed, max_pairs_per_prompt, positive_above, best_as_reference)
         except _NoPair as reason:
             report.dropped[str(reason)] += 1
             continue
@@ -421,7 +433,7 @@ def _count_candidates(row: Mapping[str, Any], report: RankingReport, *, count_li
 
 
 def rank_rows(
-    rows: Sequence[Mapping[str, Any]], *, min_completions: int = 1
+    rows: Sequence[Mapping[str, Any]], *, min_completions: int = 1, best_as_reference: bool = False
 ) -> tuple[list[dict[str, Any]], RankingReport]:
     """
     Make ranked rows of scored rows: what trainers on lists, such as SLiC's and RRHF's, read.
@@ -432,6 +444,8 @@ def rank_rows(
         rows (`Sequence[dict]`): candidate rows with `scores`, as [`~trl_ext.scoring.score_rows`] gives them.
         min_completions (`int`, defaults to 1): rows with fewer usable candidates are left out and counted. RRHF can
             do with 1, which it merely imitates; SLiC needs 2.
+        best_as_reference (`bool`, defaults to `False`): whether the row's own `reference` is left out, so that the
+            best candidate stands in for it, as in SLiC-HF's sample-rank.
 
     Returns:
         `tuple`: rows with `prompt`, `completions`, `scores`, of `sources`, `logps` and `num_tokens` those that are
@@ -459,6 +473,8 @@ def rank_rows(
             if row.get(column) is not None
         }
         carried = {column: row[column] for column in CARRIED_COLUMNS if column in row}
+        if best_as_reference:
+            carried.pop("reference", None)
         ranked.append({"prompt": row["prompt"], **of_candidates, **carried})
     report.num_made = report.num_used = len(ranked)
     if not ranked:

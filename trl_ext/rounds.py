@@ -223,7 +223,13 @@ def sample_stage(
 
 
 def rank_stage(
-    folder: Path, *, candidates: Path, config: RankingConfig, seed: int, min_completions: int
+    folder: Path,
+    *,
+    candidates: Path,
+    config: RankingConfig,
+    seed: int,
+    min_completions: int,
+    best_as_reference: bool = False,
 ) -> dict[str, Any]:
     """Scores: `ranked.jsonl` of prompts with so many answers, and with a `pair_rule` `pairs.jsonl`."""
     names, weights, how = config.rewards or (), config.reward_weights, config.scorer_options()
@@ -231,7 +237,7 @@ def rank_stage(
     scored = score_rows(read_jsonl(candidates), scorers, weights, folder=folder / "scores")
     report = score_report(scored)
     _say(report)
-    ranked, ranked_report = rank_rows(scored, min_completions=min_completions)
+    ranked, ranked_report = rank_rows(scored, min_completions=min_completions, best_as_reference=best_as_reference)
     _say(ranked_report)
     write_jsonl(folder / "ranked.jsonl", ranked)
     if config.pair_rule is not None:
@@ -241,6 +247,7 @@ def rank_stage(
             seed,
             max_pairs_per_prompt=config.pairs_per_prompt,
             positive_above=config.positive_above,
+            best_as_reference=best_as_reference,
         )
         _say(pair_report)
         write_jsonl(folder / "pairs.jsonl", pairs)
@@ -374,6 +381,7 @@ class Rounds:
             `trust_remote_code`.
         seed (`int`): of tournaments and pairs.
         min_completions (`int`): fewest answers with which a prompt is trained on.
+        best_as_reference (`bool`, defaults to `False`): as in [`pair_rows`] and [`rank_rows`].
     """
 
     def __init__(
@@ -388,9 +396,10 @@ class Rounds:
         load: dict[str, Any],
         seed: int,
         min_completions: int,
+        best_as_reference: bool = False,
     ):
         self.run, self.config, self.sampling, self.load, self.seed = run, config, sampling, load, seed
-        self.min_completions = min_completions
+        self.min_completions, self.best_as_reference = min_completions, best_as_reference
         self.model = self.model_to_take = str(model)
         self.start_name = "start"
         self.fixed_model = config.perplexity_model or self.model
@@ -433,6 +442,7 @@ class Rounds:
             config=self.config,
             seed=self.seed,
             min_completions=self.min_completions,
+            best_as_reference=self.best_as_reference,
         )
         return self.run.path(name, "ranked", "ranked.jsonl" if self.config.pair_rule is None else "pairs.jsonl")
 
@@ -592,7 +602,7 @@ def in_rounds(parsed: Sequence[Any]) -> bool:
     return config.num_rounds > 0
 
 
-def start_rounds(parsed: Sequence[Any], *, rows: RowOptions) -> Rounds:
+def start_rounds(parsed: Sequence[Any], *, rows: RowOptions, best_as_reference: bool = False) -> Rounds:
     """
     Begin the rounds of a recipe, or take them up where they were interrupted. Everything that can be known to fail
     fails here, before a model is loaded.
@@ -602,6 +612,8 @@ def start_rounds(parsed: Sequence[Any], *, rows: RowOptions) -> Rounds:
             the fifth and the sixth. Without a model and data, on the playground, an SFT model is trained first.
         rows ([`RowOptions`]): what the recipe's trainer wants of its rows. With `reference`, the playground's rows get
             one of the task.
+        best_as_reference (`bool`, defaults to `False`): train towards the best sampled answer to a prompt, and not
+            towards the dataset's `reference`, as in SLiC-HF's sample-rank.
 
     Raises:
         FileExistsError, ValueError: see [`Run`], [`check_scorers`], [`check_prompts`] and [`set_apart`]; or a setting
@@ -625,6 +637,8 @@ def start_rounds(parsed: Sequence[Any], *, rows: RowOptions) -> Rounds:
         rows = replace(rows, max_length=training_args.max_length)
         prompts = check_prompts(prompts, tokenizer, rows, config.mix_in or (), training_args.on_invalid_row)
         prompts, watched = set_apart(prompts, config.num_watched_prompts, training_args.seed)
+    if best_as_reference and "reference" in prompts[0]:
+        PartialState().print("The column `reference` is not trained towards: the best sampled answers are.")
     config.check_scorers(list(prompts[0]))
     settings = {**run_settings(parsed), "num_processes": all_processes().num_processes}
     run = Run(
@@ -643,6 +657,7 @@ def start_rounds(parsed: Sequence[Any], *, rows: RowOptions) -> Rounds:
         load=loading_for_sampling(model_args, training_args),
         seed=training_args.seed,
         min_completions=rows.min_completions,
+        best_as_reference=best_as_reference,
     )
     rounds.start_name = "SFT" if on_playground else "start"
     return rounds

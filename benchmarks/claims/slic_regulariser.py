@@ -7,9 +7,9 @@ On the playground (`trl_ext/playground.py`), sample-rank: 8 answers of the SFT m
 updates of 32 prompts. Only lambda differs. Learning rate and margin (3 nats) are those of `compare_playground.yaml`,
 which were chosen together with lambda = 0.1, by the reward with seed 42; they are not chosen anew for each lambda.
 
-The loss is relu(delta - S(y+) + S(y-)) - lambda S(y_ref), S summed over the tokens, about twelve here. y_ref is one of
-the SFT's examples, as in RSO's sweep, with the right digits and mostly an unfriendly tone; in RePO's sweep it is the
-chosen answer. Both are of models of hundreds of millions of parameters or more, judged by models.
+The loss is relu(delta - S(y+) + S(y-)) - lambda S(y_ref), S summed over the tokens, about twelve here. y_ref is the
+best of the 8 answers; in RePO's sweep it is the chosen answer, in RSO's the SFT's example. Both are of models of
+hundreds of millions of parameters or more, judged by models.
 """
 
 import math
