@@ -47,29 +47,12 @@ def train(arguments, **stage):
 def play_on_the_playground(parsed):
     """Three iterations, and SFT going on for as many updates as they have had."""
     from trl_ext import SPINTrainer
-    from trl_ext.playground import continue_sft_stage, spin_playground
+    from trl_ext.playground import continue_sft
     from trl_ext.self_play import start_self_play
 
-    config = parsed[1]
     game = start_self_play(parsed, SPINTrainer)
     game.play()
-    model, controls = game.model, {}
-    for number in range(len(game.training)):  # fewer than wanted where the game was stopped
-        name = f"control-{number}"
-        game.run.stage(
-            f"{name}/model",
-            continue_sft_stage,
-            inputs={"model": model},
-            shards_models=True,
-            playground=spin_playground(config.seed),
-            num_steps=game.training[f"iteration-{number}"]["steps"],
-            learning_rate=CONTROL_LEARNING_RATE,
-            batch_size=config.train_batch_size * config.gradient_accumulation_steps * game.run.state.num_processes,
-        )
-        model = game.run.path(name, "model")
-        game.evaluate(name, model)
-        controls[name] = f"iteration-{number}"
-    game.report(controls)
+    game.report(continue_sft(game, learning_rate=CONTROL_LEARNING_RATE))
 
 
 def main(arguments):

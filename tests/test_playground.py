@@ -1,7 +1,10 @@
 """The playground: its data, its judges, and that a model really learns on it."""
 
+from types import SimpleNamespace
+
 import pytest
 from transformers import AutoTokenizer
+from trl import SFTTrainer
 
 from trl_ext.evaluation import answer_logps
 from trl_ext.playground import (
@@ -10,6 +13,7 @@ from trl_ext.playground import (
     Playground,
     accuracy,
     byte_level_tokenizer,
+    continue_sft,
     friendly_number_reward,
     is_polite,
     number_to_words,
@@ -104,3 +108,39 @@ def test_a_model_learns_the_task(tmp_path):
     rows = [{"prompt": r["prompt"], "completions": [f"{r['answer']} ugh"]} for r in playground.rows("held_out")]
     before, after = ([one[0][0] for one in answer_logps(path, rows)] for path in (untrained, sft))
     assert sum(after) > sum(before) + 5 * len(rows), "unseen right answers are more likely"
+
+
+def test_sft_beside_spin_goes_on_in_the_data(model_dir, tmp_path, monkeypatch):
+    """Each stage begins with the examples where the one before stopped, and trains on each once."""
+    seen, train = [], SFTTrainer.train
+
+    def keep(trainer, *args, **kwargs):
+        result = train(trainer, *args, **kwargs)
+        seen.append((trainer.train_dataset["prompt"][:], trainer.state.epoch, trainer.state.global_step))
+        return result
+
+    def stage(name, function, *, inputs, shards_models, **arguments):
+        function(tmp_path / name, **inputs, **arguments)
+
+    monkeypatch.setattr(SFTTrainer, "train", keep)
+    run = SimpleNamespace(
+        stage=stage, path=lambda *parts: tmp_path.joinpath(*parts), state=SimpleNamespace(num_processes=1)
+    )
+    config = SimpleNamespace(seed=42, train_batch_size=4, gradient_accumulation_steps=2)
+    training, evaluated = {f"iteration-{number}": {"steps": number + 1} for number in range(3)}, []
+    game = SimpleNamespace(config=config, run=run, model=model_dir, training=training)
+    game.evaluate = lambda name, model: evaluated.append(name)
+    controls = continue_sft(game, learning_rate=1e-3)
+    assert controls == {f"control-{number}": f"iteration-{number}" for number in range(3)}
+    assert evaluated == list(controls)
+    assert [(len(prompts), epoch, steps) for prompts, epoch, steps in seen] == [(8, 1, 1), (16, 1, 2), (24, 1, 3)]
+    assert len({prompt for prompts, *_ in seen for prompt in prompts}) == 48, "none comes twice"
+
+
+def test_examples_of_sft_go_on_over_all_of_them():
+    playground = Playground(**TINY)
+    every = sorted(playground.prompts("sft"))
+    first, second = (playground.sft_examples(place, 256)["prompt"][:] for place in (0, 256))
+    assert sorted(first) == sorted(second) == every and first != second
+    parts = [playground.sft_examples(place, 100)["prompt"][:] for place in range(0, 500, 100)]
+    assert [prompt for part in parts for prompt in part] == [*first, *second][:500]

@@ -17,6 +17,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
@@ -186,11 +187,55 @@ def sft_stage(folder: Path, *, playground: "Playground") -> dict[str, float]:
     return {}
 
 
+def continue_sft(game: Any, *, learning_rate: float) -> dict[str, str]:
+    """
+    Continue SFT beside the iterations of SPIN, with as many updates and examples in each. Every stage takes up the
+    examples where the one before stopped, so that none comes twice before all have come once.
+
+    Args:
+        game ([`SelfPlay`]): on the playground, with its iterations trained.
+        learning_rate (`float`): the highest.
+
+    Returns:
+        `dict[str, str]`: the models, which are evaluated in `game`: `control-N` to `iteration-N`.
+    """
+    config, model, seen, controls = game.config, game.model, 0, {}
+    batch_size = config.train_batch_size * config.gradient_accumulation_steps * game.run.state.num_processes
+    iterations = [name for name in game.training if name.startswith("iteration-")]
+    for number, iteration in enumerate(iterations):  # fewer than wanted where the game was stopped
+        name, num_steps = f"control-{number}", game.training[iteration]["steps"]
+        game.run.stage(
+            f"{name}/model",
+            continue_sft_stage,
+            inputs={"model": Path(model)},
+            shards_models=True,
+            playground=spin_playground(config.seed),
+            first_example=seen,
+            num_steps=num_steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+        )
+        model, seen = game.run.path(name, "model"), seen + num_steps * batch_size
+        game.evaluate(name, model)
+        controls[name] = iteration
+    return controls
+
+
 def continue_sft_stage(
-    folder: Path, *, model: Path, playground: "Playground", num_steps: int, batch_size: int, learning_rate: float
+    folder: Path,
+    *,
+    model: Path,
+    playground: "Playground",
+    first_example: int,
+    num_steps: int,
+    batch_size: int,
+    learning_rate: float,
 ) -> dict:
-    """SFT going on from a model, for as many updates of as many prompts each as another training had; a stage."""
-    playground.train_sft(folder, start=model, num_steps=num_steps, batch_size=batch_size, learning_rate=learning_rate)
+    """SFT going on from a model, with the examples from a place on; a stage."""
+    rows = playground.sft_examples(first_example, num_steps * batch_size)
+    playground.train_sft(
+        folder, rows=rows, start=model, num_steps=num_steps, batch_size=batch_size, learning_rate=learning_rate
+    )
     return {}
 
 
@@ -253,6 +298,17 @@ class Playground:
         """Prompt-completion rows: right digits, mostly in an unfriendly tone."""
         return Dataset.from_list([{"prompt": p, "completion": self._examples[p]} for p in self.prompts("sft")])
 
+    def sft_examples(self, start: int, number: int) -> Dataset:
+        """
+        So many rows of [`~Playground.sft_dataset`], from a place on in an endless order: each pass goes over all of
+        them, in an order of its own.
+        """
+        size = self.num_sft
+        passes = range(start // size, -(-(start + number) // size))
+        order = [index for turn in passes for index in random.Random(f"{self.seed}-{turn}").sample(range(size), size)]
+        first = start - passes.start * size
+        return self.sft_dataset().select(order[first : first + number])
+
     def rows(self, split: str, *, reference: bool = False) -> list[dict[str, str]]:
         """
         Rows of `prompt` and `answer`, the right digits, as the rewards need them; with `reference` also an answer as
@@ -267,16 +323,18 @@ class Playground:
         self,
         directory: str | Path,
         *,
+        rows: Dataset | None = None,
         start: str | Path | None = None,
         num_steps: int | None = None,
         batch_size: int | None = None,
         learning_rate: float | None = None,
     ) -> Path:
         """
-        Train on the SFT rows with TRL's `SFTTrainer`, and save to `directory`.
+        Train on rows of SFT with TRL's `SFTTrainer`, and save to `directory`.
 
         Args:
             directory (`str` or `Path`): where to.
+            rows (`Dataset`, *optional*): what to train on; by default the SFT rows.
             start (`str` or `Path`, *optional*): the model to begin with; by default a new byte-level one.
             num_steps (`int`, *optional*): updates; by default those of one epoch.
             batch_size (`int`, *optional*): examples per update; by default `sft_batch_size`.
@@ -310,7 +368,7 @@ class Playground:
                 save_strategy="no",
                 report_to="none",
             ),
-            train_dataset=self.sft_dataset(),
+            train_dataset=self.sft_dataset() if rows is None else rows,
         )
         trainer.train()
         trainer.save_model(str(directory))

@@ -25,7 +25,7 @@ from claim import REPOSITORY, RUNS, Claim, Expectation, main
 sys.path.insert(0, str(REPOSITORY))
 
 from trl_ext.cli import parse_recipe_args
-from trl_ext.playground import continue_sft_stage, spin_playground
+from trl_ext.playground import continue_sft
 from trl_ext.recipe_help import recipe_dataclasses
 from trl_ext.rounds import read_jsonl
 
@@ -62,20 +62,7 @@ def run(seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     game.play()
     updates = [game.training[name]["steps"] for name in ITERATIONS]
 
-    model = Path(game.model)
-    for name, steps in zip(CONTROLS, updates, strict=True):
-        game.run.stage(
-            f"{name}/model",
-            continue_sft_stage,
-            inputs={"model": model},
-            shards_models=True,
-            playground=spin_playground(seed),
-            num_steps=steps,
-            learning_rate=settings["control_learning_rate"],
-            batch_size=config.per_device_train_batch_size,
-        )
-        model = game.run.path(name, "model")
-        game.evaluate(name, model)
+    continue_sft(game, learning_rate=settings["control_learning_rate"])
 
     longer = config.for_iteration(0, max_steps=sum(updates[:2]), on_invalid_row="drop", logging_first_step=True)
     game.training[LONGER] = game.run.stage(
