@@ -33,7 +33,8 @@ UNUSED_DPO_FIELDS = {
 @dataclass
 class CandidateConfig(SharingConfig, DPOConfig):
     """
-    Base of the configs in this package: [`~trl.DPOConfig`], less the fields that mean nothing here.
+    Base of the configs in this package: [`~trl.DPOConfig`], less the fields that mean nothing here. A value other than
+    TRL's default is refused there; TRL's default is accepted, and has no effect.
 
     Parameters:
         on_invalid_row, prefix_sharing, check_prefix_sharing:

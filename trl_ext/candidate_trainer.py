@@ -165,6 +165,7 @@ class CandidateTrainer(ResumableTrainer, DPOTrainer):
                 stack.enter_context(without_reference_model(policy_is_loaded_by_trl=isinstance(model, str)))
             stack.enter_context(explain_remote_code())
             stack.enter_context(weights_only())
+            stack.enter_context(args.hidden_from_trl())
             super().__init__(
                 model=model,
                 ref_model=ref_model,
@@ -178,6 +179,8 @@ class CandidateTrainer(ResumableTrainer, DPOTrainer):
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             )
+        for name in filter(vars(self).__contains__, args.redeclared_fields()):  # TRL's copies of settings, `beta` say
+            setattr(self, name, getattr(args, name))
         _keep_gradients_of_quantized_layers(self.model)
         if not args.uses_reference_model:
             # TRL copies the adapter of a PeftModel to serve as reference; drop it before it gets into checkpoints
@@ -520,9 +523,7 @@ class CandidateTrainer(ResumableTrainer, DPOTrainer):
             sums.add_total("num_tokens", inputs["attention_mask"] * row_weights)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        metrics = self._reduce_metrics("train" if self.model.training else "eval")
-        if "train_runtime" not in logs:  # the summary of the run, where the means of its last few steps would mislead
-            logs.update(metrics)
+        logs.update(self._reduce_metrics("train" if self.model.training else "eval"))
         super().log(logs, start_time)
 
     def _reduce_metrics(self, mode: str) -> dict[str, float]:

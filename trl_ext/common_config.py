@@ -1,7 +1,9 @@
 """What the configs of all recipes share, those of TRL's trainers too."""
 
+import contextlib
 import os
 import reprlib
+from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -25,8 +27,10 @@ class CommonConfig:
     stop and ask for `use_cpu`; and of several processes each has `use_cpu=True`, without which Accelerate would not
     let them see each other.
 
+    A subclass may declare a field of `unused_fields` as its own: it is then read, checked and set by that class alone.
+
     Raises:
-        TypeError, ValueError: a setting that nothing can be made of, by its name.
+        TypeError, ValueError: an invalid setting, by its name.
     """
 
     # field of TRL's config that means nothing here -> what to use instead
@@ -61,18 +65,43 @@ class CommonConfig:
         if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
             self.bf16 = False
         try:
-            super().__post_init__()
+            with self.hidden_from_trl():
+                super().__post_init__()
         except (ArithmeticError, AttributeError, LookupError, OSError, UnicodeError) as error:
             raise ValueError(
                 f"Nothing can be made of these settings ({type(error).__name__}: {str(error)[:200]}): "
                 f"{self._shown_settings()}. Mend the one that this is about, or leave it out."
             ) from error
 
+    @classmethod
+    def _trl_class(cls) -> type:
+        """The config class of TRL or transformers that this one extends."""
+        return next(one for one in cls.__mro__ if one.__module__.partition(".")[0] in ("trl", "transformers"))
+
+    @classmethod
+    def redeclared_fields(cls) -> list[str]:
+        """Names in `unused_fields` that a subclass has declared again, as fields of its own."""
+        own = cls.__mro__[: cls.__mro__.index(cls._trl_class())]
+        return [name for name in cls.unused_fields if any(name in vars(one).get("__annotations__", {}) for one in own)]
+
+    @contextlib.contextmanager
+    def hidden_from_trl(self) -> Iterator[None]:
+        """Within, [`~CommonConfig.redeclared_fields`] hold TRL's defaults: what they mean here, TRL does not know."""
+        defaults = {entry.name: default_of(entry) for entry in fields(self._trl_class())}
+        values = {name: getattr(self, name) for name in self.redeclared_fields()}
+        for name in values:
+            setattr(self, name, defaults[name])
+        try:
+            yield
+        finally:
+            for name, value in values.items():
+                setattr(self, name, value)
+
     def _refuse_unused_fields(self) -> None:
-        parent = next(one for one in type(self).__mro__ if one.__module__.partition(".")[0] in ("trl", "transformers"))
+        parent, own = self._trl_class(), self.redeclared_fields()
         changed = []
         for config_field in fields(parent):  # its defaults, whatever a subclass makes of them
-            if config_field.name not in self.unused_fields:
+            if config_field.name not in self.unused_fields or config_field.name in own:
                 continue
             default = default_of(config_field)
             value = getattr(self, config_field.name)
