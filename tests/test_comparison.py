@@ -421,6 +421,9 @@ def test_every_method_is_compared_and_more_can_be_added(model_dir, prompts_file,
     sampled = {result.method: result.completions_sampled for result in found.results}
     assert sampled["slic_direct"] == sampled["sft"] == 0 and sampled["dpo"] == sampled["rrhf"] == 12 * 4
     assert sampled["rrhf_two_rounds"] == 2 * 12 * 2 and sampled["spin"] == 2 * 12
+    (pair, *_) = read_jsonl(output / "seed-1" / "spin" / "round-1" / "generated" / "pairs.jsonl")
+    assert set(pair) == {"prompt", "chosen", "rejected", "rejected_is_cut"}
+    assert all(kl >= 0 for result in found.results for kl in result.kl)
     curve = next(result.curve for result in found.results if result.method == "dpo")
     assert [point["updates"] for point in curve] == [1, 2] and curve[0]["reward"] is not None
     page = (output / "comparison.html").read_text()

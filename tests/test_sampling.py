@@ -417,11 +417,13 @@ def test_shares_and_duplicates_by_hand(sampler_dir, tmp_path):
     ]
     for index, record in enumerate(records):
         record |= {"index": index, "logp": [-float(number) for number in record["num_tokens"]]}
+        record["token_ids"] = [[0] * number for number in record["num_tokens"]]
     rows, report = sampled(records)
     assert [(row["number"], row["completions"], row["logps"]) for row in rows] == [
         (0, ["x", "y"], [-1, -2]),
         (3, ["a", "b"], [-4, -4]),
     ]
+    assert rows[1]["ends"] == ["role_marker", "length"], "of equal ones one was not cut by its length"
     assert rows[0]["num_tokens"] == [1, 2] and rows[0]["sources"] == ["sampled"] * 2
     assert (report.num_prompts, report.num_candidates) == (2, 12)
     assert (report.num_too_long, report.num_without_candidates) == (1, 1)

@@ -224,16 +224,19 @@ def save_reward_model(directory, num_labels=1, architecture=LlamaForSequenceClas
 @pytest.mark.parametrize("form", ["plain", "chat"])
 def test_reward_model_scores_the_whole_text_batched_as_one_by_one(form, reward_model_dir):
     rows = CANDIDATES if form == "plain" else [chat(row) for row in CANDIDATES]
+    ends = [["stop", "length", None], None, ["length", "stop", "role_marker", "length"]]
+    rows = [{**row, "ends": of_row} for row, of_row in zip(rows, ends, strict=True)]
     scores = RewardModelScorer(reward_model_dir, batch_size=4)(rows)
     tokenizer = AutoTokenizer.from_pretrained(reward_model_dir)
     model = LlamaForSequenceClassification.from_pretrained(reward_model_dir)
     expected = []
-    for row in CANDIDATES:
+    for row, of_row in zip(CANDIDATES, ends, strict=True):
         expected.append([])
-        for completion in row["completions"]:
+        for completion, end in zip(row["completions"], of_row or ["stop", "stop"], strict=True):
             text = row["prompt"] + completion + "<|im_end|>"
             if form == "chat":
                 text = f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n{completion}<|im_end|>"
+            text = text.removesuffix("<|im_end|>") if end == "length" else text
             with torch.no_grad():
                 expected[-1].append(model(**tokenizer(text, return_tensors="pt")).logits.item())
     assert [len(row) for row in scores] == [3, 2, 4]

@@ -314,13 +314,14 @@ def test_rloo_with_a_reward_model(model_dir, rl_kwargs, tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "rewards")
     config = RLOOConfig(**rl_kwargs, rewards=[str(tmp_path / "rewards")])
     trainer = RLOOTrainer(model_dir, args=config, train_dataset=Dataset.from_list(RL_ROWS))
-    texts = ["one", "two"]
+    texts, ends = ["one", "two"], ["stop", "length"]
     found = trainer.reward_funcs[0](
-        prompts=["a", "b"], completions=texts, completion_ids=[[1], [2]], trainer_state=None, log_extra=print,
-        log_metric=print, wanted=[1, 2],
+        prompts=["a", "b"], completions=texts, completion_ids=[[5, tokenizer.eos_token_id], [5]], trainer_state=None,
+        log_extra=print, log_metric=print, wanted=[1, 2],
     )  # fmt: skip
     scorer = RewardModelScorer(str(tmp_path / "rewards"))
-    expected = scorer([{"prompt": p, "completions": [text]} for p, text in zip("ab", texts, strict=True)])
+    rows = zip("ab", texts, ends, strict=True)
+    expected = scorer([{"prompt": p, "completions": [text], "ends": [end]} for p, text, end in rows])
     assert found == [score for (score,) in expected]
     trainer.train()
 

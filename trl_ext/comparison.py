@@ -40,12 +40,15 @@ from .comparison_config import IDLE, METHODS, RESERVED, ComparisonConfig, Method
 from .comparison_report import write_report
 from .comparison_results import ComparisonResults, MethodResult
 from .data import RowOptions
+from .evaluation_stage import evaluation_stage
+from .jsonl import read_jsonl, write_jsonl
 from .ranking import pair_rows
 from .recipe_help import recipe_dataclasses
-from .rounds import Rounds, evaluation_stage, merged_model, read_jsonl, replaced, start_rounds, write_jsonl
+from .rounds import Rounds, merged_model, replaced, start_rounds
 from .safety import maybe_meant
 from .sampling import write_atomically
 from .scoring import as_text
+from .spin_pairs import generate_stage
 from .stages import without_secrets
 
 NUM_EXAMPLES = 6
@@ -131,6 +134,9 @@ def _results(parsed: Sequence[Any], num_held_out: int, results: list[MethodResul
         "one for each prompt and iteration for SPIN; RLOO samples anew from the model it trains, beside the "
         "candidates of its reward model.",
         "Log-likelihoods over training are those of the method's own batches.",
+        "Answers to held-out prompts are sampled at temperature 1 without top-p and top-k, whatever the candidates "
+        "were sampled with. KL is that from the SFT model: the divergence of the next-token distributions, added up "
+        "over the tokens of an answer, as a mean over answers.",
     ]
     return ComparisonResults(
         title="Methods on " + ("the playground" if is_playground(*parsed) else str(parsed[0].dataset_name)),
@@ -369,31 +375,41 @@ class OneSeed:
 
     def _twice(self, name: str, method: Method) -> tuple[list[dict], Path, int, float]:
         """Two trainings of half the updates, each on answers of the model before it."""
-        rounds, model, figures, sampled = self.rounds, self.rounds.model, [], 0
+        rounds, model, figures, sampled, seconds = self.rounds, self.rounds.model, [], 0, 0.0
         halves = [self.config.max_steps // 2, self.config.max_steps - self.config.max_steps // 2]
-        half = self.sampling.num_candidates // 2
+        half, whole = self.sampling.num_candidates // 2, rounds.sampling
         sizes = [half, self.sampling.num_candidates - half] if method.data == "rounds" else [1, 1]
-        whole, at_least, seconds = rounds.sampling, rounds.min_completions, 0.0
         for number, (updates, answers) in enumerate(zip(halves, sizes, strict=True), start=1):
             part = f"{name}/round-{number}"
-            rounds.sampling = replaced(whole, num_candidates=answers, keep_duplicates=answers == 1)
-            rounds.min_completions = min(answers, at_least)
-            try:
-                data = rounds.make_candidates(part, model, draw=number)
-            finally:
-                rounds.sampling, rounds.min_completions = whole, at_least
-            sampled += self._num_sampled(part)
-            seconds += self._seconds(f"{part}/candidates")
             if method.data == "self_play":
-                inputs = {
-                    "prompts": rounds.prompts,
-                    "generated": rounds.run.path(part, "candidates", "candidates.jsonl"),
-                }
-                rounds.run.stage(f"{part}/pairs", self_play_stage, inputs=inputs)
-                data = rounds.run.path(part, "pairs", "pairs.jsonl")
+                stage = f"{part}/generated"
+                sampled += self._generate(stage, model, number)
+                data = rounds.run.path(stage, "pairs.jsonl")
+            else:
+                stage, rounds.sampling = f"{part}/candidates", replaced(whole, num_candidates=answers)
+                try:
+                    data = rounds.make_candidates(part, model, draw=number)
+                finally:
+                    rounds.sampling = whole
+                sampled += self._num_sampled(part)
+            seconds += self._seconds(stage)
             figures.append(self.train(part, method, model, data, updates=updates, answers=answers))
             model = merged_model(rounds.run, part, trust_remote_code=self.config.trust_remote_code)
         return figures, Path(model), sampled, seconds
+
+    def _generate(self, stage: str, model: str | Path, draw: int) -> int:
+        """Make SPIN's pairs of a model's answers, as `recipes/spin.py` does; returns how many were sampled."""
+        rounds, seed = self.rounds, self.sampling.sampling_seed + draw
+        changes = {"num_candidates": 1, "keep_duplicates": True, "role_markers": None, "sampling_seed": seed}
+        figures = rounds.run.stage(
+            stage,
+            generate_stage,
+            inputs={"model": Path(model), "rows": rounds.prompts},
+            config=replaced(self.sampling, **changes),
+            load=rounds.load,
+            real="reference",
+        )
+        return figures["num_prompts"]
 
     # The game
 
@@ -441,7 +457,7 @@ class OneSeed:
             status="done",
             scores={"reward": [one["reward"] for one in answers]},
             lengths=[one["num_tokens"] for one in answers],
-            kl=[one["own_logp"] - one["fixed_logp"] for one in answers],
+            kl=[one["kl"] for one in answers],
             nll=[-one["fixed_logp"] for one in answers],
             examples=[
                 {"prompt": as_text(one["prompt"]), "answer": as_text(one["answer"]), "reward": one["reward"]}
@@ -494,10 +510,7 @@ class OneSeed:
             inputs={"model": rounds.run.path(part, "model"), "prompts": rounds.watched},
             steps=steps,
             num_prompts=self.config.num_checkpoint_prompts,
-            config=replaced(rounds.sampling, num_candidates=1, keep_duplicates=True),
-            ranking=rounds.config,
-            perplexity_model=rounds.fixed_model,
-            load=rounds.load,
+            **rounds.evaluation_settings(),
         )
         return {int(step): found for step, found in figures.items()}
 
@@ -662,19 +675,6 @@ def near_stage(folder: Path, *, ranked: Path, positive_above: float, seed: int) 
             f"No prompt has answers with rewards above and below click_threshold={positive_above}. Set it between the "
             "rewards that answers get."
         )
-    write_jsonl(folder / "pairs.jsonl", pairs)
-    return {"num_pairs": len(pairs)}
-
-
-def self_play_stage(folder: Path, *, prompts: Path, generated: Path) -> dict[str, Any]:
-    """SPIN's pairs: the dataset's `reference` against a sampled answer, where they differ."""
-    answers = {as_text(row["prompt"]): row["completions"][0] for row in read_jsonl(generated) if row["completions"]}
-    pairs = []
-    for row in read_jsonl(prompts):
-        answer = answers.get(as_text(row["prompt"]))
-        if answer is not None and answer != row["reference"]:
-            kept = {key: row[key] for key in ("prompt", "tools", "chat_template_kwargs") if key in row}
-            pairs.append({**kept, "chosen": row["reference"], "rejected": answer})
     write_jsonl(folder / "pairs.jsonl", pairs)
     return {"num_pairs": len(pairs)}
 

@@ -13,8 +13,8 @@ Accepted rows, plain text or conversational, in TRL's words:
 Conversations that repeat the prompt in front of every answer are understood too, with the prompt as messages or as the
 text of the first user message. `tools` and `chat_template_kwargs` are passed to the chat template, as TRL does.
 
-A preference row with a true `rejected_is_cut` has a sampled answer that was ended by its length alone: it gets no end
-token.
+A sampled answer that was ended by its length alone gets no end token. A preference row says so by a true
+`chosen_is_cut`, `rejected_is_cut` or `reference_is_cut`, a ranked row by "length" at the answer's place in `ends`.
 
 A prepared row has `prompt_ids`, `completion_ids` (list of lists), `scores` (one per candidate), `has_scores` (False
 where the scores only say that `chosen` is better than `rejected`) and `reference_index` (which of `completion_ids` is
@@ -82,6 +82,7 @@ REMEDIES = {
     "ambiguous": "Add a `prompt` column, and leave the prompt out of the answers.",
     "identical": "Leave out pairs without a preference.",
     "length": "Give one score per completion.",
+    "ends": "Give one entry per completion, or remove the column.",
     "too few": "Leave out prompts with fewer completions.",
     "not a number": "Scores must be finite numbers; leave out completions that could not be scored.",
     "out of order": "Let `chosen` be the one with the higher score.",
@@ -562,6 +563,19 @@ def without_end(completion_ids: list[int], tokenizer: PreTrainedTokenizerBase) -
     return completion_ids[:end]
 
 
+def _are_cut(row: Mapping[str, Any], num_candidates: int) -> list[bool]:
+    """Whether each candidate was sampled and ended by its length alone, so that its end token was never sampled."""
+    if "completions" not in row:
+        return [bool(row.get(f"{side}_is_cut")) for side in ("chosen", "rejected")]
+    ends = row.get("ends")
+    if ends is None:
+        return [False] * num_candidates
+    if not isinstance(ends, list) or len(ends) != num_candidates:
+        given = f"{len(ends)} entries" if isinstance(ends, list) else type(ends).__name__
+        raise RowError("ends", "ends", f"has {given} for {num_candidates} completions")
+    return [end == "length" for end in ends]
+
+
 def prepare_row(row: Mapping[str, Any], processing_class, options: RowOptions) -> dict[str, Any]:
     """
     Check, tokenise and truncate one row.
@@ -574,9 +588,10 @@ def prepare_row(row: Mapping[str, Any], processing_class, options: RowOptions) -
     """
     prompt, candidates, scores, has_scores, reference = parse_row(row, options)
     names = ["chosen", "rejected"] if "completions" not in row else [f"completions[{i}]" for i in range(len(scores))]
+    are_cut = _are_cut(row, len(scores))
     if options.best_only:
         best = max(range(len(scores)), key=scores.__getitem__)
-        candidates, scores, names = [candidates[best]], [scores[best]], [names[best]]
+        candidates, scores, names, are_cut = [candidates[best]], [scores[best]], [names[best]], [are_cut[best]]
     targets = candidates if reference is None else [*candidates, reference]
     kwargs = template_kwargs(row)
     try:
@@ -586,8 +601,11 @@ def prepare_row(row: Mapping[str, Any], processing_class, options: RowOptions) -
     except Exception as error:  # a chat template raises what it likes
         raise RowError("not renderable", "prompt", f"could not be tokenised: {error}") from error
 
-    if row.get("rejected_is_cut") and names == ["chosen", "rejected"]:  # it reached the longest length and did not end
-        completion_ids[1] = without_end(completion_ids[1], getattr(processing_class, "tokenizer", processing_class))
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    are_cut += [] if reference is None else [bool(row.get("reference_is_cut"))]
+    for index, is_cut in enumerate(are_cut):
+        if is_cut:
+            completion_ids[index] = without_end(completion_ids[index], tokenizer)
 
     num_truncated = 0
     if options.max_length is not None:

@@ -188,6 +188,7 @@ class _Candidate:
     completion: Any
     score: float
     logp: float | None
+    is_cut: bool
 
 
 class _NoPair(Exception):
@@ -198,8 +199,10 @@ def _candidates(row: Mapping[str, Any]) -> list[_Candidate]:
     """
     A row's distinct completions that say something, sorted by what they say.
 
-    Identical completions become one, with the mean of their scores, which differ only if the scorer is noisy.
+    Identical completions become one, with the mean of their scores, which differ only if the scorer is noisy. It
+    counts as cut by its length only if all of them were.
     """
+    ends = row.get("ends") or [None] * len(row["completions"])
     logps = row.get("logps") or [None] * len(row["completions"])
 
     def mean(values):
@@ -212,6 +215,7 @@ def _candidates(row: Mapping[str, Any]) -> list[_Candidate]:
             row["completions"][indices[0]],
             mean(row["scores"][index] for index in indices),
             mean(logps[index] for index in indices),
+            all(ends[index] == "length" for index in indices),
         )
         for indices in _distinct(row["completions"])
     ]
@@ -272,7 +276,9 @@ def make_pairs(
 
     Returns:
         `list[dict]`: with `prompt`, `chosen`, `rejected`, `score_chosen`, `score_rejected`, and the columns of the row
-        that trainers read (`reference`, `tools`, `chat_template_kwargs`). Empty if there is no pair to make.
+        that trainers read (`reference`, `tools`, `chat_template_kwargs`). Where the row has `ends`, `chosen_is_cut`,
+        `rejected_is_cut` and with `best_as_reference` `reference_is_cut` say whether an answer was ended by its length
+        alone. Empty if there is no pair to make.
 
     Raises:
         ValueError: an unusable row or setting; no `logps` for `"likelihood_near"`.
@@ -317,11 +323,13 @@ def _make_pairs(
     if limit is not None and limit < len(pairs):
         pairs = generator.sample(pairs, limit)
     carried = {column: row[column] for column in CARRIED_COLUMNS if column in row}
+    has_ends = row.get("ends") is not None
     if best_as_reference:
         winners = {winner.index for winner, _ in pairs}
         # among equals one that is `chosen`, whose likelihood is computed anyway
         best = max(candidates, key=lambda candidate: (candidate.score, candidate.index in winners))
         carried["reference"] = best.completion
+        carried |= {"reference_is_cut": best.is_cut} if has_ends else {}
     return [
         {
             "prompt": row["prompt"],
@@ -329,6 +337,7 @@ def _make_pairs(
             "rejected": rejected.completion,
             "score_chosen": chosen.score,
             "score_rejected": rejected.score,
+            **({"chosen_is_cut": chosen.is_cut, "rejected_is_cut": rejected.is_cut} if has_ends else {}),
             **carried,
         }
         for chosen, rejected in pairs
@@ -448,8 +457,8 @@ def rank_rows(
             best candidate stands in for it, as in SLiC-HF's sample-rank.
 
     Returns:
-        `tuple`: rows with `prompt`, `completions`, `scores`, of `sources`, `logps` and `num_tokens` those that are
-        there, and the columns that trainers read (`reference`, `tools`, `chat_template_kwargs`); and the
+        `tuple`: rows with `prompt`, `completions`, `scores`, of `sources`, `logps`, `num_tokens` and `ends` those that
+        are there, and the columns that trainers read (`reference`, `tools`, `chat_template_kwargs`); and the
         [`RankingReport`].
 
     Raises:

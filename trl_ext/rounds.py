@@ -22,7 +22,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from accelerate import PartialState
@@ -40,14 +39,15 @@ from .cli import (
     run_settings,
 )
 from .data import RowError, RowOptions, prepare_row, refusal
-from .evaluation import answer_logps, distinct_n, perplexity
+from .evaluation_stage import evaluation_stage
 from .intervals import TIE_RULE, Mean, Wins, paired_difference, wins
+from .jsonl import as_jsonl, read_jsonl, write_jsonl
 from .load import load_prompts
 from .machines import from_all
 from .ranking import PAIR_RULES, check_pair_rule, pair_rows, rank_rows, score_report
 from .safety import check_field_types, explain_remote_code, weights_only
 from .sampling import SamplingConfig, load_tokenizer, mixed_in, prompt_key, sample_candidates, write_atomically
-from .scoring import CANDIDATE_COLUMNS, ScorerConfig, as_text, build_scorers, check_scorers, score_rows
+from .scoring import ScorerConfig, as_text, build_scorers, check_scorers, score_rows
 from .stages import Run, all_processes, settings_of, start_afresh
 
 
@@ -218,7 +218,7 @@ def sample_stage(
     rows = prompts if isinstance(prompts, list) else read_jsonl(prompts)
     rows, report = sample_candidates(model, rows, config, folder, mix_in=mix_in, **load)
     _say(report)
-    write_jsonl(folder / "candidates.jsonl", rows)
+    write_jsonl(folder / "candidates.jsonl", [{key: row[key] for key in row if key != "token_ids"} for row in rows])
     return asdict(report)
 
 
@@ -283,87 +283,6 @@ def merged_model(run: Run, name: str, *, trust_remote_code: bool) -> Path:
     return run.path(name, "merged")
 
 
-def evaluation_stage(
-    folder: Path,
-    *,
-    model: Path,
-    prompts: Path,
-    config: SamplingConfig,
-    ranking: RoundsConfig,
-    perplexity_model: str,
-    first_answers: Path | None = None,
-    load: dict,
-) -> dict[str, Any]:
-    """One sampled answer to each watched prompt, and every figure that is watched: `answers.jsonl`."""
-    asked = read_jsonl(prompts)
-    asked = [{**row, "_number": number} for number, row in enumerate(asked)]
-    answered, report = sample_candidates(
-        model, asked, config, folder, keep_empty=True, desc="Answering watched prompts", **load
-    )
-    options, kept = ranking.scorer_options(), {"folder": folder / "scores"}
-    if ranking.ranker is None:
-        scorers = build_scorers(ranking.rewards, ranking.reward_weights, **options)
-        scored = score_rows(answered, scorers, ranking.reward_weights, **kept)
-    else:
-        scored = _beats(answered, first_answers, ranking)
-    if ranking.judge is not None:
-        judged = score_rows(answered, build_scorers([ranking.judge], **options), **kept)
-    how = {**load["model_init_kwargs"], "trust_remote_code": load["trust_remote_code"]}
-    fixed = answer_logps(perplexity_model, answered, **how)
-    own = fixed if str(model) == perplexity_model else answer_logps(model, answered, **how)
-    answers = []
-    for number, row in enumerate(scored):
-        one = {
-            "number": row["_number"],
-            "prompt": row["prompt"],
-            "answer": row["completions"][0],
-            "reward": row["scores"][0],
-            "fixed_logp": fixed[number][0][0],
-            "own_logp": own[number][0][0],
-            "num_tokens": fixed[number][0][1],
-        }
-        if ranking.judge is not None:
-            one["judge"] = judged[number]["scores"][0]
-        answers.append(one)
-    write_jsonl(folder / "answers.jsonl", answers)
-    texts = [as_text(one["answer"]) for one in answers]
-    figures = {
-        "reward": fmean(one["reward"] for one in answers),
-        "perplexity": perplexity([(one["fixed_logp"], one["num_tokens"]) for one in answers]),
-        "distinct_1": distinct_n(texts, 1),
-        "distinct_2": distinct_n(texts, 2),
-        # KL(model || fixed model) in nats per answer, estimated on the model's own answers
-        "kl": fmean(one["own_logp"] - one["fixed_logp"] for one in answers),
-        "length": fmean(one["num_tokens"] for one in answers),
-        "truncated": report.truncated,
-        "num_answers": len(answers),
-        "num_prompts": len(asked),
-    }
-    if ranking.judge is not None:
-        figures["judge"] = fmean(one["judge"] for one in answers)
-    return figures
-
-
-def _beats(answered: Sequence[dict], first_answers: Path | None, ranking: RoundsConfig) -> list[dict]:
-    """Rows with the score 1 where the answer beats the first model's, 0 where it loses, 0.5 where they are equal."""
-    if first_answers is None:
-        return [{**row, "scores": [0.5]} for row in answered]
-    first = {one["number"]: one["answer"] for one in read_jsonl(first_answers)}
-    met = [
-        {
-            **{key: value for key, value in row.items() if key not in CANDIDATE_COLUMNS},
-            "completions": [row["completions"][0], first[row["_number"]]],
-        }
-        for row in answered
-        if row["_number"] in first and first[row["_number"]] != row["completions"][0]
-    ]
-    played = {}
-    if met:
-        for row in score_rows(met, build_scorers(judge=ranking.ranker, **ranking.scorer_options())):
-            played[row["_number"]] = float(row["scores"][0] > row["scores"][1])
-    return [{**row, "scores": [played.get(row["_number"], 0.5)]} for row in answered]
-
-
 # The loop
 
 
@@ -417,13 +336,22 @@ class Rounds:
             f"{name}/evaluation",
             evaluation_stage,
             inputs={"model": Path(model), "prompts": self.watched, **first},
-            # the same random numbers for every model: what differs is the model
-            config=replaced(self.sampling, num_candidates=1, keep_duplicates=True),
-            ranking=self.config,
-            perplexity_model=self.fixed_model,
-            load=self.load,
+            **self.evaluation_settings(),
         )
         return self.figures[name]
+
+    def evaluation_settings(self) -> dict[str, Any]:
+        """How models are evaluated. All have the same random numbers: what differs is the model."""
+        return {
+            "config": self.sampling,
+            "rewards": self.config.rewards or (),
+            "reward_weights": self.config.reward_weights,
+            "ranker": self.config.ranker,
+            "judge": self.config.judge,
+            "scorer_options": self.config.scorer_options(),
+            "fixed_model": self.fixed_model,
+            "load": self.load,
+        }
 
     def make_candidates(self, name: str, model: str | Path, draw: int = 0) -> Path:
         """Sample and score candidates of a model; returns the file to train on. Every `draw` is another sample."""
@@ -521,7 +449,7 @@ class Rounds:
         names = {name: names.get(name, f"{method} {name.replace('-', ' ')}") for name in self.figures}
         answers = {name: {one["number"]: one for one in self.answers(name)} for name in names}
         first, console = answers["start"], Console(width=110)
-        table = Table(title=f"{len(first)} watched prompts, one sampled answer each", title_justify="left")
+        table = Table(title=f"{len(first)} watched prompts, one answer each at temperature 1", title_justify="left")
         for heading in ("", *names.values()):
             table.add_column(heading, justify="right" if heading else "left")
 
@@ -536,7 +464,7 @@ class Rounds:
         table.add_row(f"wins over the first\n({TIE_RULE})", *over_first)
         row(f"judge: {str(self.config.judge).rpartition(':')[2]}", "judge", ".3f")
         row("perplexity, fixed model", "perplexity", ".2f")
-        row("KL to it, nats per answer", "kl", ".2f")
+        row("KL to it, nats per answer, temperature 1", "kl", ".2f")
         row("distinct-1", "distinct_1", ".3f")
         row("distinct-2", "distinct_2", ".3f")
         row("tokens per answer", "length", ".1f")
@@ -791,20 +719,6 @@ def set_apart(rows: Sequence[dict], number: int, seed: int) -> tuple[list[dict],
     if num_left_out:
         PartialState().print(f"{num_left_out} rows are left out: another row with their prompt is watched")
     return train, list(watched.values())
-
-
-def read_jsonl(path: str | Path) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
-    """Written by the main process, whole or not at all."""
-    if PartialState().is_main_process:
-        write_atomically(path, as_jsonl(rows))
-
-
-def as_jsonl(rows: Sequence[dict]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def replaced(config: SamplingConfig, **changes: Any) -> SamplingConfig:

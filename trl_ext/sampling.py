@@ -579,8 +579,10 @@ def sample_candidates(
     Returns:
         `tuple`: rows as they came, those without a usable candidate left out, each with `completions` (`list`), and
         for each of them `logps` (its log-likelihood in nats when it was sampled, `None` for mixed-in ones),
-        `num_tokens` and `ends` (`"stop"`, `"role_marker"` or `"length"`; `None` likewise), and `sources` (`"sampled"`
-        or the column); and the [`SamplingReport`]. The same on all processes.
+        `num_tokens`, `ends` (`"stop"`, `"role_marker"` or `"length"`; `None` likewise) and `token_ids` (what was
+        sampled, with the end token or the stop string it came to; `None` likewise), and `sources` (`"sampled"` or the
+        column); and the [`SamplingReport`]. The first of equal answers is kept, with "length" as its end only if all
+        of them were cut. The same on all processes.
 
     Raises:
         ValueError: no prompts, a column of `mix_in` is missing or has another form than the prompt, prompts that all
@@ -938,7 +940,7 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
     return {**adapter, "base_model_name_or_path": base}
 
 
-def _model_config(model_name_or_path: str | Path, *, revision: str = "main", trust_remote_code: bool = False):
+def load_model_config(model_name_or_path: str | Path, *, revision: str = "main", trust_remote_code: bool = False):
     name, revision = _whole_model(model_name_or_path, revision)
     with explain_remote_code():
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
@@ -946,7 +948,7 @@ def _model_config(model_name_or_path: str | Path, *, revision: str = "main", tru
 
 def context_window(model_name_or_path: str | Path, **hub) -> int | None:
     """Longest sequence in tokens that the model was made for; `None` if its config does not say."""
-    return getattr(_model_config(model_name_or_path, **hub).get_text_config(), "max_position_embeddings", None)
+    return getattr(load_model_config(model_name_or_path, **hub).get_text_config(), "max_position_embeddings", None)
 
 
 def sampling_dtype(model_name_or_path: str | Path, dtype: Any = None, **hub) -> str:
@@ -957,7 +959,7 @@ def sampling_dtype(model_name_or_path: str | Path, dtype: Any = None, **hub) -> 
     if dtype is None and process_state().device.type == "cpu":
         return "float32"
     if dtype in (None, "auto"):
-        config = _model_config(model_name_or_path, **hub)
+        config = load_model_config(model_name_or_path, **hub)
         dtype = config.dtype or config.get_text_config().dtype or "auto"
     return str(dtype).removeprefix("torch.")
 
@@ -970,7 +972,7 @@ def _check_end_tokens(model_name_or_path, tokenizer, *, revision: str, trust_rem
     try:
         generation_config = GenerationConfig.from_pretrained(name, revision=name_revision)
     except OSError:  # it has none of its own; then its config counts
-        config = _model_config(model_name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+        config = load_model_config(model_name_or_path, revision=revision, trust_remote_code=trust_remote_code)
         generation_config = GenerationConfig(eos_token_id=getattr(config.get_text_config(), "eos_token_id", None))
     end_token_ids(generation_config, tokenizer)
 
@@ -1001,14 +1003,17 @@ def _sample_shard(indices, rows, occurrences, tokenizer, engine: Engine, config,
         finished = [_finish(one, rows[index], prompts[index], tokenizer, config) for one in candidates]
         yield {"index": index, **{key: [one[key] for one in finished] for key in finished[0]}}
     for index in set(indices) - set(fitting):
-        yield {"index": index, "text": [], "logp": [], "num_tokens": [], "end": []}
+        yield {"index": index, "text": [], "logp": [], "num_tokens": [], "end": [], "token_ids": []}
 
 
 def _finish(generated: Generated, row, prompt_ids: list[int], tokenizer, config: SamplingConfig) -> dict[str, Any]:
-    """Text, log-likelihood, number of tokens, and how it ended: "stop", "role_marker" or "length"."""
+    """
+    Text, its log-likelihood and number of tokens, how it ended ("stop", "role_marker" or "length"), and the tokens
+    that were sampled: to the end token, or to the token that completes what the text is cut at.
+    """
     answer = generated.token_ids[:-1] if generated.finished else generated.token_ids
     decoded = _decoding(tokenizer, row, prompt_ids, answer)
-    text, num_tokens = decoded(answer), len(generated.token_ids)
+    text, num_tokens, token_ids = decoded(answer), len(generated.token_ids), generated.token_ids
     stop, marker = (_first_cut(text, strings or ()) for strings in (config.stop_strings, config.role_markers))
     end = "stop" if generated.finished else "length"
     cut = min((position for position in (stop, marker) if position is not None), default=None)
@@ -1018,7 +1023,11 @@ def _finish(generated: Generated, row, prompt_ids: list[int], tokenizer, config:
         # a token that is only partly in the text does not count
         while num_tokens and len(decoded(answer[:num_tokens])) > cut:
             num_tokens -= 1
-    return {"text": text, "logp": sum(generated.logps[:num_tokens]), "num_tokens": num_tokens, "end": end}
+        strings = (*(config.stop_strings or ()), *(config.role_markers or ()))
+        completes = (n for n in range(num_tokens, len(answer)) if _first_cut(decoded(answer[:n]), strings) is not None)
+        token_ids = answer[: next(completes, len(answer))]
+    logp = sum(generated.logps[:num_tokens])
+    return {"text": text, "logp": logp, "num_tokens": num_tokens, "end": end, "token_ids": token_ids}
 
 
 def _assemble(
@@ -1030,27 +1039,24 @@ def _assemble(
     for index, row in enumerate(rows):
         record, as_messages = sampled[index], isinstance(row["prompt"], list)
         counts["too_long"] += not record["text"]
-        candidates = []  # (completion, logp, tokens, how it ended, source)
+        found = []  # (completion, logp, tokens, how it ended, ids, source)
         seen = set()
-        for text, logp, num_tokens, end in zip(
-            record["text"], record["logp"], record["num_tokens"], record["end"], strict=True
+        for text, logp, num_tokens, end, token_ids in zip(
+            *(record[key] for key in ("text", "logp", "num_tokens", "end", "token_ids")), strict=True
         ):
             counts.update(["candidates", end])
             counts["tokens"] += num_tokens
             counts["empty"] += not text.strip()
             counts["duplicate"] += bool(text.strip()) and text in seen
-            if (not text.strip() and not keep_empty) or (text in seen and not config.keep_duplicates):
-                continue
             seen.add(text)
-            completion = [{"role": "assistant", "content": text}] if as_messages else text
-            candidates.append((completion, logp, num_tokens, end, "sampled"))
-        for column in mix_in:
-            for answer in mixed_in(row, column):
-                if config.keep_duplicates or answer not in [candidate[0] for candidate in candidates]:
-                    candidates.append((answer, None, None, None, column))
+            if text.strip() or keep_empty:
+                completion = [{"role": "assistant", "content": text}] if as_messages else text
+                found.append((completion, logp, num_tokens, end, token_ids, "sampled"))
+        found += [(answer, None, None, None, None, column) for column in mix_in for answer in mixed_in(row, column)]
+        candidates = found if config.keep_duplicates else _without_duplicates(found)
         counts["without"] += not candidates and bool(record["text"])
         if candidates:
-            names = ("completions", "logps", "num_tokens", "ends", "sources")
+            names = ("completions", "logps", "num_tokens", "ends", "token_ids", "sources")
             assembled.append({**row, **dict(zip(names, map(list, zip(*candidates, strict=True)), strict=True))})
     total = max(counts["candidates"], 1)
     if not assembled:
@@ -1073,6 +1079,18 @@ def _assemble(
         dtype=dtype,
     )
     return assembled, report
+
+
+def _without_duplicates(candidates: list[tuple]) -> list[tuple]:
+    """The first of equal completions, which counts as cut by its length only if all of them were."""
+    kept: list[tuple] = []
+    for candidate in candidates:
+        place = next((place for place, other in enumerate(kept) if other[0] == candidate[0]), None)
+        if place is None:
+            kept.append(candidate)
+        elif kept[place][3] == "length":
+            kept[place] = (*kept[place][:3], candidate[3], *kept[place][4:])
+    return kept
 
 
 def _as_answers(value: Any) -> list:

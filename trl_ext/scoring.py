@@ -52,7 +52,7 @@ from transformers.utils import find_adapter_config_file
 
 from ._trl import _tokenize
 from .data import REMEDIES as ROW_REMEDIES
-from .data import RowError, _check_number, _check_text, template_kwargs
+from .data import RowError, _check_number, _check_text, template_kwargs, without_end
 from .machines import from_all, wait_as_long_as_it_takes
 from .safety import UnsafeFileError, explain_remote_code, weights_only
 from .sampling import file_digest, model_fingerprint, process_state, read_sealed, sealed, write_atomically
@@ -60,7 +60,9 @@ from .sampling import file_digest, model_fingerprint, process_state, read_sealed
 logger = logging.getLogger(__name__)
 
 # columns with one value per candidate; all others belong to the prompt
-CANDIDATE_COLUMNS = ("completions", "completion_ids", "logps", "num_tokens", "ends", "sources", "scores")
+CANDIDATE_COLUMNS = (
+    "completions", "completion_ids", "token_ids", "logps", "num_tokens", "ends", "sources", "scores",
+)  # fmt: skip
 # what can be wrong with a candidate row, beyond what can be wrong with other rows
 REMEDIES = {
     **ROW_REMEDIES,
@@ -80,7 +82,7 @@ DEFAULT_LABELS = ("A", "B")
 
 
 # what TRL's trainers give a reward function beside the columns of the dataset
-TRL_REWARD_ARGUMENTS = ("completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+TRL_REWARD_ARGUMENTS = ("trainer_state", "log_extra", "log_metric", "environments")
 
 
 class ScoringError(ValueError):
@@ -463,7 +465,9 @@ class RewardModelScorer:
         places = [(index, number) for index, row in enumerate(rows) for number in range(len(row["completions"]))]
         sequences = []
         for index, number in places:
-            ids = self._token_ids(rows[index], rows[index]["completions"][number])
+            ends = rows[index].get("ends")
+            is_cut = ends is not None and ends[number] == "length"
+            ids = self._token_ids(rows[index], rows[index]["completions"][number], is_cut)
             sequences.append(_cut_left(ids, self.max_length, self.tokenizer))
             self.counts["completions"] += 1
             if len(sequences[-1]) < len(ids):
@@ -483,11 +487,14 @@ class RewardModelScorer:
                 scores[index][number] = logit
         return scores
 
-    def _token_ids(self, row: Mapping[str, Any], completion: str | list) -> list[int]:
+    def _token_ids(self, row: Mapping[str, Any], completion: str | list, is_cut: bool = False) -> list[int]:
+        """Prompt and completion as in training: without an end token where the completion was cut by its length."""
         if isinstance(completion, list):
-            return _tokenize(self.tokenizer, row["prompt"] + completion, **template_kwargs(row))["input_ids"]
-        end = self.tokenizer.eos_token or ""
-        return _tokenize(self.tokenizer, row["prompt"] + completion.removesuffix(end) + end)["input_ids"]
+            ids = _tokenize(self.tokenizer, row["prompt"] + completion, **template_kwargs(row))["input_ids"]
+        else:
+            end = self.tokenizer.eos_token or ""
+            ids = _tokenize(self.tokenizer, row["prompt"] + completion.removesuffix(end) + end)["input_ids"]
+        return without_end(ids, self.tokenizer) if is_cut else ids
 
 
 def _read_reward_model(path: str, max_length: int | None, **kwargs) -> tuple:
@@ -898,7 +905,7 @@ def _check_row(row: Mapping[str, Any]) -> None:
         if not isinstance(completion, type(prompt)):
             form = type(prompt).__name__
             raise RowError("mixed", column, f"is {type(completion).__name__} while 'prompt' is {form}")
-    for column in ("completion_ids", "logps", "num_tokens", "ends", "sources"):
+    for column in ("completion_ids", "token_ids", "logps", "num_tokens", "ends", "sources"):
         values = row.get(column)
         if values is not None and (not isinstance(values, list) or len(values) != len(completions)):
             given = f"{len(values)} entries" if isinstance(values, list) else type(values).__name__
@@ -1280,9 +1287,9 @@ def _open_scores(folder: Path, rows: list, scorers: Sequence[Scorer], batch_size
     """The subfolder for the scores of these rows by these scorers; the same on all processes."""
     state, place = process_state(), None
     if state.is_main_process:
+        of_completions = ("prompt", "completions", "completion_ids", "ends")
         said_to_scorers = [
-            {k: v for k, v in row.items() if k in ("prompt", "completions", "completion_ids") or _belongs_to_prompt(k)}
-            for row in rows
+            {k: v for k, v in row.items() if k in of_completions or _belongs_to_prompt(k)} for row in rows
         ]
         who = [
             [type(scorer).__name__, scorer.name, *(getattr(scorer, key, None) for key in ("spec", "identity"))]
@@ -1321,18 +1328,24 @@ def _scores_file(place: Path, number: int) -> Path:
     return place / f"{number:05d}.json"
 
 
-def reward_functions(scorers: Sequence[Scorer]) -> list[Callable]:
+def reward_functions(scorers: Sequence[Scorer], is_cut: Callable[[list[int]], bool]) -> list[Callable]:
     """
     Scorers as reward functions of the kind TRL's `RLOOTrainer` and `GRPOTrainer` take: what a scorer reads is what it
     reads here, wherever it is used. A function gets the columns that [`FunctionScorer`] gives it, and needs no
     `**kwargs`.
+
+    Args:
+        scorers (`Sequence[Scorer]`): one or several.
+        is_cut (`Callable`): tells of a completion's token ids whether it was ended by its length alone. A reward model
+            then reads it without an end token.
     """
-    return [_reward_function(scorer) for scorer in scorers]
+    return [_reward_function(scorer, is_cut) for scorer in scorers]
 
 
-def _reward_function(scorer: Scorer) -> Callable:
-    def reward(prompts, completions, **columns):
+def _reward_function(scorer: Scorer, is_cut: Callable[[list[int]], bool]) -> Callable:
+    def reward(prompts, completions, completion_ids, **columns):
         kept = {name: values for name, values in columns.items() if name not in TRL_REWARD_ARGUMENTS}
+        kept["ends"] = [["length" if is_cut(ids) else "stop"] for ids in completion_ids]
         rows = [
             {"prompt": prompt, "completions": [completion], **{name: values[index] for name, values in kept.items()}}
             for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))

@@ -44,39 +44,25 @@ from .cli import (
     use_all_cpu_cores,
 )
 from .data import RowError, RowOptions, check_features, parse_row, prepare_row, refusal
-from .evaluation import answer_logps
+from .evaluation_stage import evaluation_stage
 from .intervals import TIE_RULE
+from .jsonl import as_jsonl, read_jsonl
 from .load import refuse_unless_json
 from .machines import from_all
 from .reference import refuse_fsdp
-from .rounds import (
-    as_jsonl,
-    change,
-    format_change,
-    format_wins,
-    merged_model,
-    read_jsonl,
-    set_apart,
-    wins_over,
-    write_jsonl,
-)
+from .rounds import change, format_change, format_wins, merged_model, set_apart, wins_over
 from .sampling import (
-    SamplingConfig,
     context_window,
     load_tokenizer,
     model_fingerprint,
     prompt_key,
     prompt_token_ids,
-    sample_candidates,
     write_atomically,
 )
-from .scoring import as_text, build_scorers, check_scorers, score_rows
+from .scoring import check_scorers
 from .spin_config import BY_ITERATION, SPINConfig
+from .spin_pairs import TEMPLATE_COLUMNS, generate_stage
 from .stages import MARK, Run, all_processes, settings_of, start_afresh
-
-# columns that go to the chat template
-TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
-
 
 # Rows
 
@@ -187,45 +173,6 @@ def _split(messages: Any, first_turn_only: bool) -> tuple[list, list]:
 # Stages
 
 
-def generate_stage(folder: Path, *, model: Path, rows: Path, config: SamplingConfig, load: dict) -> dict[str, Any]:
-    """
-    The opponent's answer to every prompt. `pairs.jsonl`: `prompt`, `chosen` (the real answer) and `rejected` (the
-    generated one), without those that are empty or equal the real one. An answer of `max_new_tokens` is marked as cut
-    (`rejected_is_cut`), so that the end it did not come to is not trained away.
-    """
-    answered, report = sample_candidates(
-        model, read_jsonl(rows), config, folder, keep_empty=True, desc="Generating answers", **load
-    )
-    PartialState().print(str(report))
-    pairs, num_empty, num_equal = [], 0, 0
-    for row in answered:
-        real, generated = row["completion"], row["completions"][0]
-        if not as_text(generated).strip():
-            num_empty += 1
-        elif _same(real, generated):
-            num_equal += 1
-        else:
-            kept = {key: row[key] for key in ("prompt", *TEMPLATE_COLUMNS) if key in row}
-            is_cut = row["ends"][0] == "length"
-            pairs.append({**kept, "chosen": real, "rejected": generated, "rejected_is_cut": is_cut})
-    if not pairs:
-        raise ValueError(
-            f"Of {len(answered)} generated answers {num_equal} equal the real one and {num_empty} are empty, so there "
-            "is nothing to tell apart. A model that repeats its data has nothing to learn from it: use other rows, or "
-            "take the model as it is."
-        )
-    write_jsonl(folder / "pairs.jsonl", pairs)
-    PartialState().print(f"{len(pairs)} pairs; left out: {num_equal} equal to the real answer, {num_empty} empty")
-    return {
-        "num_prompts": len(answered),
-        "num_pairs": len(pairs),
-        "equal": num_equal / len(answered),
-        "empty": num_empty / len(answered),
-        "truncated": report.truncated,
-        "length": report.mean_tokens,
-    }
-
-
 def train_stage(
     folder: Path,
     *,
@@ -275,86 +222,10 @@ def train_stage(
     return figures  # without `trainer.end()`: the stage itself still has to wait for all processes
 
 
-def evaluate_stage(
-    folder: Path,
-    *,
-    model: Path,
-    rows: Path,
-    config: SamplingConfig,
-    rewards: Sequence[str],
-    scorer_options: dict,
-    load: dict,
-    batch_size: int,
-    max_length: int | None,
-    opponent: Path | None = None,
-) -> dict[str, Any]:
-    """
-    A model on the watched rows: `answers.jsonl`, one row each.
-
-    `opponent` is that file of the opponent. The margin is, in nats, how much more likely the model finds the real
-    answer than the opponent does, less the same for the opponent's own answer: h of the loss, on rows it was not
-    trained on, where the opponent's answer is not the real one.
-    """
-    asked = [{**row, "_number": number} for number, row in enumerate(read_jsonl(rows))]
-    answered, report = sample_candidates(
-        model, asked, config, folder, keep_empty=True, desc="Answering watched prompts", **load
-    )
-    before = {one["number"]: one for one in read_jsonl(opponent)} if opponent is not None else {}
-    answers = [
-        {
-            "number": row["_number"],
-            "prompt": row["prompt"],
-            "answer": row["completions"][0],
-            "is_cut": row["ends"][0] == "length",
-            "real": row["completion"],
-            "equal": _same(row["completion"], row["completions"][0]),
-        }
-        for row in answered
-    ]
-    compared = []
-    for row, one in zip(answered, answers, strict=True):
-        theirs = [before[one["number"]]] if before else []
-        completions = [one["real"], one["answer"], *(then["answer"] for then in theirs)]
-        are_cut = [False, one["is_cut"], *(then["is_cut"] for then in theirs)]
-        compared.append({**row, "completions": completions, "are_cut": are_cut})
-    loading = {**load["model_init_kwargs"], "trust_remote_code": load["trust_remote_code"], "max_length": max_length}
-    for one, found in zip(answers, answer_logps(model, compared, batch_size=batch_size, **loading), strict=True):
-        one["real_logp"], one["real_tokens"] = found[0]
-        one["logp"], one["num_tokens"] = found[1]
-        if before:
-            then = before[one["number"]]
-            one["margin"] = (one["real_logp"] - then["real_logp"]) - (found[2][0] - then["logp"])
-    if rewards:
-        scored = score_rows(answered, build_scorers(rewards, **scorer_options), folder=folder / "scores")
-        for one, row in zip(answers, scored, strict=True):
-            one["reward"] = row["scores"][0]
-    write_jsonl(folder / "answers.jsonl", answers)
-    figures = {
-        "nll": -sum(one["real_logp"] for one in answers) / sum(one["real_tokens"] for one in answers),
-        "real_logp": fmean(one["real_logp"] for one in answers),
-        "equal": fmean(one["equal"] for one in answers),
-        "length": fmean(one["num_tokens"] for one in answers),
-        "real_length": fmean(one["real_tokens"] for one in answers),
-        "truncated": report.truncated,
-        "num_answers": len(answers),
-    }
-    margins = [one["margin"] for one in answers if before and not before[one["number"]]["equal"]]
-    if margins:  # as in training, where answers equal to the real one make no pair
-        figures["margin"] = fmean(margins)
-        figures["margin_accuracy"] = fmean(margin > 0 for margin in margins)
-    if rewards:
-        figures["reward"] = fmean(one["reward"] for one in answers)
-    return figures
-
-
 def as_dataset(rows: Sequence[dict]) -> Dataset:
     """Rows of which some have a column that others lack; `Dataset.from_list` would take the first row's columns."""
     columns = dict.fromkeys(column for row in rows for column in row)
     return Dataset.from_list([{column: row.get(column) for column in columns} for row in rows])
-
-
-def _same(real: str | list, generated: str | list) -> bool:
-    return as_text(real).strip() == as_text(generated).strip()
 
 
 # The loop
@@ -515,17 +386,18 @@ class SelfPlay:
         """Let a model answer the watched prompts; its figures are kept as `name`. `opponent` was evaluated before."""
         if not self.watched:
             return {}
-        inputs = {"model": Path(model), "rows": self.run.path("rows", "watched.jsonl")}
+        inputs = {"model": Path(model), "prompts": self.run.path("rows", "watched.jsonl")}
         if opponent is not None:
             inputs["opponent"] = self._answers_file(opponent)
         self.figures[name] = self.run.stage(
             f"{name}/evaluation",
-            evaluate_stage,
+            evaluation_stage,
             inputs=inputs,
             config=self.config.sampling(),  # the same random numbers for every model: what differs is the model
             rewards=self.config.rewards or (),
             scorer_options=self.config.scorer_options(),
             load=self._load,
+            real="completion",
             batch_size=self.config.per_device_eval_batch_size,
             max_length=self.config.max_length,
         )
@@ -595,7 +467,7 @@ class SelfPlay:
         names = [name for name in self.figures if name not in controls]
         answers = {name: {one["number"]: one for one in read_jsonl(self._answers_file(name))} for name in self.figures}
         first, console = answers["start"], Console(width=max(110, 34 + 19 * len(names)))
-        table = Table(title=f"{len(first)} held-out prompts, one sampled answer each", title_justify="left")
+        table = Table(title=f"{len(first)} held-out prompts, one answer each at temperature 1", title_justify="left")
         table.add_column("", no_wrap=True)
         for name in names:
             called = self.start_name if name == "start" else name.replace("iteration-", "SPIN iteration ")

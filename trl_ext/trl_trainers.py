@@ -244,7 +244,7 @@ class RLOOTrainer(ResumableTrainer, trl.RLOOTrainer):
         with explain_remote_code(), weights_only():
             super().__init__(
                 model=model,
-                reward_funcs=reward_functions(scorers),
+                reward_funcs=reward_functions(scorers, lambda ids: ids[-1] not in self.eos_token_ids),
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,

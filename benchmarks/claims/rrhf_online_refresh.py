@@ -34,17 +34,10 @@ from on_playground import RECIPES, compare, settings
 from trl_ext.comparison import train_stage
 from trl_ext.comparison_config import METHODS
 from trl_ext.evaluation import answer_logps
+from trl_ext.evaluation_stage import evaluation_stage
+from trl_ext.jsonl import read_jsonl, write_jsonl
 from trl_ext.playground import TONES, friendly_number_reward
-from trl_ext.rounds import (
-    RoundsConfig,
-    evaluation_stage,
-    rank_stage,
-    read_jsonl,
-    replaced,
-    reward_hacking,
-    sample_stage,
-    write_jsonl,
-)
+from trl_ext.rounds import RoundsConfig, rank_stage, replaced, reward_hacking, sample_stage
 from trl_ext.sampling import SamplingConfig
 
 RUNS = {"online": "online", "online_kl": "online with KL", "offline": "offline"}
@@ -92,7 +85,7 @@ def run_stage(
     ranking: RoundsConfig,
     recipe: Path,
     values: dict[str, Any],
-    load: dict[str, Any],
+    evaluation: dict[str, Any],
 ) -> dict[str, Any]:
     """
     One of the three runs from its first refresh to its last, a stage.
@@ -100,7 +93,7 @@ def run_stage(
     Args:
         model, prompts, watched (`Path`): the SFT model, the prompts to train on, and those to watch it with.
         kind (`str`), of_claim (`dict`): of `RUNS`, and `REFRESHING`.
-        sampling, ranking, recipe, values, load: of the comparison; `ranking` with the proxy as the reward.
+        sampling, ranking, recipe, values, evaluation: of the comparison; with the proxy as the reward.
 
     Returns:
         `dict`: `"figures"` of the SFT model and of that after each refresh; `"stopped"`, the refresh after which the
@@ -116,10 +109,7 @@ def run_stage(
         """Figures of a model, the judge's score by prompt, and some answers."""
         here = folder / f"{number}/evaluation"
         here.mkdir(parents=True, exist_ok=True)
-        one_each = replaced(sampling, num_candidates=1, keep_duplicates=True)
-        figures = evaluation_stage(
-            here, model=of, prompts=asked, config=one_each, ranking=ranking, perplexity_model=str(model), load=load
-        )
+        figures = evaluation_stage(here, model=of, prompts=asked, **evaluation)
         answers = read_jsonl(here / "answers.jsonl")
         rewards = friendly_number_reward([one["answer"] for one in answers], [right[one["prompt"]] for one in answers])
         judged = {one["number"]: one["judge"] for one in answers}
@@ -132,6 +122,7 @@ def run_stage(
         for part in ("candidates", "ranked"):
             (here / part).mkdir(parents=True, exist_ok=True)
         turn = rows[start : start + share]
+        load = evaluation["load"]
         sample_stage(here / "candidates", model=of, prompts=turn, config=config, mix_in=(), load=load)
         file = here / "candidates" / "candidates.jsonl"
         rank_stage(here / "ranked", candidates=file, config=ranking, seed=values["seed"], min_completions=1)
@@ -169,6 +160,7 @@ def run(seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     """
     game, of_claim = compare(seed, settings).game, settings["refreshing"]
     rounds, result = game.rounds, {"rows": [], "stopped": {}, "examples": {}}
+    rewards = [f"{Path(__file__).stem}:{proxy.__name__}"]
     for name in RUNS:
         found = rounds.run.stage(
             f"rrhf/refresh-{name}",
@@ -178,10 +170,10 @@ def run(seed: int, settings: dict[str, Any]) -> dict[str, Any]:
             kind=name,
             of_claim=of_claim,
             sampling=replaced(rounds.sampling, num_candidates=of_claim["num_candidates"]),
-            ranking=replace(rounds.config, rewards=[f"{Path(__file__).stem}:{proxy.__name__}"]),
+            ranking=replace(rounds.config, rewards=rewards),
             recipe=RECIPES / "rrhf.py",
             values=game.values_for("rrhf", METHODS["rrhf"], updates=of_claim["updates"], answers=1),
-            load=rounds.load,
+            evaluation={**rounds.evaluation_settings(), "rewards": rewards},
         )
         result["rows"] += [row_of(name, refresh, figures) for refresh, figures in enumerate(found["figures"])]
         result["stopped"][name], result["examples"][name] = found["stopped"], found["examples"]

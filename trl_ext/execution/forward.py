@@ -98,7 +98,7 @@ def add_kl_head(model: PreTrainedModel, reference_head: Callable[[], nn.Module] 
             Returns the reference's LM head. `None` for the reference itself.
     """
     fused_forward = model.forward
-    logit_transform = _logit_transform(model.config.get_text_config())
+    transform = logit_transform(model.config.get_text_config())
 
     def forward(self, *args, hidden_mask=None, reference_hidden=None, **kwargs):
         if hidden_mask is None:
@@ -131,8 +131,8 @@ def add_kl_head(model: PreTrainedModel, reference_head: Callable[[], nn.Module] 
             _whole(frozen_head.bias),
             1.0,  # beta: KL(student || teacher)
             1.0,  # temperature
-            *logit_transform,
-            *logit_transform,  # the reference is the same architecture
+            *transform,
+            *transform,  # the reference is the same architecture
         )
         return outputs
 
@@ -144,7 +144,7 @@ def _whole(parameter: torch.Tensor | None) -> torch.Tensor | None:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
-def _logit_transform(text_config) -> tuple[float, float | None]:
+def logit_transform(text_config) -> tuple[float, float | None]:
     """
     What an architecture does to its logits after the LM head: a factor, and a soft cap or `None`.
 
