@@ -40,11 +40,9 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    from trl_ext.cli import use_all_cpu_cores
     from trl_ext.playground import byte_level_tokenizer
     from trl_ext.sampling import SamplingConfig, sample_candidates
 
-    use_all_cpu_cores()
     logging.disable_progress_bar()
     directory = tempfile.TemporaryDirectory()
     model = make_model(options.model)

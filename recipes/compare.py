@@ -22,7 +22,7 @@ interruption, or to add methods: the same command and `--resume_from_checkpoint 
 import sys
 from pathlib import Path
 
-from trl_ext.cli import given_options, is_playground, run_recipe, use_all_cpu_cores
+from trl_ext.cli import given_options, is_playground, run_recipe
 
 DATACLASSES = (
     "trl.ScriptArguments",
@@ -40,7 +40,6 @@ def main(arguments):
 
     parsed = parse_comparison_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
     given = given_options(arguments, PLAYGROUND_CONFIG if is_playground(*parsed) else None)
-    use_all_cpu_cores()
     if has_failed(compare(parsed, Path(__file__).parent, given)):
         sys.exit(
             "Some methods failed; their reasons are in the report. Mend what they name and add "

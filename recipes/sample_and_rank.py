@@ -20,7 +20,6 @@ from trl_ext.cli import (
     parse_args,
     refuse_all_but,
     run_recipe,
-    use_all_cpu_cores,
     with_config_apart,
 )
 from trl_ext.load import load_prompts
@@ -49,7 +48,6 @@ def main(arguments):
     if model_args.model_name_or_path is None or (script_args.dataset_name is None and not dataset_args.datasets):
         raise ValueError("Set `--model_name_or_path` and `--dataset_name`: who answers, and to what.")
     refuse_all_but(USED, script_args, model_args, dataset_args)
-    use_all_cpu_cores()
     state, folder = all_processes(), Path(config.output_dir)
     model = local_model(model_args, trust_remote_code=config.trust_remote_code)
     with state.main_process_first():

@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 
 from .load import _load_file, load_datasets, load_prompts  # noqa: F401
 from .safety import WIDER_THAN_DECLARED, has_type, list_items, maybe_meant, shown_hint
+from .threads import settle_threads
 
 
 def imported(dataclass_types: Sequence[str | type]) -> tuple[type, ...]:
@@ -314,6 +315,9 @@ def run_recipe(
     if dataclass_types and asks_for_help(sys.argv[1:]):
         _print_help(dataclass_types, docstring or "")
         return
+    threads = settle_threads()
+    if os.environ.get("RANK", "0") == "0":
+        print(f"CPU threads of each process: {threads} (OMP_NUM_THREADS)", flush=True)
     from .faults import end_with_launcher, on_sigterm
 
     exit_codes: list[int] = []
@@ -355,22 +359,6 @@ def _print_help(dataclass_types: Sequence[str], docstring: str) -> None:
         print(recipe_help(os.path.basename(sys.argv[0]), docstring, dataclass_types), end="", flush=True)
     except BrokenPipeError:  # whoever reads it has seen enough, as `head` has; the interpreter flushes once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def use_all_cpu_cores() -> None:
-    """
-    On a machine without accelerator, let each process of this node use its share of the cores.
-
-    `accelerate launch` without a config sets OMP_NUM_THREADS=1, which leaves the other cores idle. Whoever sets
-    `--num_cpu_threads_per_process` themselves to something else is left alone.
-    """
-    import torch
-
-    if torch.accelerator.is_available() or torch.get_num_threads() > 1:
-        return
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(max(cores // processes, 1))
 
 
 # settings that change nothing about the results of a run, or may grow
@@ -482,7 +470,6 @@ def train_and_save(
     from .checkpoints import checkpoint_to_resume
     from .plots import plot_training_curves
 
-    use_all_cpu_cores()
     if output_dir is not None:
         use_for_stage(parsed, model=model, data=data, output_dir=output_dir)
     script_args, training_args, model_args, dataset_args, *_ = parsed

@@ -41,7 +41,6 @@ from .cli import (
     local_model,
     model_init_kwargs,
     run_settings,
-    use_all_cpu_cores,
 )
 from .data import RowError, RowOptions, check_features, parse_row, prepare_row, refusal
 from .evaluation_stage import evaluation_stage
@@ -190,7 +189,6 @@ def train_stage(
     """
     from .plots import SPIN_PANELS, plot_training_curves
 
-    use_all_cpu_cores()
     config = SPINConfig(**{**settings, "output_dir": str(folder), "resume_from_checkpoint": "true"})
     resume_from = checkpoint_to_resume(config)
     trainer = trainer_class(

@@ -37,6 +37,7 @@ from accelerate import PartialState
 from .faults import GO_ON, TERMINATED, on_sigterm, watched
 from .machines import from_all, refuse_unless_all_see, wait_as_long_as_it_takes
 from .sampling import file_digest, model_fingerprint, process_state, read_sealed, sealed, write_atomically
+from .threads import settle_threads
 
 PACKAGES = ("trl_ext", "trl", "transformers", "datasets", "peft", "accelerate", "deepspeed", "torch")
 # imported once by the server that the stages' processes are forked from
@@ -392,6 +393,7 @@ def _free_port() -> int:
 
 
 def _run_in_fresh_process(port: int, shards_models: bool, patience: float, job: tuple) -> int:
+    settle_threads()  # whose environment the server gets, and the stage
     # A server forks a process in no time, but must not have touched a GPU; so it is for CPUs only.
     on_cpu = process_state().device.type == "cpu"
     forks = on_cpu and "forkserver" in multiprocessing.get_all_start_methods()
@@ -451,9 +453,6 @@ def _stage_process(port, shards_models, patience, on_cpu, environment, *job) -> 
 
 
 def _run_stage(on_cpu, folder, name, run, function, arguments, hashes) -> None:
-    from .cli import use_all_cpu_cores
-
-    use_all_cpu_cores()
     folder, started = Path(folder), time.time()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).touch()

@@ -19,7 +19,7 @@ from claim import REPOSITORY, RUNS
 
 sys.path.insert(0, str(REPOSITORY))
 
-from trl_ext.cli import given_options, use_all_cpu_cores
+from trl_ext.cli import given_options
 from trl_ext.comparison import OneSeed, parse_comparison_args
 from trl_ext.comparison_results import MethodResult
 from trl_ext.playground import TONES
@@ -85,7 +85,6 @@ def compare(
         raise ValueError(f"The claim's values are not those of {PLAYGROUND.name}. Run it without changed settings.")
     arguments = arguments_of(seed, {**of_claim["methods"], **(on_pairs or {})}, folder)
     parsed = parse_comparison_args(recipe_dataclasses(RECIPES / "compare.py"), PLAYGROUND, arguments)
-    use_all_cpu_cores()
     game = OneSeed(parsed, RECIPES, seed, given_options(arguments, PLAYGROUND))
     for name in on_pairs or ():
         game.methods[name] = dataclasses.replace(game.methods[name], data="pairs")
