@@ -1,5 +1,5 @@
 """
-What every recipe reaches on the playground: its shipped config, run as `accelerate launch recipes/NAME.py` runs it.
+What every recipe reaches on the playground: its shipped config, run as without options.
 
     python benchmarks/playground.py                                    # what has no row yet
     python benchmarks/playground.py --recipes slic rrhf --seeds 1 2 3  # of these

@@ -45,7 +45,7 @@ SHARING = HERE + "test_playgrounds_that_share_their_sampling"
 
 # run as printed; by which test. The playgrounds get an `--output_dir` of their own, and nothing else but what is said.
 RUN = {
-    "accelerate launch recipes/slic.py": PLAYGROUNDS + "[slic]",
+    "accelerate launch recipes/slic.py": "tests/test_playground_figures.py::test_the_first_command_ranks",
     "accelerate launch recipes/rrhf.py": PLAYGROUNDS + "[rrhf]",
     "accelerate launch recipes/train_click.py": PLAYGROUNDS + "[train_click]",
     "accelerate launch recipes/rl.py": PLAYGROUNDS + "[rl]",
@@ -91,6 +91,8 @@ NOT_RUN = {
     'python tests/run_against.py 1.16.0 -m "not slow and not matrix" tests/test_trl_canary.py': AGAINST,
     "python tests/run_against.py --free transformers --free accelerate newest": AGAINST,
     "python benchmarks/fit_cost_model.py": MEASURES,
+    "python benchmarks/playground.py": MEASURES,
+    "python benchmarks/playground.py --recipes slic rrhf --seeds 1 2 3": MEASURES,
     "python benchmarks/long_context.py --budget_gib 4": MEASURES,
     "python benchmarks/long_context.py --budget_gib 1 --answer 64 --max_completions_per_forward 0": MEASURES,
     "python benchmarks/prefix_sharing_memory.py": MEASURES,

@@ -378,7 +378,7 @@ def test_real_preference_data(tmp_path, model_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["slic", "rrhf", "train_click", "rl"])
+@pytest.mark.parametrize("recipe", ["rrhf", "train_click", "rl"])
 def test_playgrounds_as_the_readme_has_them(recipe, tmp_path):
     output = tmp_path / "playground"
     script = str(REPOSITORY / "recipes" / f"{recipe}.py")
