@@ -31,7 +31,7 @@ import slic_beats_sft
 import slic_regulariser
 import spin_gains
 import summary
-from claim import Claim, Expectation, judge, main
+from claim import TEXTS, Claim, Expectation, judge, main
 
 FOLDER = REPOSITORY / "benchmarks" / "claims"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.py") if "\nCLAIM = " in file.read_text())
@@ -49,6 +49,7 @@ def small_claim(run=None, **changes) -> Claim:
         run=run or (lambda seed, settings: {"rows": [{"value": seed * settings["factor"]}]}),
         draw=lambda results, path: path.write_text(str(results)),
         expectations=[Expectation("small", lambda result: result["rows"][0]["value"], below=10)],
+        decided_by="The factor.",
     )
     return dataclasses.replace(claim, **changes)
 
@@ -97,6 +98,8 @@ def test_the_outcome_is_written_whichever_way(tmp_path):
     page = summary.readme(tmp_path / "results")
     assert "- [small](#small): over: 4 [-0.9683, 8.968], expected above 100" in page
     assert "**Open**: nothing." in page
+    assert "| over | above 100 | 2, 4, 6 | 4 [-0.9683, 8.968] | **did not come true** |" in page
+    assert "**What decided.** The factor." in page and "Rows older" not in page
     assert "| [small](#small): Seeds are small | 1 | 1 | 0 |  |" in page
 
 
@@ -153,7 +156,7 @@ def test_the_committed_outcome_is_of_the_committed_script(name):
     assert claim.name == name
     assert (FOLDER / "results" / f"{name}.png").stat().st_size > 10_000
     written = json.loads((FOLDER / "results" / f"{name}.json").read_text())
-    for part in ("title", "source", "paper", "known_beforehand", "remarks"):
+    for part in TEXTS:
         assert written[part] == getattr(claim, part), part
     assert written["settings"] == json.loads(json.dumps(claim.settings))
     assert written["seeds"] == list(claim.seeds)
@@ -234,6 +237,23 @@ def test_a_claim_on_the_playground_runs_as_it_is(tmp_path, monkeypatch):
 
 def test_no_outcome_is_left_of_a_script_that_is_gone():
     assert sorted({file.stem for file in (FOLDER / "results").iterdir()}) == NAMES
+
+
+def test_chance_is_said_of_all_expectations():
+    count = sum(len(importlib.import_module(name).CLAIM.expectations) for name in NAMES)
+    page = " ".join((FOLDER / "README.md").read_text().split())
+    assert f"Of the {count} expectations here chance alone would miss about {0.05 * count:.0f}," in page
+
+
+def test_orpos_weight_on_the_page_is_that_of_its_runs():
+    settings = dpo_displacement.CLAIM.settings["playground"]["settings"]
+    assert f"λ = {settings['orpo']['beta']:g}" in (FOLDER / "README.md").read_text()
+    assert f"lambda = {settings['orpo']['beta']:g}" in dpo_displacement.CLAIM.decided_by
+
+
+def test_the_seed_that_values_were_chosen_with_is_in_no_table():
+    assert "tried with seed 42" in " ".join(on_playground.PLAYGROUND.read_text().replace("#", "").split())
+    assert not any(42 in importlib.import_module(name).CLAIM.seeds for name in NAMES)
 
 
 def test_the_readme_is_what_summary_would_write():
@@ -330,9 +350,9 @@ def test_the_committed_rows_repeat_the_outcome():
 
 def test_shares_of_wins_by_hand():
     shares = on_playground.compared([1.0, 0.5, 0.5, 0.0, 0.9], [0.0, 0.5, 0.6, 0.0, 0.8])
-    assert shares == pytest.approx({"won": 0.4, "tied": 0.4, "lost": 0.2, "decided": 2 / 3, "ties_half": 0.6})
-    assert on_playground.compared([0.5], [0.5])["decided"] == 0.5
-    with pytest.raises(ValueError, match="shorter"):
+    assert shares == pytest.approx({"won": 0.4, "tied": 0.4, "lost": 0.2, "win_rate": 0.6})
+    assert on_playground.compared([0.5], [0.5])["win_rate"] == 0.5
+    with pytest.raises(ValueError, match="make no pairs"):
         on_playground.compared([1.0, 0.5], [1.0])
 
 
@@ -352,7 +372,7 @@ def test_broken_words_by_hand():
 
 def test_measures_of_slic_by_hand():
     rewards = {"sft": 0.4, "best_of_n": 0.5, "slic_direct": 0.8, "slic_sample_rank": 0.7}
-    result = {"rows": [{"method": method, "decided_reference": share} for method, share in rewards.items()]}
+    result = {"rows": [{"method": method, "win_rate_reference": share} for method, share in rewards.items()]}
     assert slic_beats_sft.worse_slic_over_best_of_n(result) == pytest.approx(0.2)
     assert slic_beats_sft.difference("slic_direct", "sft")(result) == pytest.approx(0.4)
 
@@ -362,7 +382,15 @@ def test_measures_of_slic_by_hand():
     assert slic_regulariser.smallest_fall("reward", 0.1, 1.0, 10.0)(result) == pytest.approx(0.15)
     assert slic_regulariser.smallest_fall("reward", 0.0, 0.01, 0.1)(result) == pytest.approx(-0.25)
     assert slic_regulariser.zero_over_the_best_other(result) == pytest.approx(-0.05)
-    assert slic_regulariser.gain_left(result) == pytest.approx(0.25)
+    assert slic_regulariser.gain_left(result) == pytest.approx(0.1 / 0.45)
+
+
+def test_the_gain_left_is_defined_where_lambda_0_loses_reward():
+    figures = {"SFT": 0.5, 0.0: 0.3, 0.01: 0.5, 0.1: 0.9, 1.0: 0.8, 10.0: 0.6}
+    rows = [{"reg_weight": weight, "reward": reward} for weight, reward in figures.items()]
+    assert slic_regulariser.gain_left({"rows": rows}) == pytest.approx(0.25)
+    rows = [{"reg_weight": weight, "reward": 0.9} for weight in figures]
+    assert math.isnan(slic_regulariser.gain_left({"rows": rows}))  # none gains: `main` refuses to judge it
 
 
 # --- what the claims on the playground measure

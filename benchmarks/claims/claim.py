@@ -15,7 +15,6 @@ import argparse
 import csv
 import json
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import REPOSITORY, circumstances
 from summary import CAME_TRUE, DID_NOT, OPEN
 
+from trl_ext.intervals import mean
 from trl_ext.sampling import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
@@ -60,7 +60,10 @@ class Claim:
         run (`Callable`): seed and settings to a result, in JSON's types; its "rows", alike dicts, go to the .csv.
         draw (`Callable`): the results by seed, drawn to a path.
         expectations (`Sequence[Expectation]`): fixed before the run.
+        decided_by (`str`): the settings that decided an outcome, and whose choice they were.
         known_beforehand, remarks (`str`): why the outcome was no prediction, if it was none; what to say about it.
+        rows_are_older (`str`): set where the code has changed since the rows were made: what changed, and whether it
+            can have touched them.
     """
 
     name: str
@@ -72,8 +75,14 @@ class Claim:
     run: Callable[[int, dict[str, Any]], dict[str, Any]]
     draw: Callable[[dict[int, dict[str, Any]], Path], None]
     expectations: Sequence[Expectation]
+    decided_by: str
     known_beforehand: str = ""
     remarks: str = ""
+    rows_are_older: str = ""
+
+
+# what the outcome repeats of its claim
+TEXTS = ("title", "source", "paper", "decided_by", "known_beforehand", "remarks", "rows_are_older")
 
 
 def judge(values: Sequence[float], above: float | None, below: float | None) -> dict[str, Any]:
@@ -81,16 +90,13 @@ def judge(values: Sequence[float], above: float | None, below: float | None) -> 
     Mean over the seeds, its 95 % interval (Student's t; none for a single seed), and the outcome: "came true" if the
     interval lies within the bounds, "did not come true" if it lies outside, "open" if a bound cuts it.
     """
-    mean = statistics.fmean(values)
+    found = mean(values)
     if len(values) < 2:
-        return {"mean": mean, "interval": None, "outcome": OPEN}
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    low, high = mean - half, mean + half
+        return {"mean": found.value, "interval": None, "outcome": OPEN}
+    low, high = found.low, found.high
     least, most = -math.inf if above is None else above, math.inf if below is None else below
     outcome = CAME_TRUE if least < low and high < most else DID_NOT if high <= least or low >= most else OPEN
-    return {"mean": mean, "interval": [low, high], "outcome": outcome}
+    return {"mean": found.value, "interval": [low, high], "outcome": outcome}
 
 
 def result_of(claim: Claim, seed: int, folder: Path) -> dict[str, Any]:
@@ -135,7 +141,7 @@ def main(claim: Claim, argv: Sequence[str] | None = None, *, runs: Path = RUNS, 
         bounds = {"above": expectation.above, "below": expectation.below}
         outcomes.append({"text": expectation.text, **bounds, "values": values, **judge(values, **bounds)})
         print(f"{outcomes[-1]['outcome']:<18} {outcomes[-1]['mean']:.4g}  {expectation.text}")
-    outcome = {name: getattr(claim, name) for name in ("title", "source", "paper", "known_beforehand", "remarks")}
+    outcome = {name: getattr(claim, name) for name in TEXTS}
     outcome |= {"settings": claim.settings, "seeds": seeds, "seconds": sum(of["seconds"] for of in kept.values())}
     outcome |= {"made": circumstances(), "expectations": outcomes}
 

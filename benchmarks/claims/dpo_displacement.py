@@ -382,6 +382,11 @@ CLAIM = Claim(
         "grew all the same. SLiC-HF, ORPO and IPO kept them up too. Pairs that were not trained on show the same "
         "(rows `apart` of the csv)."
     ),
+    decided_by=(
+        "The kind of pairs, and beta: with the comparison's beta 1 sampled pairs show no displacement. ORPO ran with "
+        "lambda = 50 (`compare_playground.yaml`; 0.1 in `orpo_ultrafeedback.yaml`), SLiC-HF with a regulariser of "
+        "0.1, IPO with beta 0.1 on sums: what they do at their papers' values was not tried."
+    ),
 )
 
 if __name__ == "__main__":

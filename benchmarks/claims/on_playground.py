@@ -22,6 +22,7 @@ sys.path.insert(0, str(REPOSITORY))
 from trl_ext.cli import given_options
 from trl_ext.comparison import OneSeed, parse_comparison_args
 from trl_ext.comparison_results import MethodResult
+from trl_ext.intervals import wins
 from trl_ext.playground import TONES
 from trl_ext.recipe_help import recipe_dataclasses
 
@@ -104,20 +105,11 @@ def compared(scores: Sequence[float], others: Sequence[float]) -> dict[str, floa
     Prompt by prompt, how often the first answer has the higher score.
 
     Returns:
-        `dict`: shares of all prompts `"won"`, `"tied"` and `"lost"`; `"decided"`, wins among the prompts without a tie
-            (0.5 if there is none); `"ties_half"`, wins where a tie is half of one.
+        `dict`: shares of all prompts `"won"`, `"tied"` and `"lost"`, and the `"win_rate"`, where a tie is half a win.
     """
-    pairs = list(zip(scores, others, strict=True))
-    won = sum(one > other for one, other in pairs) / len(pairs)
-    lost = sum(one < other for one, other in pairs) / len(pairs)
-    tied = sum(one == other for one, other in pairs) / len(pairs)
-    return {
-        "won": won,
-        "tied": tied,
-        "lost": lost,
-        "decided": won / (won + lost) if won + lost else 0.5,
-        "ties_half": won + tied / 2,
-    }
+    found = wins(scores, others)
+    shares = {name: getattr(found, name) / found.num_pairs for name in ("won", "tied", "lost")}
+    return {**shares, "win_rate": found.rate}
 
 
 def broken(answers: Sequence[str]) -> float:

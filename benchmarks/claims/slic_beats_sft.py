@@ -18,8 +18,8 @@ for sample-rank, of which the figures beside ours are those with the best answer
 
 Otherwise than in the paper, the reward that decides a comparison is the playground's own, by which best-of-n and
 sample-rank are trained too, and no ranker learned from the pairs. It is exact. Two answers may be equally good, which
-the paper's ranker never says: shares are of the comparisons that were decided; those with ties as half a win stand
-beside them in the .csv. Answers are sampled at temperature 1, not searched for with beams.
+the paper's ranker never says: a tie is half a win, and the shares of ties stand in the .csv. Answers are sampled at
+temperature 1, not searched for with beams.
 """
 
 from collections.abc import Sequence
@@ -76,12 +76,12 @@ def figure_of(result: dict[str, Any], method: str, name: str) -> float:
     return next(row[name] for row in result["rows"] if row["method"] == method)
 
 
-def value(method: str, name: str = "decided_reference"):
+def value(method: str, name: str = "win_rate_reference"):
     """Measures a figure of a method."""
     return lambda result: figure_of(result, method, name)
 
 
-def difference(method: str, other: str, name: str = "decided_reference"):
+def difference(method: str, other: str, name: str = "win_rate_reference"):
     """Measures by how much a figure is larger for the first method."""
     return lambda result: figure_of(result, method, name) - figure_of(result, other, name)
 
@@ -96,8 +96,8 @@ def draw(results: dict[int, dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     panels = [
-        ("decided_reference", "wins over the task's own answer,\nshare of decided"),
-        ("decided_sft", "wins over the SFT model's answer,\nshare of decided"),
+        ("win_rate_reference", "wins over the task's own answer,\na tie is half a win"),
+        ("win_rate_sft", "wins over the SFT model's answer,\na tie is half a win"),
         ("broken", 'answers with a broken word,\nsuch as "glay", share'),
         ("tokens", "length of an answer,\ntokens"),
     ]
@@ -106,16 +106,16 @@ def draw(results: dict[int, dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(1, len(panels), figsize=(15, 4), sharey=True, layout="constrained")
     for axis, (name, title) in zip(axes, panels, strict=True):
         values = {method: [figure_of(result, method, name) for result in results.values()] for method in PAPER}
-        if name == "decided_sft":
+        if name == "win_rate_sft":
             del values["sft"]
         for method, of_seeds in values.items():
             colour, place = colours[method], places[method]
             axis.plot([fmean(of_seeds)] * 2, [place - 0.3, place + 0.3], color=colour, linewidth=3)
             axis.plot(of_seeds, [place] * len(of_seeds), "o", color=colour, markersize=5, alpha=0.6)
-        if name == "decided_reference":
+        if name == "win_rate_reference":
             paper = [share for _, share, _ in PAPER.values()]
             axis.plot(paper, list(places.values()), "D", color="black", markersize=8, fillstyle="none")
-        if name.startswith("decided"):
+        if name.startswith("win_rate"):
             axis.axvline(0.8, color="black", linestyle="--", linewidth=1)
             axis.text(0.81, places["sft"], "80 %", ha="left", va="center", fontsize=9)
             axis.axvline(0.5, color="black", linestyle=":", linewidth=1)
@@ -150,34 +150,40 @@ CLAIM = Claim(
     draw=draw,
     known_beforehand=(
         "In part. The README has `recipes/slic.py` on the same task, with a regulariser of 3, a learning rate of 1e-3 "
-        "and a tournament's pairs, at 94.5 and 96.9 % of decided wins over SFT (seeds 1 and 42). What is tried here "
-        "is "
-        "`compare_playground.yaml`, whose regulariser is 0.1; its values were chosen by the mean reward with seed 42. "
-        "A "
-        "comparison with seed 1 existed, and was not looked at for the bounds."
+        "and a tournament's pairs; it had 94.5 and 96.9 % of decided wins over SFT then (seeds 1 and 42). What is "
+        "tried here is `compare_playground.yaml`, whose regulariser is 0.1; its values were chosen by the mean "
+        "reward with seed 42. A comparison with seed 1 existed, and was not looked at for the bounds."
     ),
     remarks=(
-        "With these values SLiC-HF wins 71 to 83 % of the decided comparisons with the SFT model's answers and 67 to "
-        "79 % of those with the task's own, which is what the paper's figures are of. Best-of-n wins more of both, "
+        "With these values SLiC-HF's win rate is 68 to 76 % over the SFT model's answers and 65 to 76 % over the "
+        "task's own, which is what the paper's figures are of. Best-of-n wins more of both, "
         "and so does SFT on positives of the first. In a quarter of SLiC-HF's answers (SFT: 4 %) the word is broken "
         "('glay'), which counts as the unfriendliest; mean reward shows that a little (0.74 and 0.72, best-of-n "
         "0.76), accuracy not at all. So this speaks of a weak regulariser and a large step: with a weight of 1 "
-        "(slic_regulariser, made afterwards) 5 % of the words are broken and 85 to 93 % of the decided comparisons "
-        "with SFT's answers are won, at a mean reward of 0.70.\n\n"
+        "(slic_regulariser, made afterwards) 5 % of the words are broken and the win rate over SFT's answers is 70 to "
+        "75 %, at a mean reward of 0.70.\n\n"
         "SFT on positives gains three times what it does in the paper. All models answer with the same random "
-        "numbers, so many comparisons with the SFT model's answers are tied and a small shift wins most of the "
-        "others: those with the task's own answers say more. Friendlier words are longer, so length says little here. "
-        "The share of broken words was added to rows and figure after the first seed; no bound uses it."
+        "numbers, so many comparisons with the SFT model's answers are tied (10 to 54 %), which pulls the win rate "
+        "towards one half: those with the task's own answers say more. Friendlier words are longer, so length says "
+        "little here. The share of broken words was added to rows and figure after the first seed; no bound uses "
+        "it.\n\n"
+        "Ties were left out when the expectations were written, and are half a win now, as everywhere in this "
+        "project; the bounds are the same."
+    ),
+    decided_by=(
+        "The weak regulariser (0.1, `compare_playground.yaml`) together with the learning rate of 3e-4. Both were "
+        "chosen by the mean reward with seed 42, which does not notice a broken word much. With a weight of 1 words "
+        "stay whole, see slic_regulariser."
     ),
     expectations=[
         Expectation(
             "SLiC-HF sample-rank beats the SFT model: its wins over the SFT model's answers",
-            value("slic_sample_rank", "decided_sft"),
+            value("slic_sample_rank", "win_rate_sft"),
             above=0.8,
         ),
         Expectation(
             "SLiC-HF direct beats the SFT model: its wins over the SFT model's answers",
-            value("slic_direct", "decided_sft"),
+            value("slic_direct", "win_rate_sft"),
             above=0.8,
         ),
         Expectation(

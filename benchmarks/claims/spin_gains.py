@@ -219,6 +219,10 @@ CLAIM = Claim(
         "Iteration 0 with the updates of iterations 0 and 1 came to where iteration 1 did (+0.4, -0.1, -0.1 points "
         "for iteration 1): with equal updates, generating anew added nothing that three seeds could show."
     ),
+    decided_by=(
+        "An SFT model that has seen each example once: both expectations about SFT that goes on hang on it. Beta 5 "
+        "and the learning rates (1e-4; 2e-4 for SFT that goes on) were chosen with seed 42."
+    ),
 )
 
 if __name__ == "__main__":

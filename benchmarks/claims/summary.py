@@ -22,6 +22,12 @@ measured on every seed: an expectation **came true** if the 95 % interval of the
 lies within its bounds, **did not come true** if it lies outside, and is **open** if a bound cuts it. `--seeds 1 2 3`
 runs other seeds than the committed ones; what is finished is kept in `runs/claims/`, and an interrupted run goes on
 from there.
+
+- **Settings.** The playground's values were chosen with seed 42, which is in no table here. Under "what decided" each
+  claim says which of them its outcome hangs on. ORPO, in dpo_displacement, ran with λ = 50.
+- **Win rates.** A tie is half a win.
+- **Chance.** A 95 % interval misses the true mean once in twenty. Of the {count} expectations here chance alone would
+  miss about {missed:.0f}, half of them to either side. Expectations of one claim share their runs, and miss together.
 """
 
 
@@ -61,12 +67,17 @@ def section(name: str, outcome: dict[str, Any]) -> list[str]:
     ]
     if outcome["known_beforehand"]:
         lines += [f"**Known beforehand.** {outcome['known_beforehand']}", ""]
-    lines += ["| expectation | bounds | mean [95 % interval] | outcome |", "|---|---|---|---|"]
+    if outcome["rows_are_older"]:
+        lines += [f"**Rows older than the code.** {outcome['rows_are_older']}", ""]
+    lines += ["| expectation | bounds | each seed | mean [95 % interval] | outcome |", "|---|---|---|---|---|"]
     for expectation in outcome["expectations"]:
         result = expectation["outcome"] if expectation["outcome"] == CAME_TRUE else f"**{expectation['outcome']}**"
-        cells = [expectation["text"].replace("|", "\\|"), bounds(expectation), measured(expectation), result]
+        of_seeds = ", ".join(f"{value:.3g}" for value in expectation["values"])
+        text = expectation["text"].replace("|", "\\|")
+        cells = [text, bounds(expectation), of_seeds, measured(expectation), result]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"![{outcome['title']}](results/{name}.png)", ""]
+    lines += [f"**What decided.** {outcome['decided_by']}", ""]
     if outcome["remarks"]:
         lines += [outcome["remarks"], ""]
     lines += [
@@ -81,7 +92,8 @@ def section(name: str, outcome: dict[str, Any]) -> list[str]:
 def readme(results: Path) -> str:
     """The text of README.md for a folder of outcomes."""
     outcomes = {file.stem: json.loads(file.read_text()) for file in sorted(results.glob("*.json"))}
-    lines = [HEAD]
+    count = sum(len(outcome["expectations"]) for outcome in outcomes.values())
+    lines = [HEAD.format(count=count, missed=0.05 * count)]
     for wanted, heading in ((DID_NOT, "Did not come true"), (OPEN, "Open")):
         found = listed(outcomes, wanted)
         lines += [f"**{heading}**" + ("" if found else ": nothing."), "", *found, *([""] if found else [])]
