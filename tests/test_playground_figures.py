@@ -1,5 +1,6 @@
 """What every recipe reaches on the playground: the committed rows and a fresh run of the first command, to bounds."""
 
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import playground as figures
 
 ROWS = figures.read_rows()
 MEASURED = sorted({recipe for recipe, _ in ROWS})
+SECTION = re.search(r"^## The playground$(.*?)^## ", (REPOSITORY / "README.md").read_text(), re.S | re.M)[1]
 
 
 @pytest.mark.parametrize("recipe", MEASURED)
@@ -25,6 +27,14 @@ def test_committed_figures_are_within_bounds(recipe):
         for problem in figures.out_of_bounds(recipe, ROWS[recipe, seed])
     ]
     assert not problems
+
+
+def test_figures_of_the_readme_are_those_of_the_rows():
+    table = figures.readme_table(ROWS)
+    assert table in SECTION, "python benchmarks/playground.py --table"
+    prose = SECTION.replace(table, "")
+    loose = [number for number in re.findall(r"[-+]?\d+\.\d\d+|\d[\d.]* ?%", prose) if number not in table]
+    assert not loose, f"figures without a row: {loose}"
 
 
 @pytest.mark.slow
