@@ -30,7 +30,7 @@ DATACLASSES = (
     "trl.ModelConfig",
     "trl.DatasetMixtureConfig",
 )
-# of SFT going on: of 1e-4, 2e-4 and 5e-4 the one that ends best (seed 42: 96.4, 97.0 and 96.0 %)
+# of SFT going on: of 1e-4, 2e-4 and 5e-4 the best with seed 42, when it saw a part of the examples again and again
 CONTROL_LEARNING_RATE = 2e-4
 PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "spin_playground.yaml"
 
