@@ -20,6 +20,7 @@ from trl_ext import (
     SPINConfig,
     SPINTrainer,
 )
+from trl_ext.comparison import pairs_stage
 from trl_ext.data import RowOptions, prepare_row
 from trl_ext.evaluation_stage import evaluation_stage
 from trl_ext.jsonl import read_jsonl, write_jsonl
@@ -137,6 +138,18 @@ def test_equal_answers_of_which_one_ended_by_itself_are_whole(sampler_dir, tmp_p
     (mixed,), _ = sample_candidates(sampler_dir, rows, config, tmp_path / "b", mix_in="known")
     assert mixed["completions"] == first["completions"]
     assert (mixed["ends"], mixed["sources"]) == ([None], ["sampled"])
+
+
+def test_pairs_that_are_taken_up_again_keep_who_was_cut(sampler_dir, tmp_path):  # noqa: F811
+    (pair,) = make_pairs({**SCORED, "ends": ["length"] * 4}, "best_worst", best_as_reference=True)
+    cut = {f"{name}_is_cut": True for name in ("chosen", "rejected", "reference")}
+    assert pair.items() >= cut.items()
+    write_jsonl(tmp_path / "prompts.jsonl", [pair])
+    pairs_stage(tmp_path, prompts=tmp_path / "prompts.jsonl", on_playground=False, seed=1)
+    assert read_jsonl(tmp_path / "pairs.jsonl") == [pair]
+    config = SamplingConfig(num_candidates=1, max_new_tokens=3)
+    rows, _ = sample_candidates(sampler_dir, [{**pair, "known": "x"}], config, tmp_path, mix_in=["chosen", "known"])
+    assert rows[0]["completions"][1:] == ["cut one", "x"] and rows[0]["ends"][1:] == ["length", None]
 
 
 def test_ends_of_another_length_are_refused(tokenizer):

@@ -426,7 +426,7 @@ def test_playgrounds_that_share_their_sampling(recipe, first_playground, tmp_pat
         models = json.loads((folder / "rounds.json").read_text())["models"]
         assert list(models) == ["start", "round-1"] and models["round-1"]["num_answers"] == 1000
         assert models["round-1"]["reward"] > models["start"]["reward"]
-        assert "watched prompts, one sampled answer each" in printed and (folder / "rounds.png").is_file()
+        assert "watched prompts, one answer each at temperature 1" in printed and (folder / "rounds.png").is_file()
 
 
 @pytest.mark.slow

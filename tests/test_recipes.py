@@ -386,7 +386,7 @@ def test_playgrounds_as_the_readme_has_them(recipe, tmp_path):
     models = json.loads((output / "rounds.json").read_text())["models"]
     first, last = models["start"], list(models.values())[-1]
     assert last["reward"] > first["reward"] and last["num_answers"] == last["num_prompts"] == 1000
-    assert "watched prompts, one sampled answer each" in printed and (output / "rounds.png").is_file()
+    assert "watched prompts, one answer each at temperature 1" in printed and (output / "rounds.png").is_file()
     if recipe == "rrhf":
         assert list(models) == ["start", "best-of-n", "round-1", "round-2"]
         assert models["round-1"]["reward"] > models["best-of-n"]["reward"]

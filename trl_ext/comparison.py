@@ -42,7 +42,7 @@ from .comparison_results import ComparisonResults, MethodResult
 from .data import RowOptions
 from .evaluation_stage import evaluation_stage
 from .jsonl import read_jsonl, write_jsonl
-from .ranking import pair_rows
+from .ranking import CARRIED_COLUMNS, pair_rows
 from .recipe_help import recipe_dataclasses
 from .rounds import Rounds, merged_model, replaced, start_rounds
 from .safety import maybe_meant
@@ -651,8 +651,8 @@ def pairs_stage(folder: Path, *, prompts: Path, on_playground: bool, seed: int) 
         from .playground import preference_rows
 
         rows = preference_rows(rows, seed)
-    columns = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected", "reference", "tools",
-               "chat_template_kwargs")  # fmt: skip
+    columns = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected", "chosen_is_cut", "rejected_is_cut",
+               *CARRIED_COLUMNS)  # fmt: skip
     write_jsonl(folder / "pairs.jsonl", [{key: row[key] for key in columns if key in row} for row in rows])
     return {"num_rows": len(rows)}
 

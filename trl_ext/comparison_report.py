@@ -137,8 +137,8 @@ class _Report:
         tried = f"{len(seeds)} seeds: " if len(seeds) > 1 else "seed "
         number, prompts = len(self.others), self.comparison.prompts
         return (
-            f"{number} method{'' if number == 1 else 's'} and {self.base.label}, compared by one sampled answer to "
-            f"each of {prompts} held-out prompts ({tried}{_listed(map(str, seeds))})."
+            f"{number} method{'' if number == 1 else 's'} and {self.base.label}, compared by one answer to each of "
+            f"{prompts} held-out prompts, sampled at temperature 1 ({tried}{_listed(map(str, seeds))})."
         )
 
     def _prices(self, more: Sequence[MethodSummary]) -> list[str]:

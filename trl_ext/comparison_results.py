@@ -50,8 +50,9 @@ class MethodResult:
         scores (`dict[str, list[float]]`): scorer to scores. `"reward"` is what methods train towards, others are only
             watched.
         lengths (`list[int]`): tokens of each answer.
-        kl (`list[float]`): `log pi(y|x) - log pi_SFT(y|x)` of the method's own answers, nats per answer: an estimate
-            of the KL divergence from the SFT model, whose single values can be negative.
+        kl (`list[float]`): the KL divergence from the SFT model's next-token distributions, added up over the tokens
+            of each of the method's own answers, in nats, at least 0; their mean estimates KL(method || SFT), see
+            [`score_sampled`].
         nll (`list[float]`): minus the log-likelihood under one fixed model, nats per answer.
         examples (`list[dict]`): a few answers to read: `prompt`, `answer`, `reward`.
         curve (`list[dict]`): along training: `share` of it (0 is the SFT model, 1 the end), `updates`, and `reward`,

@@ -29,7 +29,7 @@ from .data import RowError, _check_scores
 from .scoring import REMEDIES, _check_row, _check_rows, _distinct, _generator, _KnockOut
 
 # columns of the prompt that a trainer reads
-CARRIED_COLUMNS = ("reference", "tools", "chat_template_kwargs")
+CARRIED_COLUMNS = ("reference", "reference_is_cut", "tools", "chat_template_kwargs")
 PAIR_RULES = ("all", "best_worst", "tournament", "random", "likelihood_near")
 
 
@@ -328,8 +328,9 @@ def _make_pairs(
         winners = {winner.index for winner, _ in pairs}
         # among equals one that is `chosen`, whose likelihood is computed anyway
         best = max(candidates, key=lambda candidate: (candidate.score, candidate.index in winners))
-        carried["reference"] = best.completion
-        carried |= {"reference_is_cut": best.is_cut} if has_ends else {}
+        carried = {**carried, "reference": best.completion, "reference_is_cut": best.is_cut}
+        if not has_ends:
+            del carried["reference_is_cut"]
     return [
         {
             "prompt": row["prompt"],

@@ -80,7 +80,8 @@ class SamplingConfig:
         num_candidates (`int`, *optional*, defaults to `4`):
             Candidates per prompt. RRHF samples 4 (and adds the two of the dataset), SLiC-HF 8, CLICK 20.
         temperature (`float`, *optional*, defaults to `0.8`):
-            0 is greedy, and then one candidate is all there is. RRHF 0.8, SLiC-HF 0.7, CLICK 1.
+            0 is greedy, and then one candidate is all there is. RRHF 0.8, SLiC-HF 0.7, CLICK 1. Held-out prompts are
+            answered at 1 without `top_p` and `top_k`, whatever these are.
         top_p (`float`, *optional*, defaults to `1.0`): in (0, 1]; 1 switches it off. CLICK 0.9.
         top_k (`int`, *optional*, defaults to `0`): 0 switches it off. SLiC-HF 40.
         max_new_tokens (`int`, *optional*, defaults to `128`): longest answer in tokens, its end token included.
@@ -567,7 +568,8 @@ def sample_candidates(
         folder (`str` or `Path`): where shards are kept; all processes must see it.
         mix_in (`str` or `Sequence[str]`): columns of `rows` with further answers, a text or list of messages each
             (`"chosen"`, `"rejected"`) or a list of them (`"completions"`). They follow the sampled ones. Messages may
-            repeat the prompt in front; what says nothing is left out.
+            repeat the prompt in front; what says nothing is left out. A true `chosen_is_cut` or the like makes
+            `"length"` their end.
         keep_empty (`bool`, defaults to `False`): keep answers that say nothing, to be scored like others.
         model_init_kwargs (`dict`, *optional*): for loading the model; with vLLM only `dtype` and `revision` count.
             Without a `dtype` it is float32 on CPUs, else the checkpoint's, with either engine.
@@ -1052,7 +1054,9 @@ def _assemble(
             if text.strip() or keep_empty:
                 completion = [{"role": "assistant", "content": text}] if as_messages else text
                 found.append((completion, logp, num_tokens, end, token_ids, "sampled"))
-        found += [(answer, None, None, None, None, column) for column in mix_in for answer in mixed_in(row, column)]
+        for column in mix_in:
+            end = "length" if row.get(f"{column}_is_cut") else None
+            found += [(answer, None, None, end, None, column) for answer in mixed_in(row, column)]
         candidates = found if config.keep_duplicates else _without_duplicates(found)
         counts["without"] += not candidates and bool(record["text"])
         if candidates:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from trl_ext.data import tokenize_candidates
+from trl_ext.data import RowOptions, prepare_row
 from trl_ext.playground import preference_rows
 from trl_ext.ranking import pair_rows
 from trl_ext.rounds import read_jsonl
@@ -58,6 +58,8 @@ LABELS = {
     "slic": "SLiC-HF",
     "orpo": "ORPO",
 }
+# columns of a pair
+USED = ("prompt", "chosen", "rejected", "chosen_is_cut", "rejected_is_cut")
 # the other methods are compared on sampled pairs alone
 TRAINED_ON = {name: KINDS if name.startswith("dpo") else KINDS[:1] for name in TRAININGS}
 
@@ -81,7 +83,7 @@ class Watch:
 
     Args:
         model (`Path`): where it has its form and its tokenizer from.
-        pairs (`dict[str, list[dict]]`): sets of `prompt`, `chosen` and `rejected`, by name.
+        pairs (`dict[str, list[dict]]`): sets of rows with `prompt`, `chosen` and `rejected`, by name.
     """
 
     def __init__(self, model: Path, pairs: dict[str, list[dict[str, str]]]):
@@ -91,11 +93,10 @@ class Watch:
         for name, rows in pairs.items():
             answers = []
             for row in rows:
-                prompt, both, _ = tokenize_candidates(
-                    tokenizer, row["prompt"], [row["chosen"], row["rejected"]], eos_token=tokenizer.eos_token
-                )
-                for ids, text in zip(both, (row["chosen"], row["rejected"]), strict=True):
-                    answers.append((prompt, ids, len(text.partition(" ")[0]) + 1))  # digits, with the space behind
+                prepared = prepare_row(row, tokenizer, RowOptions(eos_token=tokenizer.eos_token))
+                for ids, text in zip(prepared["completion_ids"], (row["chosen"], row["rejected"]), strict=True):
+                    num_digits = len(text.partition(" ")[0]) + 1  # with the space behind
+                    answers.append((prepared["prompt_ids"], ids, num_digits))
             self.sets[name] = self._batch(answers, tokenizer.pad_token_id)
 
     @staticmethod
@@ -200,7 +201,7 @@ def run(seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     }
     rows = []
     for kind, of_kind in pairs.items():
-        of_kind = [{key: pair[key] for key in ("prompt", "chosen", "rejected")} for pair in of_kind]
+        of_kind = [{key: pair[key] for key in USED if key in pair} for pair in of_kind]
         trained, apart = of_kind[number:], of_kind[:number]
         watch = Watch(model, {"trained": trained[:number], "apart": apart})
         before = watch()
