@@ -207,8 +207,7 @@ def test_what_has_no_rows_to_cut_is_refused():
 # Whole trainers
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 7])
-@pytest.mark.parametrize("prefix_sharing", [False, True])
+@pytest.mark.parametrize(("prefix_sharing", "most"), [(False, 1), (True, 1), (False, 3), (True, 7)])
 def test_loss_and_gradients_are_those_of_whole_batches(prefix_sharing, most, model, tokenizer, config_kwargs):
     config_kwargs["prefix_sharing"] = prefix_sharing
     results = []
@@ -242,8 +241,6 @@ def test_prompts_are_still_shared_within_a_part(model, tokenizer, config_kwargs)
     "settings",
     [
         {},
-        {"activation_checkpointing": True},
-        {"peft_config": LORA},
         {"peft_config": LORA, "activation_checkpointing": True},
         {"gradient_accumulation_steps": 2},
         {"prefix_sharing": True, "check_prefix_sharing": True},
@@ -386,6 +383,7 @@ class PeakMemory(TorchDispatchMode):
         self.now -= size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("prefix_sharing", [False, True])
 def test_memory_does_not_grow_with_the_number_of_completions(

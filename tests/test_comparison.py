@@ -1,7 +1,6 @@
 """`recipes/compare.py`: what it refuses, how the budget is shared out, and whole comparisons on a tiny model."""
 
 import json
-import subprocess
 import sys
 from dataclasses import fields
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ from datasets import Dataset
 from peft import PeftModel
 from trl import get_peft_config
 
+from tests import warm
 from tests.conftest import PAIRS, REPOSITORY, read_jsonl
 from trl_ext import CLICKTrainer, IPOTrainer, RRHFTrainer, SLiCConfig, SLiCTrainer, SPINTrainer
 from trl_ext.cli import given_options, parse_recipe_args
@@ -64,7 +64,7 @@ def command(model_dir, data, output_dir, *methods, **settings):
 
 def run(words, *launch, code=0):
     words = [*words[:3], *launch, *words[3:]]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=900, cwd=REPOSITORY)
+    done = warm.run(words, capture_output=True, text=True, timeout=900, cwd=REPOSITORY)
     assert (done.returncode == 0) == (code == 0), done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
 

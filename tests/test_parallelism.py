@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 from trl import DPOConfig, DPOTrainer
 
+from tests import warm
 from tests.conftest import REPOSITORY
 from trl_ext import RRHFConfig, RRHFTrainer, SLiCConfig, SLiCTrainer, enable_prefix_sharing
 from trl_ext.playground import byte_level_tokenizer
@@ -106,7 +106,7 @@ def test_a_recipe_under_the_real_launcher(flags, deepspeed, named, model_dir, pa
         f"SLiCTrainer({model_dir!r}, args=SLiCConfig('out', use_cpu=True, bf16=False), train_dataset=rows)\n"
     )
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--mixed_precision", "no"]
-    done = subprocess.run(
+    done = warm.run(
         [*command, *flags, "train.py"], cwd=tmp_path, capture_output=True, text=True, timeout=400,
         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)},
     )  # fmt: skip

@@ -127,7 +127,13 @@ def train_both(model, settings, dataset, *, peft_config=None, ref_model=None, **
     return trainers
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize(
+    "loss_type",
+    [
+        pytest.param(name, marks=() if name in ("sigmoid", "bco_pair", "aot_unpaired") else pytest.mark.slow)
+        for name in LOSS_TYPES
+    ],
+)
 def test_every_loss_type_of_dpo_trainer(strong_model_dir, settings, long_prompts, loss_type):
     settings["label_smoothing"] = 0.1 if loss_type in ("exo_pair", "robust") else 0.0
     settings["discopop_tau"] = 0.5  # the default, 0.05, multiplies rounding by 20
@@ -316,7 +322,7 @@ def test_the_config_refuses_what_means_nothing(config_kwargs):
     [{"delta": 50.0}, {"calibration": "list_rank"}, {"delta": 50.0, "reg_type": "kl"}],  # every hinge is active
     ids=["rank", "list_rank", "kl"],
 )
-@pytest.mark.parametrize("lists", [False, True], ids=["pairs", "lists"])
+@pytest.mark.parametrize("lists", [pytest.param(False, marks=pytest.mark.slow), True], ids=["pairs", "lists"])
 def test_slic_trainer(strong_model_dir, settings, long_prompts, ranked, changed, lists):
     trainers = []
     for prefix_sharing in (False, True):

@@ -26,6 +26,7 @@ from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
+from tests import warm
 from tests.conftest import PAIRS, REPOSITORY, read_jsonl
 from tests.printed_commands import commands_of, printed_commands
 from trl_ext.cli import given_options, parse_recipe_args
@@ -344,7 +345,7 @@ def play(command, *more):
     """Run what is printed, with options behind it; returns what it prints."""
     assert command in RUN
     words = [sys.executable, "-m", "accelerate.commands.launch", *shlex.split(command)[2:], *map(str, more)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=900, cwd=REPOSITORY)
+    done = warm.run(words, capture_output=True, text=True, timeout=900, cwd=REPOSITORY)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import DatasetMixtureConfig, ScriptArguments
 
+from tests import warm
 from tests.conftest import PAIRS, REPOSITORY, read_jsonl, real_data
 from trl_ext.cli import parse_recipe_args
 from trl_ext.data import RowOptions
@@ -54,7 +55,7 @@ def small_run(model_dir, data, output_dir, **kwargs):
 
 
 def launch(command, **kwargs):
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=REPOSITORY, **kwargs)
+    done = warm.run(command, capture_output=True, text=True, timeout=900, cwd=REPOSITORY, **kwargs)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
 
@@ -142,7 +143,7 @@ def test_mixture_is_split_the_same_way_every_time(tmp_path, pairs):
 def test_a_forgotten_data_flag_deletes_nothing(tmp_path):
     """Without model and data the playground would run, but not over the checkpoints of another run."""
     (tmp_path / "checkpoint-500").mkdir()
-    done = subprocess.run([*LAUNCH, "--output_dir", str(tmp_path)], capture_output=True, text=True, cwd=REPOSITORY)
+    done = warm.run([*LAUNCH, "--output_dir", str(tmp_path)], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode and "it has no run.json and holds checkpoint-500" in done.stderr
     assert (tmp_path / "checkpoint-500").is_dir()
 
@@ -334,7 +335,7 @@ def test_killed_run_resumes_to_the_same_weights(model_dir, pairs_file, tmp_path)
     launch(small_run(model_dir, pairs_file, whole, **{**settings, "save_steps": 300}))
 
     command = small_run(model_dir, pairs_file, broken, **settings)
-    with subprocess.Popen(
+    with warm.Popen(
         command, cwd=REPOSITORY, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as run:
         deadline = time.time() + 200
@@ -418,9 +419,10 @@ def test_sampled_and_ranked_data_train_any_recipe(model_dir, tmp_path):
         assert json.loads((tmp_path / recipe / "all_results.json").read_text())["train_loss"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fails", "processes"),
-    [(True, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((True, 1), (False, 1), (False, 2)))],
+    [(True, 1), (True, 2), (False, 1), (False, 2)],
 )
 def test_a_process_of_several_ends_before_the_interpreter_is_torn_down(fails, processes):
     """Exit handlers and threads of the recipe still come to their end, and a failed recipe has failed."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import warm
 from tests.conftest import PAIRS, REPOSITORY
 from trl_ext.rounds import RoundsConfig, read_jsonl, reward_hacking, set_apart
 
@@ -39,7 +40,7 @@ def command(recipe, model_dir, prompts, output_dir, launcher=(), **kwargs):
 
 def run(arguments, expect_failure=False):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(arguments, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    done = warm.run(arguments, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert (done.returncode != 0) == expect_failure, done.stdout[-4000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
 
@@ -66,7 +67,7 @@ def test_killed_rounds_go_on_to_the_same_model(model_dir, prompts_file, tmp_path
 
     arguments = command("rrhf.py", model_dir, prompts_file, broken)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
+    with warm.Popen(
         arguments, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
         deadline = time.time() + 300

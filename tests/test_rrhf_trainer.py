@@ -1,7 +1,6 @@
 """RRHFTrainer against the slow reference, and as its users use it."""
 
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from scipy.stats import kendalltau
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig
 
-from tests import reference
+from tests import reference, warm
 from tests.conftest import PAIRS, read_jsonl, real_data
 from tests.same_training import SGD, assert_same_movement
 from tests.test_slic_trainer import (
@@ -481,11 +480,13 @@ def test_drop_in_without_args_and_tokenizer(model_dir, lists, monkeypatch, tmp_p
     assert isinstance(trainer.args, RRHFConfig) and trainer.args.output_dir.endswith("-RRHF")
 
 
-def test_it_is_imported_from_the_package_on_first_use():
-    program = (
-        "import sys, trl_ext\n"
+def test_it_is_imported_from_the_package_on_first_use(tmp_path):
+    (tmp_path / "program.py").write_text(
+        "import sys\n"
+        "for name in [name for name in sys.modules if name.startswith('trl_ext')]: del sys.modules[name]\n"
+        "import trl_ext\n"
         "assert 'trl_ext.rrhf_trainer' not in sys.modules and {'RRHFTrainer', 'RRHFConfig'} <= set(dir(trl_ext))\n"
         "from trl_ext import RRHFConfig, RRHFTrainer\n"
         "assert RRHFTrainer.config_class is RRHFConfig\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True)
+    warm.run([sys.executable, str(tmp_path / "program.py")], check=True)

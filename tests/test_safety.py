@@ -18,6 +18,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
+from tests import warm
 from tests.conftest import PAIRS, REPOSITORY
 from tests.stage_functions import look_around
 from trl_ext import SLiCConfig, SLiCTrainer, SPINConfig, SPINTrainer
@@ -389,7 +390,7 @@ def zero(stage: int) -> list[str]:
 def run_under(launcher, folder, model, data, *others):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
     worker = str(REPOSITORY / "tests" / "resume_worker.py")
-    return subprocess.run(
+    return warm.run(
         [*launcher, worker, model, str(data), str(folder), *others],
         env=environment, cwd=folder.parent, capture_output=True, text=True, timeout=400,
     )  # fmt: skip

@@ -11,7 +11,6 @@ import os
 import shutil
 import statistics
 import string
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -33,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tests import warm
 from tests.conftest import REPOSITORY
 from trl_ext.data import tokenize_candidates
 from trl_ext.playground import byte_level_tokenizer
@@ -326,7 +326,7 @@ def work(job_file):
 def torchrun(file, *arguments, processes=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(
+    return warm.run(
         [*command, str(file), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300
     )
 

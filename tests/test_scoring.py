@@ -7,7 +7,6 @@ Run as a script under torchrun, this file is the worker of its own test on two p
 import json
 import logging
 import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -21,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+from tests import warm
 from tests.conftest import REPOSITORY
 from trl_ext.playground import byte_level_tokenizer
 from trl_ext.ranking import make_pairs
@@ -798,7 +798,7 @@ def test_two_processes_score_exactly_as_one(reward_model_dir, tmp_path):
     (place / "00002.json").unlink()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
+    done = warm.run(
         [*command, __file__, str(tmp_path), reward_model_dir],
         env=environment, capture_output=True, text=True, timeout=200,
     )  # fmt: skip

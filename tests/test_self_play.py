@@ -16,7 +16,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from tests import reference
+from tests import reference, warm
 from tests.conftest import PAIRS, REPOSITORY, real_data
 from trl_ext import SPINConfig, SPINTrainer
 from trl_ext.rounds import read_jsonl
@@ -58,7 +58,7 @@ def run(arguments, expect_failure=False, hash_seed=0):
         "PYTHONPATH": str(REPOSITORY),
         "DS_ACCELERATOR": "cpu",
     }
-    done = subprocess.run(arguments, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    done = warm.run(arguments, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert (done.returncode != 0) == expect_failure, done.stdout[-4000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
 
@@ -96,7 +96,7 @@ def slow_logps(folder, pairs):
 def start_and_kill(arguments, when):
     """kill -9 the run, and it alone, as soon as `when()`."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    with subprocess.Popen(
+    with warm.Popen(
         arguments, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
         deadline = time.time() + 300
@@ -335,7 +335,7 @@ def test_memory_stays_flat_over_iterations(model_dir, sft_file, tmp_path):
     arguments = command(model_dir, sft_file, output, num_iterations=5)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     resident = {}
-    with subprocess.Popen(
+    with warm.Popen(
         arguments, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
         while process.poll() is None:

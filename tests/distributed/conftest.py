@@ -1,7 +1,5 @@
 """`outcome_of`: what a run of the worker has left behind, where many runs share one launch."""
 
-import functools
-
 import pytest
 
 from tests.distributed.launching import STRATEGIES, run_jobs, strategy_command
@@ -10,8 +8,8 @@ from trl_ext.playground import save_byte_level_model
 
 class Launches:
     """
-    Starting processes takes longer than a run. So all selected cells of one strategy (in the matrix: and one method)
-    run under one launch, at the first call that asks for one of them; slow ones and those of the matrix apart.
+    Starting processes takes longer than a run. So all selected cells of one strategy run under one launch, at the
+    first call that asks for one of them.
     """
 
     def __init__(self, items, model_dir, folder):
@@ -21,25 +19,19 @@ class Launches:
             if "outcome_of" in item.fixturenames:
                 cell = item.callspec.params["cell"]
                 for each in (cell.reference, cell):
-                    self.selected.setdefault(self._key(item, each), {})[each.name] = each
+                    self.selected.setdefault(each.strategy, {})[each.name] = each
 
-    def outcome(self, item, cell):
-        key = self._key(item, cell)
+    def outcome(self, cell):
+        key = cell.strategy
         if key not in self.done:
             jobs = {name: each.job(self.model_dir) for name, each in self.selected[key].items()}
             self.done[key] = run_jobs(
-                strategy_command(cell.strategy), self.folder / "-".join(key), jobs, timeout=120 + 30 * len(jobs)
+                strategy_command(cell.strategy), self.folder / key, jobs, timeout=120 + 30 * len(jobs)
             )
         finished, said = self.done[key]
         if cell.name not in finished:
-            pytest.fail(f"{cell.name} did not come to its end under the launch of {' '.join(key)}:\n{said}")
+            pytest.fail(f"{cell.name} did not come to its end under the launch of {key}:\n{said}")
         return finished[cell.name]
-
-    @staticmethod
-    def _key(item, cell):
-        if item.get_closest_marker("matrix"):
-            return "matrix", cell.strategy, cell.method
-        return "slow" if item.get_closest_marker("slow") else "default", cell.strategy
 
 
 @pytest.fixture(scope="session")
@@ -61,4 +53,4 @@ def outcome_of(request, launches):
         pytest.importorskip(package, reason="needs the extra trl_ext[deepspeed]")
     if cell.trained.startswith("qlora"):
         pytest.importorskip("bitsandbytes", reason="needs the extra trl_ext[quantization]")
-    return functools.partial(launches.outcome, request.node)
+    return launches.outcome

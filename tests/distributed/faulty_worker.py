@@ -59,7 +59,8 @@ def prepare(fault: dict, trainer: SLiCTrainer, folder: Path) -> None:
         if fault["kind"] == "loop":
             while True:
                 time.sleep(0.1)
-        os.kill(os.getppid() if fault.get("to") == "launcher" else os.getpid(), signal.Signals[fault["kind"]])
+        victim = int((folder / "launcher").read_text()) if fault.get("to") == "launcher" else os.getpid()
+        os.kill(victim, signal.Signals[fault["kind"]])
         time.sleep(fault.get("seconds", 0))
 
     if fault["where"] == "forward":

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import warm
 from tests.conftest import PAIRS, REPOSITORY
 from tests.processes import ended_after
 
@@ -173,11 +174,11 @@ def strategy_command(strategy: str) -> list[str]:
     return [*ACCELERATE, "--config_file", str(CONFIGS / config), "--num_processes", str(processes)]
 
 
-def run_launcher(command, folder: Path, environment: dict[str, str], timeout: float) -> tuple[str, str, str]:
+def run_launcher(
+    command, folder: Path, environment: dict[str, str], timeout: float, start=warm.Popen
+) -> tuple[str, str, str]:
     """Run a launcher in a folder; returns in what way it has failed, "" if it has not, its output and its errors."""
-    run = subprocess.Popen(
-        command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    run = start(command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with run:
         try:
             with ended_after(run):

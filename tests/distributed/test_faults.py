@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import warm
 from tests.conftest import PAIRS, REPOSITORY
 from tests.processes import ended_after, family, wait_until
 from tests.test_rounds import command as recipe_command
@@ -58,10 +59,12 @@ def start(folder, model_dir, *, strategy="ddp", processes=2, fault=None, resume=
     }
     (folder / "job.json").write_text(json.dumps(job))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(
+    process = warm.Popen(
         [*wrap, *command(strategy, processes), str(WORKER), str(folder / "job.json")],
         env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
+    (folder / "launcher").write_text(str(process.pid))
+    return process
 
 
 def run(folder, model_dir, **kwargs):
@@ -314,7 +317,7 @@ def loop(model_dir, tmp_path_factory):
 
 def start_loop(arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(
+    return warm.Popen(
         arguments, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
@@ -324,7 +327,7 @@ def stage_processes(launcher):
     found = []
     for process in psutil.Process(launcher.pid).children(recursive=True):
         try:
-            if "forkserver" in " ".join(process.parent().cmdline()):
+            if "forkserver" in " ".join([process.parent().name(), *process.parent().cmdline()]):
                 found.append(process)
         except (psutil.NoSuchProcess, AttributeError):
             continue

@@ -1,9 +1,10 @@
 """
 Every method under every strategy gives the run of one process: the matrix.
 
-{SLiC-HF, RRHF, SPIN} x {full, LoRA, QLoRA} x {activation checkpointing on, off} x {one process, DDP, ZeRO-1, -2, -3 on
-two} x every split of a global batch of 4, each sharing prefixes, against one process that runs the batch at once and
-padded. The last batch of an epoch has 1 prompt (RRHF) or 3; lists differ in length from process to process.
+Each of SLiC-HF, RRHF and SPIN under each of {one process, DDP, ZeRO-1, -2, -3 on two}, and any two values of these,
+{full, LoRA, QLoRA}, {activation checkpointing on, off} and the splits of a global batch of 4. Each cell shares
+prefixes, and is compared with one process that runs the batch at once and padded. The last batch of an epoch has 1
+prompt (RRHF) or 3; lists differ in length from process to process.
 
 On CPU with gloo, through `accelerate launch` and the shipped configs. `pytest -m matrix` runs it.
 """
@@ -28,13 +29,48 @@ from tests.distributed.launching import (
 
 DATA = {"slic": "seven ranked", "rrhf": "ragged", "spin": "seven pairs"}
 SPLITS = {1: ("4x1x1", "2x2x1", "1x4x1"), 2: ("2x1x2", "1x2x2")}
-CELLS = [
-    Cell(strategy, method, trained, split, DATA[method], checkpointing, {"beta": 1.0} if method == "spin" else {})
-    for method, strategy in itertools.product(DATA, STRATEGIES)
-    for trained in ("full", "lora", "qlora")
-    for checkpointing in (False, True)
-    for split in SPLITS[STRATEGIES[strategy][2]]
-]
+ADAPTERS = ("full", "lora", "qlora")
+
+
+def cells():
+    """
+    Each method under each strategy with activation checkpointing and without: on one process in every split, on two in
+    one of them. Adapters and splits turn round, so that any two values meet.
+    """
+    for (row, strategy), (column, method) in itertools.product(enumerate(STRATEGIES), enumerate(DATA)):
+        splits = SPLITS[STRATEGIES[strategy][2]]
+        for checkpointing, (turn, split) in itertools.product((False, True), enumerate(splits)):
+            if strategy != "single" and turn != (row + column // 2 + checkpointing * column) % len(splits):
+                continue
+            trained = ADAPTERS[(row + column + checkpointing + (turn if strategy == "single" else 0)) % 3]
+            loss = {"beta": 1.0} if method == "spin" else {}
+            yield Cell(strategy, method, trained, split, DATA[method], checkpointing, loss)
+
+
+CELLS = list(cells())
+PAIRED = {
+    "method": DATA,
+    "strategy": STRATEGIES,
+    "trained": ADAPTERS,
+    "checkpointing": (False, True),
+    "processes": SPLITS,
+}
+
+
+def test_any_two_values_meet():
+    def value(cell, name):
+        return int(cell.split[-1]) if name == "processes" else getattr(cell, name)
+
+    for one, other in itertools.combinations(PAIRED, 2):
+        wanted = set(itertools.product(PAIRED[one], PAIRED[other]))
+        if {one, other} == {"strategy", "processes"}:
+            wanted = {(strategy, number) for strategy, (_, _, number) in STRATEGIES.items()}
+        assert wanted == {(value(cell, one), value(cell, other)) for cell in CELLS}, (one, other)
+    for processes, splits in SPLITS.items():
+        of_these = [cell for cell in CELLS if value(cell, "processes") == processes]
+        for name in ("method", "trained", "checkpointing"):
+            wanted = set(itertools.product(splits, PAIRED[name]))
+            assert wanted == {(cell.split, value(cell, name)) for cell in of_these}, name
 
 
 @pytest.mark.matrix
