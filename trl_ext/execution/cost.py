@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
+from transformers.utils.generic import is_flash_attention_requested
 
 from .layout import Layout
 
@@ -25,8 +26,8 @@ class CostModel:
         R * T * (1 + T / tau),       tau = linear FLOPs per token / (ATTENTION_SLOWDOWN * attention FLOPs per pair)
 
     A masked attention looks at all T slots of its row, whether it may see them or not. FlexAttention skips blocks that
-    may not be seen; there, tokens alone are counted. The LM head is left out: it scores the same positions in every
-    layout.
+    may not be seen, and FlashAttention is given no others; there, tokens alone are counted. The LM head is left out:
+    it scores the same positions in every layout.
 
     Attributes:
         attention_per_pair (`float`): 1 / tau.
@@ -48,7 +49,7 @@ class CostModel:
     def of(cls, model: PreTrainedModel) -> "CostModel":
         """Read the shape of a model (unwrapped) off its weights and config."""
         config = model.config
-        if config._attn_implementation == "flex_attention":
+        if config._attn_implementation == "flex_attention" or is_flash_attention_requested(config):
             return cls(0.0)
 
         def number(name: str) -> int | None:

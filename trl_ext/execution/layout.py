@@ -78,7 +78,8 @@ def plan_layout(
     *,
     keep_unscored: bool = False,
     multiple_of: int = 1,
-    cost: Callable[[int, int], float],
+    longest_row: int | None = None,
+    cost: Callable[[int, int], float] | None,
 ) -> Layout | None:
     """
     The cheapest layout for a batch in which every distinct token is computed as few times as pays.
@@ -92,7 +93,10 @@ def plan_layout(
         keep_unscored (`bool`): also compute tokens that lead to no scored one (for sums over all tokens, such as a
             router's balancing loss).
         multiple_of (`int`): round T up to a multiple of this, so that compiled kernels see few different shapes.
-        cost (`Callable`): `cost(R, T)` of running R rows of T slots, in any unit.
+        longest_row (`int`, *optional*): most slots of a row, unless a single sequence is longer.
+        cost (`Callable`, *optional*): `cost(R, T)` of running R rows of T slots, in any unit. `None` for attention
+            that looks at nothing but what a token may see, so that rows cost nothing: all tokens are in one row,
+            and each distinct one is computed once.
 
     Returns:
         [`Layout`], or `None` if no token has to be computed.
@@ -135,8 +139,12 @@ def plan_layout(
     lengths = [len(tokens[n]) for n in order]
     common = [0] + [_common_prefix(tokens[a], tokens[b]) for a, b in zip(order, order[1:], strict=False)]
 
+    if cost is None:
+        trees = _grow_trees(lengths, common, sum(lengths), LINK_RULES[0])
+        num_slots = -(-sum(tree.num_slots for tree in trees) // multiple_of) * multiple_of
+        return _write(trees, [list(range(len(trees)))], num_slots, order=order, columns=columns, shape=input_ids.shape)
     best, best_cost = None, float("inf")
-    for capacity in _capacities(lengths, common):
+    for capacity in _capacities(lengths, common, longest_row):
         for least_shared in LINK_RULES:
             trees = _grow_trees(lengths, common, capacity, least_shared)
             rows = _pack(trees, capacity)
@@ -154,7 +162,7 @@ def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return int(differs.argmax()) if differs.any() else length
 
 
-def _capacities(lengths: list[int], common: list[int]) -> list[int]:
+def _capacities(lengths: list[int], common: list[int], longest_row: int | None) -> list[int]:
     """Row lengths worth trying: the longest sequence, the largest tree, and the total over 1, 2, 3, 4, 6... rows."""
     trees = [tree.num_slots for tree in _grow_trees(lengths, common, sum(lengths), LINK_RULES[0])]
     longest, total = max(lengths), sum(trees)
@@ -164,6 +172,8 @@ def _capacities(lengths: list[int], common: list[int]) -> list[int]:
         for slack in (1.0, 1.08):  # room for a packing that cannot fill every row
             capacities.add(max(longest, int(total / num_rows * slack) + 1))
         num_rows = num_rows + 1 if num_rows < 4 else num_rows * 3 // 2
+    if longest_row is not None:
+        capacities = {min(capacity, max(longest_row, longest)) for capacity in capacities}
     return sorted(capacities)
 
 

@@ -8,6 +8,9 @@ from .layout import Layout
 
 # side of a FlexAttention block; row lengths are rounded up to it
 FLEX_BLOCK_SIZE = 128
+# Most slots of a row under FlexAttention, whose blocks are listed T / 128 by T / 128: at 306,000 slots making the list
+# takes seconds, and from 46,341 on products of two lengths no longer fit into 32 bits.
+FLEX_LONGEST_ROW = 16_384
 
 
 def visibility(layout: Layout, window: int | None, device: torch.device) -> torch.Tensor:
@@ -38,8 +41,8 @@ def attention_mask(
     Args:
         layout ([`Layout`]): the plan.
         window (`int`, *optional*): see [`visibility`].
-        backend (`str`): `"sdpa"` or `"eager"` (0 or the lowest number of `dtype`, to be added to the scores), or
-            `"flex_attention"` (block mask; T must be a multiple of `FLEX_BLOCK_SIZE`).
+        backend (`str`): `"sdpa"` or `"eager"` (0, or half the lowest number of `dtype`, to be added to the scores),
+            or `"flex_attention"` (block mask; T must be a multiple of `FLEX_BLOCK_SIZE`).
         dtype (`torch.dtype`): of the queries; or `torch.bool`, for SDPA, a quarter of the size where it is kept.
         device (`torch.device`): of the model's inputs.
     """
@@ -49,7 +52,9 @@ def attention_mask(
     visible = visibility(layout, window, device)
     if dtype == torch.bool:
         return visible
-    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+    # half of the lowest number: added to a negative score, the lowest itself would become minus infinity, and a tile
+    # of these alone NaN
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min / 2)
 
 
 def block_mask(layout: Layout, window: int | None, device: torch.device) -> BlockMask:

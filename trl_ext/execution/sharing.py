@@ -17,12 +17,16 @@ from transformers import PreTrainedModel
 from .cost import CostModel
 from .forward import IGNORE_INDEX, MODEL_KEYS, PER_TOKEN_FIELDS, unbound
 from .layout import Layout, plan_layout
-from .masks import FLEX_BLOCK_SIZE, attention_mask
+from .masks import FLEX_BLOCK_SIZE, FLEX_LONGEST_ROW, attention_mask
 from .self_check import closest_pair, compare
 from .support import Support, inspect_model
+from .varlen import Segments, TreeMask, can_use_segments, take_tree_masks
 
 # what a batch may contain to be rearranged; images, caches or token types would have to be rearranged too
 KNOWN_INPUTS = set(MODEL_KEYS)
+# On CUDA, rows that need a mask are rounded up to this: cuDNN builds a plan for each new length (25 to 100 ms), and
+# the gradients of its masked kernel can be NaN where T mod 128 is 64 (github.com/pytorch/pytorch/issues/196678)
+CUDA_MULTIPLE = 128
 SETTINGS = {
     "use_cache",
     "output_router_logits",
@@ -78,6 +82,7 @@ class _Plan:
     scored: torch.Tensor  # (N, L - 1), bool: positions of the output that are asked for
     predictors: torch.Tensor  # (M,): where, among all computed positions, each scored token is predicted
     source: torch.Tensor | None = None  # (R, T)
+    segments: Segments | None = None  # where attention goes by them and not by masks
     # weakly, so that a mask goes with the last pass that needs it, and not with the next batch
     masks: weakref.WeakValueDictionary = field(default_factory=weakref.WeakValueDictionary)
 
@@ -87,6 +92,8 @@ class _Plan:
         def mask(window):
             if window is not None and window > self.layout.depth.max():
                 window = None
+            if self.segments is not None:
+                return tree_masks.setdefault(window, TreeMask(self.segments, window, self.layout.source.size))
             key = (window, support.backend, dtype)
             made = self.masks.get(key)
             if made is None:
@@ -94,6 +101,8 @@ class _Plan:
                     self.layout, window, backend=support.backend, dtype=dtype, device=self.scored.device
                 )
             return made
+
+        tree_masks: dict[int | None, TreeMask] = {}
 
         masks = {kind: mask(window) for kind, window in support.windows.items()}
         different = {id(mask): mask for mask in masks.values()}
@@ -228,7 +237,7 @@ class PrefixSharing:
                     "the model's rotary embedding depends on the length of the batch beyond "
                     f"{state.support.max_columns} tokens"
                 )
-            plan = self._plan(kwargs, labels, state)
+            plan = self._plan(module, kwargs, labels, state)
         if state.must_check:
             difference = self._self_check(module, inner, state, plan, labels, kwargs)
             if difference is not None:
@@ -236,6 +245,14 @@ class PrefixSharing:
                     f"The first batch gives other numbers with shared prompts than padded: {difference}. Set "
                     f"prefix_sharing=False for {type(module).__name__}, and please report this."
                 )
+        if (
+            labels.device.type == "cuda"
+            and state.support.backend == "sdpa"
+            and (plan is None or plan.segments is None)
+        ):
+            # cuDNN's masked attention can give NaN gradients, of padded rows as well, see `CUDA_MULTIPLE`; which
+            # kernel runs is chosen in the forward, and there is no other switch that reaches layers run again
+            torch.backends.cuda.enable_cudnn_sdp(False)
         if plan is None:
             return inner(**kwargs, labels=labels, fused_lm_head=True)
         return _run(module, inner, state.support, plan, labels, kwargs)
@@ -257,7 +274,7 @@ class PrefixSharing:
         shares = False
         if pair is not None:
             tensors = [kwargs["input_ids"], labels, kwargs.get("attention_mask"), kwargs.get("position_ids")]
-            plan = PrefixSharing(True)._make_plan(tensors, _PlanSettings.of(state, kwargs, labels), state)
+            plan = PrefixSharing(True)._make_plan(tensors, _PlanSettings.of(module, state, kwargs, labels), state)
             shares = plan is not None and plan.layout is not None and plan.layout.shares
         if not _one_can_check(module, shares):
             return None
@@ -275,10 +292,10 @@ class PrefixSharing:
             slots=torch.from_numpy(plan.layout.slots).to(labels.device).flatten(),
         )
 
-    def _plan(self, kwargs: dict[str, Any], labels: torch.Tensor, state: "_ModelState") -> _Plan | None:
+    def _plan(self, module, kwargs: dict[str, Any], labels: torch.Tensor, state: "_ModelState") -> _Plan | None:
         """The batch's plan, made anew only if the tensors are not those of the call before."""
         tensors = [kwargs["input_ids"], labels, kwargs.get("attention_mask"), kwargs.get("position_ids")]
-        settings = _PlanSettings.of(state, kwargs, labels)
+        settings = _PlanSettings.of(module, state, kwargs, labels)
         if any(tensor is not None and tensor.is_inference() for tensor in tensors):  # these count no versions
             return self._make_plan(tensors, settings, state)
         versions = [None if tensor is None else tensor._version for tensor in tensors]
@@ -294,7 +311,8 @@ class PrefixSharing:
         return plan
 
     def _make_plan(self, tensors: list, settings: "_PlanSettings", state: "_ModelState") -> _Plan | None:
-        cost = state.cost
+        # attention by segments costs what its tokens do, wherever they are
+        cost = CostModel(0.0) if settings.by_segment else state.cost
         input_ids, labels, mask, position_ids = tensors
         if (position_ids is not None and position_ids.dim() != 2) or (mask is not None and mask.dim() != 2):
             self.cannot("the batch brings positions or an attention mask of more than two dimensions")
@@ -317,7 +335,8 @@ class PrefixSharing:
                     on_host[3] if position_ids is not None else None,
                     keep_unscored=settings.keep_unscored,
                     multiple_of=settings.multiple_of,
-                    cost=cost,
+                    longest_row=settings.longest_row,
+                    cost=None if settings.by_segment else cost,
                 )
             except ValueError as error:
                 self.cannot(str(error))
@@ -333,6 +352,7 @@ class PrefixSharing:
             scored=scored[:, 1:],
             predictors=torch.from_numpy(slots[:, :-1][scored_on_host]).to(device),
             source=None if layout is None else torch.from_numpy(layout.source).to(device),
+            segments=Segments.of(layout, device) if layout is not None and settings.by_segment else None,
         )
 
 
@@ -364,21 +384,36 @@ class _PlanSettings:
 
     rearrange: bool
     keep_unscored: bool
+    by_segment: bool
     multiple_of: int
+    longest_row: int | None
 
     @classmethod
-    def of(cls, state: _ModelState, kwargs: dict[str, Any], labels: torch.Tensor) -> "_PlanSettings":
-        support = state.support
-        if support.backend == "flex_attention":
+    def of(cls, module, state: _ModelState, kwargs: dict[str, Any], labels: torch.Tensor) -> "_PlanSettings":
+        support, device = state.support, labels.device
+        by_segment = can_use_segments(module, support.backend, device, query_dtype(module, device))
+        is_flex = support.backend == "flex_attention"
+        if by_segment:
+            multiple_of = 1
+        elif is_flex:
             multiple_of = FLEX_BLOCK_SIZE
         else:
-            multiple_of = 8 if labels.device.type == "cuda" else 1  # CUDA's masked kernels want aligned rows
+            multiple_of = CUDA_MULTIPLE if device.type == "cuda" else 1
         return cls(
             rearrange=support.reason is None and not support.is_too_long(labels.size(1)),
             # the balancing loss of a mixture of experts is taken over all tokens
             keep_unscored=bool(kwargs.get("output_router_logits", support.outputs_router_logits)),
+            by_segment=by_segment,
             multiple_of=multiple_of,
+            longest_row=FLEX_LONGEST_ROW if is_flex else None,
         )
+
+
+def query_dtype(module, device: torch.device) -> torch.dtype:
+    """What a model's queries will be: autocast's type where it is on, else that of its weights."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return module.dtype
 
 
 def _run(module, inner, support: Support, plan: _Plan, labels: torch.Tensor, kwargs: dict[str, Any]):
@@ -397,8 +432,7 @@ def _run(module, inner, support: Support, plan: _Plan, labels: torch.Tensor, kwa
         backbone_kwargs = dict(backbone_kwargs)
         backbone_kwargs["input_ids"] = input_ids.flatten()[source]
         backbone_kwargs["position_ids"] = position_ids.expand_as(input_ids).flatten()[source]
-        autocasts = torch.is_autocast_enabled(input_ids.device.type)
-        dtype = torch.get_autocast_dtype(input_ids.device.type) if autocasts else module.dtype
+        dtype = query_dtype(module, input_ids.device)
         makes_masks = getattr(backbone.forward, "makes_masks", False)
         if makes_masks and support.backend == "sdpa" and module.is_activation_checkpointing:
             dtype = torch.bool  # every part keeps its mask, where otherwise the layers of one would keep it
@@ -416,6 +450,8 @@ def _run(module, inner, support: Support, plan: _Plan, labels: torch.Tensor, kwa
         return output
 
     backbone = module.base_model
+    if plan.segments is not None:
+        take_tree_masks(support.backend)
     hooks = [backbone.register_forward_hook(pick_scored)]
     if plan.layout is not None:
         hooks.append(backbone.register_forward_pre_hook(rearrange, with_kwargs=True))

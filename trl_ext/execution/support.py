@@ -9,7 +9,10 @@ from accelerate.utils import is_peft_model
 from peft import PeftConfig, PeftType
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.modeling_flash_attention_utils import flash_attn_supports_top_left_mask
+from transformers.utils.generic import is_flash_attention_requested
 
+# implementations that take a mask; those of FlashAttention take segments instead, see `varlen.py`
 BACKENDS = ("sdpa", "eager", "flex_attention")
 
 # `config.model_type`s whose shared and padded log-probabilities and gradients are compared by
@@ -41,7 +44,7 @@ class Support:
         reason (`str`, *optional*):
             Why it cannot, and what to do about it; `None` if it can.
         backend (`str`):
-            Attention implementation the masks are made for.
+            Attention implementation the masks or segments are made for.
         windows (`dict[str, int | None]`):
             Sliding window of each kind of attention layer, `None` for full attention, by the names of
             `config.layer_types`.
@@ -108,10 +111,15 @@ def inspect_model(model: PreTrainedModel) -> Support:
     if not type(model)._supports_attention_backend and not verified:
         return Support(f"{name} does not go through transformers' attention interface, so masks may not reach it")
     backend = config._attn_implementation
-    if backend not in BACKENDS:
+    is_flash = is_flash_attention_requested(config)
+    if is_flash and (not type(model)._supports_attention_backend or flash_attn_supports_top_left_mask()):
         return Support(
-            f"attention implementation {backend!r} takes no mask; load the model with attn_implementation='sdpa' or "
-            "'flex_attention'"
+            f"{name} calls FlashAttention in a way that takes no segments; load it with attn_implementation='sdpa'"
+        )
+    if backend not in BACKENDS and not is_flash:
+        return Support(
+            f"attention implementation {backend!r} takes no mask; load the model with attn_implementation='sdpa', "
+            "'flex_attention' or 'flash_attention_2'"
         )
     try:
         source = inspect.getsource(forward)
