@@ -59,6 +59,15 @@ BOUNDS: dict[str, dict[str, tuple[float | None, float | None]]] = {
         "accuracy": (0.94, None),
         "perplexity": (None, 1.7),
     },
+    "train_click": {
+        "reward": (0.98, None),
+        "gain": (0.45, None),
+        "decided": (0.98, None),
+        "ordered_last": (0.95, None),
+        "ordered_rise": (0.15, None),
+        "accuracy": (0.91, None),
+        "perplexity": (None, 1.6),
+    },
 }
 
 
