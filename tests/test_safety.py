@@ -583,14 +583,15 @@ def test_files_that_rows_name_are_not_opened(tmp_path, tokenizer):
     (tmp_path / "seen.png").write_text("no image")
     rows = Dataset.from_list([{**row, "seen": str(tmp_path / "seen.png")} for row in PAIRS])
     rows = rows.cast_column("seen", Image())
-    with pytest.raises(NotImplementedError, match=r"columns of images, sound or other files \(seen\), which would be"):
-        prepare_dataset(rows, tokenizer, RowOptions(), name="train")
-    rows.save_to_disk(tmp_path / "rows")
-    with pytest.raises(NotImplementedError, match="wherever its rows say"):
+    assert "seen" not in prepare_dataset(rows, tokenizer, RowOptions(), name="train", keep_columns=True)[0].features
+    rows = rows.rename_column("chosen", "spare")
+    with pytest.raises(NotImplementedError, match="`chosen` of the train dataset must hold text, .*got .*Image"):
+        prepare_dataset(rows.rename_column("seen", "chosen"), tokenizer, RowOptions(), name="train")
+    with pytest.raises(NotImplementedError, match="`completion` of the train dataset must hold text, .*got .*Image"):
+        sft_rows(rows.rename_column("seen", "completion"), tokenizer, SPINConfig("out"), None, "train")
+    rows.remove_columns("prompt").rename_column("seen", "prompt").save_to_disk(tmp_path / "rows")
+    with pytest.raises(NotImplementedError, match="`prompt` of the prompt dataset must hold text, .*got .*Image"):
         load_prompts(ScriptArguments(str(tmp_path / "rows")), DatasetMixtureConfig())
-    rows = rows.rename_column("chosen", "completion").remove_columns("rejected")
-    with pytest.raises(NotImplementedError, match="wherever its rows say"):
-        sft_rows(rows, tokenizer, SPINConfig("out"), None, "train")
 
 
 # Manifests

@@ -39,6 +39,7 @@ from .parallelism import sequence_split
 from .prefix_sharing import enable_prefix_sharing, load_config, refuse_unless_shareable
 from .resumable import ResumableTrainer
 from .safety import explain_remote_code, refuse_code_in_deepspeed, weights_only
+from .tokens import tokenizer_of
 
 REQUIRED_BATCH_KEYS = {
     "prompt_weights",
@@ -540,10 +541,6 @@ class CandidateTrainer(ResumableTrainer, DPOTrainer):
         self._metric_sums["eval"].clear()
         self._eval_prefix = metric_key_prefix
         return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-
-
-def tokenizer_of(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
-    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
 def _keep_gradients_of_quantized_layers(model: nn.Module) -> None:

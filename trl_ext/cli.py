@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from .load import _load_file, load_datasets, load_prompts  # noqa: F401
+from .load import _load_file, load_datasets, load_prompts  # noqa: F401  (importable from here as well)
 from .safety import WIDER_THAN_DECLARED, has_type, list_items, maybe_meant, shown_hint
 from .threads import settle_threads
 

@@ -37,18 +37,20 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, List, Value
-from datasets.features.features import require_decoding
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from . import __version__
 from ._trl import _tokenize, common_prefix_length, global_then_local_main_first
+from .columns import as_given, check_features, without_files, without_nulls
+from .tokens import num_repeated_start_tokens, text_ids, tokenizer_of
 
 logger = logging.getLogger(__name__)
 
 # enters the fingerprint of prepared data: `datasets` hashes the functions of a module by name, and would go on using
 # what another version of them has cached
+_SOURCES = b"".join(Path(__file__).with_name(file).read_bytes() for file in ("columns.py", "data.py", "tokens.py"))
 PREPARED_BY = (
-    f"trl_ext {__version__} {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}, "
+    f"trl_ext {__version__} {hashlib.sha256(_SOURCES).hexdigest()[:16]}, "
     f"trl {version('trl')}, transformers {version('transformers')}"
 )
 
@@ -68,6 +70,7 @@ _NOTE_FEATURES = Features(
         "_detail": Value("string"),
         "_num_truncated": Value("int64"),
         "_boundary_moved": Value("bool"),
+        "_start_repeated": Value("bool"),
         "_reference_missing": Value("bool"),
     }
 )
@@ -84,6 +87,7 @@ REMEDIES = {
     "length": "Give one score per completion.",
     "ends": "Give one entry per completion, or remove the column.",
     "too few": "Leave out prompts with fewer completions.",
+    "text score": "Convert the column to numbers.",
     "not a number": "Scores must be finite numbers; leave out completions that could not be scored.",
     "out of order": "Let `chosen` be the one with the higher score.",
     "no target": "Add a `reference`, the task's own answer, or leave the row out.",
@@ -168,6 +172,7 @@ class PreparationReport:
     num_without_order: int
     num_boundary_moved: int
     num_reference_missing: int
+    num_start_repeated: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -187,6 +192,11 @@ class PreparationReport:
             lines.append(
                 f"prompt tokenised differently alone than with its completions: {self.num_boundary_moved} prompts; "
                 "the completion starts where they diverge"
+            )
+        if self.num_start_repeated:
+            lines.append(
+                "prompt begins with the start token that the tokenizer adds as well: "
+                f"{self.num_start_repeated} prompts; it is kept once"
             )
         return "\n  ".join(lines)
 
@@ -229,41 +239,6 @@ def check_columns(columns: list[str], name: str) -> None:
             f"{given}, without {' and '.join(f'`{column}`' for column in sorted(missing))}. Needed are `prompt`, "
             "`chosen` and `rejected`, or `prompt`, `completions` and `scores`: rename or add the columns."
         )
-
-
-def check_features(features: Features | None, name: str) -> None:
-    """
-    Refuse columns whose rows should not or cannot be read: files that `datasets` would open, from the disk or the net,
-    once a row is looked at; and objects with two fields of one name, from which Arrow makes no row.
-
-    Raises:
-        NotImplementedError: there are columns of the first kind.
-        ValueError: there are columns of the second kind.
-    """
-    if features is None:
-        return
-    opened = sorted(column for column, feature in features.items() if require_decoding(feature))
-    if opened:
-        raise NotImplementedError(
-            f"The {name} dataset has columns of images, sound or other files ({', '.join(opened)}), which would be "
-            "opened wherever its rows say. Remove these columns, and use text rows."
-        )
-    for column in features.arrow_schema:
-        twice = _field_that_is_there_twice(column.type)
-        if twice is not None:
-            raise ValueError(
-                f"The column {column.name!r} of the {name} dataset holds objects with two fields named {twice!r} "
-                "(a null character ends a name), which cannot be read. Rename one of them, or leave the column out."
-            )
-
-
-def _field_that_is_there_twice(type_) -> str | None:
-    """The name, anywhere within an Arrow type."""
-    inner = [type_.field(index) for index in range(type_.num_fields)]
-    names = [part.name for part in inner]
-    twice = [name for name in names if names.count(name) > 1]
-    twice += [name for part in inner if (name := _field_that_is_there_twice(part.type)) is not None]
-    return twice[0] if twice else None
 
 
 def _check_text(value: Any, column: str, *, is_completion: bool) -> None:
@@ -330,6 +305,8 @@ def _check_scores(scores: Any, column: str, num_completions: int) -> list[float]
 
 def _check_number(score: Any, column: str) -> float:
     """The number as a batch holds it, in single precision, so that what is equal there is seen to be equal here."""
+    if isinstance(score, str):
+        raise RowError("text score", column, f"must hold finite numbers, got the text {score!r:.40}")
     if not isinstance(score, int | float) or not -math.inf < score < math.inf:
         raise RowError("not a number", column, f"holds {score!r:.40}, which is not a finite number")
     if abs(score) > LARGEST_SCORE:
@@ -439,11 +416,8 @@ def _split_messages(prompt: Any, candidates: list[list], reference: list | None,
     """
     Prompt, candidates and reference of a conversational row.
 
-    The prompt may be implicit, and may be repeated in front of every candidate. Keys that are None are dropped: a
-    table fills them in wherever another row has them.
+    The prompt may be implicit, and may be repeated in front of every candidate.
     """
-    candidates = [_without_empty_keys(messages) for messages in candidates]
-    reference = None if reference is None else _without_empty_keys(reference)
     if isinstance(prompt, str):
         # the text of the first user message, which all conversations repeat
         if not all(_first_user_text(messages) == prompt for messages in candidates):
@@ -454,7 +428,6 @@ def _split_messages(prompt: Any, candidates: list[list], reference: list | None,
         if not prompt:
             raise RowError("missing", "prompt", "is missing, and the completions share no first message")
     else:
-        prompt = _without_empty_keys(prompt)
         if all(_begins_with(messages, prompt) for messages in candidates):
             candidates = [messages[len(prompt) :] for messages in candidates]
     if reference is not None and _begins_with(reference, prompt):
@@ -469,12 +442,6 @@ def _split_messages(prompt: Any, candidates: list[list], reference: list | None,
     return prompt, candidates, reference
 
 
-def _without_empty_keys(messages: list[Mapping]) -> list[dict]:
-    return [
-        {key: value for key, value in message.items() if value is not None or key == "content"} for message in messages
-    ]
-
-
 def _first_user_text(messages: list[Mapping]) -> str | None:
     content = next((message.get("content") for message in messages if message["role"] == "user"), None)
     if isinstance(content, list):
@@ -483,7 +450,7 @@ def _first_user_text(messages: list[Mapping]) -> str | None:
 
 
 def _begins_with(text: str | list, beginning: str | list) -> bool:
-    return bool(beginning) and text[: len(beginning)] == beginning
+    return bool(beginning) and without_nulls(text[: len(beginning)]) == without_nulls(beginning)
 
 
 def template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -534,14 +501,15 @@ def tokenize_candidates(
         alone it is tokenised differently.
     """
     if isinstance(prompt, list):
-        prompt_ids = _tokenize(processing_class, prompt, add_generation_prompt=True, **chat_template_kwargs)
+        prompt_ids = _tokenize(processing_class, prompt, add_generation_prompt=True, **chat_template_kwargs)[
+            "input_ids"
+        ]
         full_ids = [_tokenize(processing_class, prompt + c, **chat_template_kwargs)["input_ids"] for c in completions]
     else:
         if eos_token is not None:
             completions = [c if c.endswith(eos_token) else c + eos_token for c in completions]
-        prompt_ids = _tokenize(processing_class, prompt)
-        full_ids = [_tokenize(processing_class, prompt + c)["input_ids"] for c in completions]
-    prompt_ids = prompt_ids["input_ids"]
+        prompt_ids = text_ids(processing_class, prompt)
+        full_ids = [text_ids(processing_class, prompt + c) for c in completions]
     prompt_length = min(common_prefix_length(prompt_ids, ids) for ids in full_ids)
     return prompt_ids[:prompt_length], [ids[prompt_length:] for ids in full_ids], prompt_length < len(prompt_ids)
 
@@ -576,9 +544,11 @@ def _are_cut(row: Mapping[str, Any], num_candidates: int) -> list[bool]:
     return [end == "length" for end in ends]
 
 
-def prepare_row(row: Mapping[str, Any], processing_class, options: RowOptions) -> dict[str, Any]:
+def prepare_row(
+    row: Mapping[str, Any], processing_class, options: RowOptions, features: Features | None = None
+) -> dict[str, Any]:
     """
-    Check, tokenise and truncate one row.
+    Check, tokenise and truncate one row. `features` are those of its dataset, see [`~trl_ext.columns.as_given`].
 
     Returns:
         `dict` with the columns of `PREPARED_FEATURES` and the notes for the report.
@@ -586,6 +556,7 @@ def prepare_row(row: Mapping[str, Any], processing_class, options: RowOptions) -
     Raises:
         RowError: the row cannot be used.
     """
+    row = as_given(row, features)
     prompt, candidates, scores, has_scores, reference = parse_row(row, options)
     names = ["chosen", "rejected"] if "completions" not in row else [f"completions[{i}]" for i in range(len(scores))]
     are_cut = _are_cut(row, len(scores))
@@ -601,11 +572,10 @@ def prepare_row(row: Mapping[str, Any], processing_class, options: RowOptions) -
     except Exception as error:  # a chat template raises what it likes
         raise RowError("not renderable", "prompt", f"could not be tokenised: {error}") from error
 
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
     are_cut += [] if reference is None else [bool(row.get("reference_is_cut"))]
     for index, is_cut in enumerate(are_cut):
         if is_cut:
-            completion_ids[index] = without_end(completion_ids[index], tokenizer)
+            completion_ids[index] = without_end(completion_ids[index], tokenizer_of(processing_class))
 
     num_truncated = 0
     if options.max_length is not None:
@@ -642,6 +612,7 @@ def prepare_row(row: Mapping[str, Any], processing_class, options: RowOptions) -
         "_detail": None,
         "_num_truncated": num_truncated,
         "_boundary_moved": boundary_moved,
+        "_start_repeated": num_repeated_start_tokens(processing_class, prompt) > 0,
         "_reference_missing": options.reference
         and ("reference" in row or options.expect_reference)
         and reference is None,
@@ -656,13 +627,14 @@ _NOTHING = {
     "reference_index": 0,
     "_num_truncated": 0,
     "_boundary_moved": False,
+    "_start_repeated": False,
     "_reference_missing": False,
 }
 
 
-def _prepare_row_or_note(row, processing_class, options, prepared_by) -> dict[str, Any]:
+def _prepare_row_or_note(row, processing_class, options, features, prepared_by) -> dict[str, Any]:
     try:
-        return prepare_row(row, processing_class, options)
+        return prepare_row(row, processing_class, options, features)
     except RowError as error:
         return {**_NOTHING, "_problem": error.problem, "_detail": str(error)}
 
@@ -675,13 +647,14 @@ class _StreamedRows:
     process and each worker of a data loader speaks for the rows it reads.
     """
 
-    def __init__(self, processing_class, options: RowOptions, name: str, drop: bool):
+    def __init__(self, processing_class, options: RowOptions, name: str, drop: bool, features: Features | None = None):
         self.processing_class, self.options, self.name, self.drop = processing_class, options, name, drop
-        self.num_truncated = self.num_boundary_moved = self.num_reference_missing = 0
+        self.features = features
+        self.num_truncated = self.num_boundary_moved = self.num_reference_missing = self.num_start_repeated = 0
 
     def __call__(self, row, index) -> dict[str, Any]:
         try:
-            prepared = prepare_row(row, self.processing_class, self.options)
+            prepared = prepare_row(row, self.processing_class, self.options, self.features)
         except RowError as error:
             if not self.drop:
                 raise ValueError(refusal(self.name, None, {error.problem: [(index, str(error))]})) from None
@@ -690,6 +663,11 @@ class _StreamedRows:
         for attribute, note, what in (
             ("num_truncated", "_num_truncated", f"completions cut at max_length={self.options.max_length}"),
             ("num_boundary_moved", "_boundary_moved", "prompts tokenised differently alone than with completions"),
+            (
+                "num_start_repeated",
+                "_start_repeated",
+                "prompts begin with the start token, kept once",
+            ),
             ("num_reference_missing", "_reference_missing", "rows without `reference`: the best candidate stands in"),
         ):
             before, after = getattr(self, attribute), getattr(self, attribute) + int(prepared[note])
@@ -777,7 +755,10 @@ def prepare_dataset(
     if is_prepared(columns):
         return dataset, None
     check_columns(columns, name)
-    check_features(dataset.features, name)
+    dataset = without_files(dataset, name)
+    scores_of_pairs = ("score_chosen", "score_rejected") if options.score_values or options.score_columns else ()
+    check_features(dataset.features, name, ("scores",) if "completions" in columns else scores_of_pairs)
+    columns = dataset.column_names or columns
     if options.score_values and "completions" not in columns and "score_chosen" not in columns:
         raise ValueError(
             f"The {name} dataset has the columns {sorted(columns)}: this loss needs the size of the scores. Add "
@@ -791,14 +772,21 @@ def prepare_dataset(
         map_kwargs["features"] = features
 
     if isinstance(dataset, IterableDataset):
-        prepare = _StreamedRows(processing_class, options, name, drop=on_invalid_row == "drop")
+        prepare = _StreamedRows(
+            processing_class, options, name, drop=on_invalid_row == "drop", features=dataset.features
+        )
         dataset = dataset.map(prepare, with_indices=True, **map_kwargs)
         return dataset.filter(_is_usable).remove_columns(list(_NOTE_FEATURES)), None
 
     with _main_process_first():
         noted = dataset.with_format(None).map(
             _prepare_row_or_note,
-            fn_kwargs={"processing_class": processing_class, "options": options, "prepared_by": PREPARED_BY},
+            fn_kwargs={
+                "processing_class": processing_class,
+                "options": options,
+                "features": dataset.features,
+                "prepared_by": PREPARED_BY,
+            },
             num_proc=num_proc,
             desc=f"Tokenizing {name} dataset",
             **map_kwargs,
@@ -825,6 +813,7 @@ def prepare_dataset(
         num_without_order=0 if options.best_only else sum(len(set(scores)) == 1 for scores in prepared["scores"]),
         num_boundary_moved=sum(prepared["_boundary_moved"]),
         num_reference_missing=sum(prepared["_reference_missing"]),
+        num_start_repeated=sum(prepared["_start_repeated"]),
         dropped={problem: len(rows) for problem, rows in problems.items()},
     )
     if PartialState().is_main_process:

@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 
 from ._trl import add_fused_lm_head
 from .collators import CandidateCollator
+from .columns import as_given
 from .data import template_kwargs, tokenize_candidates, without_end
 from .execution.forward import add_kl_head, logit_transform, score_completions
 from .logps import completion_logps
@@ -58,7 +59,7 @@ def answer_logps(
 
     sequences = []
     for index in range(state.process_index, len(rows), state.num_processes):
-        row = rows[index]
+        row = as_given(rows[index])
         prompt_ids, completion_ids, _ = tokenize_candidates(
             tokenizer, row["prompt"], row["completions"], eos_token=tokenizer.eos_token, **template_kwargs(row)
         )

@@ -6,16 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-
 
 def load_datasets(script_args, dataset_args, *, with_eval: bool, seed: int) -> tuple[Any, Any]:
     """
     Load the train split, and the eval split if one is wanted. Row numbers in messages are those of the split.
 
-    `dataset_name` may be a Hub name, a local `.json`, `.jsonl`, `.parquet` or `.csv` file, a folder with such files,
-    or a folder written by `Dataset.save_to_disk`. `datasets` in a config file is TRL's mixture. Data without an eval
-    split is split with `--test_split_size`.
+    `dataset_name` may be a Hub name, a local file that `datasets` reads by its ending, a folder with such files, or a
+    folder written by `Dataset.save_to_disk`. `datasets` in a config file is TRL's mixture. Data without an eval split
+    is split with `--test_split_size`.
 
     Raises:
         FileNotFoundError: `dataset_name` looks like a local path and is not there.
@@ -23,6 +21,8 @@ def load_datasets(script_args, dataset_args, *, with_eval: bool, seed: int) -> t
     """
     from datasets import DatasetDict, load_dataset, load_from_disk
     from trl import get_dataset
+
+    from .files import csv_as_text, fault_of, names_a_file
 
     name, streaming = script_args.dataset_name, script_args.dataset_streaming
     if dataset_args.datasets:
@@ -35,7 +35,8 @@ def load_datasets(script_args, dataset_args, *, with_eval: bool, seed: int) -> t
         if name:
             raise ValueError(f"Both `datasets` and dataset_name={name!r} are given. Leave one of them out.")
         # the split is ours: TRL's is not seeded
-        dataset = get_dataset(dataclasses.replace(dataset_args, test_split_size=None))
+        with csv_as_text():
+            dataset = get_dataset(dataclasses.replace(dataset_args, test_split_size=None))
     elif name is None:
         raise ValueError(
             "A model is given but no data. Set `--dataset_name` to a Hub name, a local file or a folder; with neither "
@@ -44,27 +45,33 @@ def load_datasets(script_args, dataset_args, *, with_eval: bool, seed: int) -> t
     else:
         path = Path(name).expanduser()
         name = str(path) if name.startswith("~") else name
+        is_file = os.path.isfile(path)
         is_saved = any(os.path.isfile(path / made) for made in ("dataset_dict.json", "dataset_info.json"))
-        if script_args.dataset_config is not None and (path.suffix in FILE_FORMATS or is_saved):
+        if script_args.dataset_config is not None and (is_file or is_saved or names_a_file(path)):
             raise ValueError(
                 f"dataset_config={script_args.dataset_config!r} means nothing for local data. Leave it out."
             )
-        if path.suffix in FILE_FORMATS:
-            if not os.path.isfile(path):
-                raise FileNotFoundError(
-                    f"dataset_name={name!r} looks like a local file, and there is none. Mend the path."
-                )
+        if is_file:
             dataset = _load_file(path, streaming)
         elif is_saved:
             if streaming:
                 raise ValueError("Data written by `save_to_disk` is not streamed. Leave `--dataset_streaming` out.")
             dataset = load_from_disk(name)
-        elif name.startswith((".", "/", "~")) and not os.path.isdir(path):
+        elif not path.exists() and (names_a_file(path) or name.startswith((".", "/"))):
+            kind = "file" if names_a_file(path) else "folder"
             raise FileNotFoundError(
-                f"dataset_name={name!r} looks like a local folder, and there is none. Mend the path."
+                f"dataset_name={name!r} looks like a local {kind}, and there is none. Fix the path."
             )
         else:
-            dataset = load_dataset(name, name=script_args.dataset_config, streaming=streaming)
+            try:
+                with csv_as_text():
+                    where = str(path.resolve()) if path.is_dir() else name  # `datasets` finds no name in "."
+                    dataset = load_dataset(where, name=script_args.dataset_config, streaming=streaming)
+            except Exception as error:
+                fault = fault_of(path) if path.is_dir() else None
+                if fault is None:
+                    raise
+                raise ValueError(fault) from error
         if not isinstance(dataset, dict):
             dataset = DatasetDict({script_args.dataset_train_split: dataset})
 
@@ -93,29 +100,10 @@ def load_datasets(script_args, dataset_args, *, with_eval: bool, seed: int) -> t
 
 
 def _load_file(path: Path, streaming: bool) -> dict[str, Any]:
-    """A local file as `datasets` reads it, or a `ValueError` that names it."""
-    from datasets import load_dataset
+    """[`~trl_ext.files.load_file`], imported when it is needed: importing `datasets` takes seconds."""
+    from .files import load_file
 
-    try:
-        dataset = load_dataset(FILE_FORMATS[path.suffix], data_files={"train": str(path)}, streaming=streaming)
-    except Exception as error:  # of pyarrow's, pandas' and its own kinds; the first of them knows why
-        cause = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise ValueError(f"{path} cannot be read as a table of rows: {_in_one_line(cause)}. Mend the file.") from error
-    if path.suffix == ".jsonl" and not streaming:
-        with path.open("rb") as opened:
-            num_lines = sum(bool(line.strip()) for line in opened)
-        if num_lines != len(dataset["train"]):  # a line that Arrow cannot hold may be taken for a table of its own
-            raise ValueError(
-                f"{path} has {num_lines} lines and is read as {len(dataset['train'])} rows. Put one JSON object on "
-                "each line, with values of the same type in each column."
-            )
-    return dataset
-
-
-def _in_one_line(error: BaseException) -> str:
-    return (" ".join(str(error).split())[:200] or type(error).__name__).rstrip(". ")
+    return load_file(path, streaming)
 
 
 def load_prompts(script_args, dataset_args) -> list[dict[str, Any]]:
@@ -126,12 +114,15 @@ def load_prompts(script_args, dataset_args) -> list[dict[str, Any]]:
     Raises:
         ValueError: rows without a prompt, rows that cannot be kept as JSON, or a stream.
     """
-    from .data import RowError, check_features, prompt_of
+    from .columns import as_given, check_features, without_files
+    from .data import RowError, prompt_of
+    from .files import in_one_line
 
     if script_args.dataset_streaming or dataset_args.streaming:
         raise ValueError("Prompts to sample for are read as a whole. Leave `--dataset_streaming` out.")
     dataset_args = dataclasses.replace(dataset_args, test_split_size=None)  # for the training on what is sampled
     dataset, _ = load_datasets(script_args, dataset_args, with_eval=False, seed=0)
+    dataset = without_files(dataset, "prompt")
     check_features(dataset.features, "prompt")
     columns = set(dataset.column_names)
     if "prompt" not in columns and not columns >= {"chosen", "rejected"}:
@@ -139,9 +130,9 @@ def load_prompts(script_args, dataset_args) -> list[dict[str, Any]]:
             f"The dataset has the columns {sorted(columns)} and no `prompt` to sample answers for. Rename or add it."
         )
     try:
-        rows = dataset.to_list()
+        rows = [as_given(row) for row in dataset.to_list()]
     except Exception as error:
-        raise ValueError(f"The rows of the dataset cannot be read: {_in_one_line(error)}. Mend them.") from error
+        raise ValueError(f"The rows of the dataset cannot be read: {in_one_line(error)}. Fix them.") from error
     for index, row in enumerate(rows):
         refuse_unless_json(row, index)
         try:

@@ -41,9 +41,11 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ._trl import _tokenize, common_prefix_length
-from .data import _says_something, _without_empty_keys, template_kwargs, tokenize_candidates
+from .columns import as_given, without_nulls
+from .data import _says_something, template_kwargs, tokenize_candidates
 from .machines import from_all, read_when_there, refuse_unless_all_see, wait_as_long_as_it_takes
 from .safety import check_field_types, explain_remote_code, weights_only
+from .tokens import num_repeated_start_tokens, text_ids
 
 logger = logging.getLogger(__name__)
 
@@ -594,6 +596,7 @@ def sample_candidates(
     """
     state, folder = process_state(), Path(folder)
     mix_in = [mix_in] if isinstance(mix_in, str) else mix_in
+    rows = [as_given(row) for row in rows]
     _check_rows(rows, mix_in)
     if shard_size is not None and shard_size < 1:
         raise ValueError(f"shard_size={shard_size}: set it to 1 or more.")
@@ -604,6 +607,12 @@ def sample_candidates(
     _check_end_tokens(model_name_or_path, tokenizer, **hub)
     dtype = sampling_dtype(model_name_or_path, (model_init_kwargs or {}).get("dtype"), **hub)
     model_init_kwargs = {**(model_init_kwargs or {}), "dtype": dtype}
+    num_with_start = sum(num_repeated_start_tokens(tokenizer, row["prompt"]) > 0 for row in rows)
+    if num_with_start and state.is_main_process:
+        logger.warning(
+            f"{num_with_start} of {len(rows)} prompts begin with the start token that the tokenizer adds as well. It "
+            "is kept once."
+        )
     shard_size, made_of = _check_identity(
         folder, model_name_or_path, rows, config, tokenizer, shard_size, dtype, hub["revision"]
     )  # fmt: skip
@@ -982,7 +991,8 @@ def _check_end_tokens(model_name_or_path, tokenizer, *, revision: str, trust_rem
 def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[int]:
     """The tokens a model answers to, by the template training uses too."""
     if isinstance(row["prompt"], str):
-        return _tokenize(tokenizer, row["prompt"])["input_ids"]
+        return text_ids(tokenizer, row["prompt"])
+    row = as_given(row)
     return _tokenize(tokenizer, row["prompt"], add_generation_prompt=True, **template_kwargs(row))["input_ids"]
 
 
@@ -1111,10 +1121,9 @@ def mixed_in(row: Mapping[str, Any], column: str) -> list:
     prompt, answers = row["prompt"], _as_answers(row[column])
     if isinstance(prompt, str):
         return [answer for answer in answers if answer.strip()]
-    prompt, found = _without_empty_keys(prompt), []
+    prompt, found = without_nulls(prompt), []
     for answer in answers:
-        messages = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-        messages = _without_empty_keys(messages)
+        messages = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else without_nulls(answer)
         if messages[: len(prompt)] == prompt:
             messages = messages[len(prompt) :]
         if any(_says_something(message) for message in messages):

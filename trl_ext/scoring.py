@@ -51,11 +51,13 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 
 from ._trl import _tokenize
+from .columns import as_given, without_nulls
 from .data import REMEDIES as ROW_REMEDIES
 from .data import RowError, _check_number, _check_text, template_kwargs, without_end
 from .machines import from_all, wait_as_long_as_it_takes
 from .safety import UnsafeFileError, explain_remote_code, weights_only
 from .sampling import file_digest, model_fingerprint, process_state, read_sealed, sealed, write_atomically
+from .tokens import text_ids
 
 logger = logging.getLogger(__name__)
 
@@ -295,6 +297,7 @@ class FunctionScorer:
             ScoringError: it returned something that is neither a finite number nor `None`.
             RuntimeError: it raised; the cause is chained.
         """
+        rows = [as_given(row) for row in rows]
         lengths = [len(row["completions"]) for row in rows]
         if not sum(lengths):
             return [[] for _ in rows]
@@ -490,10 +493,11 @@ class RewardModelScorer:
     def _token_ids(self, row: Mapping[str, Any], completion: str | list, is_cut: bool = False) -> list[int]:
         """Prompt and completion as in training: without an end token where the completion was cut by its length."""
         if isinstance(completion, list):
-            ids = _tokenize(self.tokenizer, row["prompt"] + completion, **template_kwargs(row))["input_ids"]
+            row = as_given({**row, "completion": completion})
+            ids = _tokenize(self.tokenizer, row["prompt"] + row["completion"], **template_kwargs(row))["input_ids"]
         else:
             end = self.tokenizer.eos_token or ""
-            ids = _tokenize(self.tokenizer, row["prompt"] + completion.removesuffix(end) + end)["input_ids"]
+            ids = text_ids(self.tokenizer, row["prompt"] + completion.removesuffix(end) + end)
         return without_end(ids, self.tokenizer) if is_cut else ids
 
 
@@ -673,7 +677,7 @@ def _label_ids(tokenizer: PreTrainedTokenizerBase, template: str, labels: Sequen
 
 
 def _text_token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids = _tokenize(tokenizer, text)["input_ids"]
+    ids = text_ids(tokenizer, text)
     # some tokenizers put an end token behind every text; the label has to come behind the template
     return ids[:-1] if ids and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id) else ids
 
@@ -769,7 +773,7 @@ class PairwiseScorer:
             RuntimeError: the judge raised; the cause is chained.
         """
         what = f"The judge {self.name!r}"
-        brackets = []
+        rows, brackets = [as_given(row) for row in rows], []
         for row in rows:
             generator = _generator(self.seed, "tournament", row)
             brackets.append(_KnockOut([players[0] for players in _distinct(row["completions"])], generator))
@@ -857,11 +861,10 @@ def tournament_scores(row: Mapping[str, Any], games: Sequence[Sequence[int]]) ->
 
 
 def _key(text: str | list) -> str:
-    """Text or messages as one string; keys that are None, which a table fills in, do not count."""
+    """Text or messages as one string; keys that are None, at any depth, do not count: Arrow fills them in."""
     if isinstance(text, str):
         return text
-    messages = [{key: value for key, value in message.items() if value is not None} for message in text]
-    return json.dumps(messages, sort_keys=True, ensure_ascii=False, default=str)
+    return json.dumps(without_nulls(text), sort_keys=True, ensure_ascii=False, default=str)
 
 
 def _is_empty(completion: Any) -> bool:
@@ -1186,7 +1189,7 @@ def score_rows(
         ValueError: unusable rows, scorers or weights, or a completion without a score ([`ScoringError`]).
         RuntimeError: a function raised, here (the cause is chained) or on another process.
     """
-    rows, names = list(rows), [scorer.name for scorer in scorers]
+    rows, names = [as_given(row) for row in rows], [scorer.name for scorer in scorers]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"The scorers are {names}. Give one or more, with a name of its own each.")
     judges = [scorer.name for scorer in scorers if isinstance(scorer, PairwiseScorer)]

@@ -42,7 +42,8 @@ from .cli import (
     model_init_kwargs,
     run_settings,
 )
-from .data import RowError, RowOptions, check_features, parse_row, prepare_row, refusal
+from .columns import TEMPLATE_COLUMNS, as_given, check_features, without_files
+from .data import RowError, RowOptions, parse_row, prepare_row, refusal
 from .evaluation_stage import evaluation_stage
 from .intervals import TIE_RULE
 from .jsonl import as_jsonl, read_jsonl
@@ -60,7 +61,7 @@ from .sampling import (
 )
 from .scoring import check_scorers
 from .spin_config import BY_ITERATION, SPINConfig
-from .spin_pairs import TEMPLATE_COLUMNS, generate_stage
+from .spin_pairs import generate_stage
 from .stages import MARK, Run, all_processes, settings_of, start_afresh
 
 # Rows
@@ -92,6 +93,7 @@ def sft_rows(
     Raises:
         ValueError: a column is missing, or rows cannot be used, unless `on_invalid_row="drop"`; nothing is left.
     """
+    dataset = without_files(dataset, name)
     check_features(dataset.features, name)
     columns = set(dataset.column_names)
     if "messages" not in columns and not {"prompt", "completion"} <= columns:
@@ -114,7 +116,7 @@ def sft_rows(
     for index, row in enumerate(dataset):
         try:
             refuse_unless_json(row, index)
-            rows.append(_sft_row(row, tokenizer, config, options, window))
+            rows.append(_sft_row(as_given(row), tokenizer, config, options, window))
         except RowError as error:
             answer = "messages" if "messages" in columns else "completion"
             detail = str(error).replace("'completions[0]'", repr(answer))
@@ -223,7 +225,8 @@ def train_stage(
 def as_dataset(rows: Sequence[dict]) -> Dataset:
     """Rows of which some have a column that others lack; `Dataset.from_list` would take the first row's columns."""
     columns = dict.fromkeys(column for row in rows for column in row)
-    return Dataset.from_list([{column: row.get(column) for column in columns} for row in rows])
+    filled = [{column: row.get(column) for column in columns} for row in rows]
+    return Dataset.from_list(filled, on_mixed_types="use_json")  # arguments of tool calls differ in type
 
 
 # The loop

@@ -6,12 +6,10 @@ from typing import Any
 
 from accelerate import PartialState
 
+from .columns import TEMPLATE_COLUMNS
 from .jsonl import read_jsonl, write_jsonl
 from .sampling import SamplingConfig, sample_candidates
 from .scoring import as_text
-
-# columns that go to the chat template
-TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 
 
 def generate_stage(

@@ -11,17 +11,16 @@ from typing import Any, ClassVar
 import torch
 import trl
 from accelerate.logging import get_logger
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Json, List, Value, concatenate_datasets
 from transformers import AutoProcessor
 
 from ._trl import loaded_whole
-from .candidate_trainer import tokenizer_of
+from .columns import as_given, check_features, without_files
 from .data import (
     PREPARED_FEATURES,
     PreparationReport,
     RowError,
     RowOptions,
-    check_features,
     is_prepared,
     prepare_dataset,
     prompt_of,
@@ -33,6 +32,7 @@ from .rounds import check_prompts
 from .safety import explain_remote_code, weights_only
 from .sampling import load_tokenizer
 from .scoring import CANDIDATE_COLUMNS, build_scorers, check_scorers, reward_functions
+from .tokens import num_repeated_start_tokens, tokenizer_of, without_repeated_start
 from .trl_data import for_dpo, for_kto, for_reward, for_sft, labelled, with_mismatched
 
 logger = get_logger(__name__)
@@ -162,7 +162,15 @@ class KTOTrainer(OurRows, trl.KTOTrainer):
         if has_trl_columns(columns):
             return dataset
         if {"completion", "label"} <= set(columns):
-            dataset = dataset.map(labelled, with_indices=True, remove_columns=["completion", "label"])
+            dataset = without_files(dataset, name)
+            features = None
+            if dataset.features is not None:
+                completions, scores = List(dataset.features["completion"]), List(Value("float64"))
+                features = Features({**dataset.features, "completions": completions, "scores": scores})
+                del features["completion"], features["label"]
+            dataset = dataset.map(
+                labelled, with_indices=True, remove_columns=["completion", "label"], features=features
+            )
         dataset = super().trl_rows(dataset, processing_class, args, name).shuffle(seed=args.seed)
         if name == "train" and isinstance(dataset, Dataset):
             _say_if_unbalanced(dataset["label"], args)
@@ -263,8 +271,9 @@ def _usable_prompts(dataset: Any, tokenizer: Any, args: Any, name: str) -> Datas
             f"The {name} dataset has the columns {sorted(dataset.column_names)} and no `prompt` to answer. Rename or "
             "add it."
         )
+    dataset = without_files(dataset, name)
     check_features(dataset.features, name)
-    given, unread = dataset.to_list(), ("tools", "chat_template_kwargs")
+    given, unread = [as_given(row, dataset.features) for row in dataset], ("tools", "chat_template_kwargs")
     if idle := [column for column in unread if any(row.get(column) for row in given)]:
         raise ValueError(
             f"The {name} dataset has a column {' and '.join(map(repr, idle))}, and TRL's RLOO renders prompts without "
@@ -282,8 +291,16 @@ def _usable_prompts(dataset: Any, tokenizer: Any, args: Any, name: str) -> Datas
     # the answers of ranked lists would pass for those that are sampled
     dataset = dataset.remove_columns([c for c in (*CANDIDATE_COLUMNS, *unread) if c in dataset.column_names])
     prompts = [row["prompt"] for row in usable]
+    if repeated := sum(num_repeated_start_tokens(tokenizer, prompt) > 0 for prompt in prompts):
+        logger.warning(
+            f"{name} data: {repeated} prompts begin with the start token that the tokenizer adds as well. It is kept "
+            "once."
+        )
+        prompts = [without_repeated_start(tokenizer, prompt) for prompt in prompts]
     if "prompt" in dataset.column_names:
         if dataset["prompt"][:] == prompts:
             return dataset
         dataset = dataset.remove_columns("prompt")
-    return dataset.add_column("prompt", prompts)
+    feature = Value("string") if all(isinstance(prompt, str) for prompt in prompts) else List(Json())
+    column = Dataset.from_dict({"prompt": prompts}, features=Features({"prompt": feature}))
+    return concatenate_datasets([dataset, column], axis=1) if dataset.column_names else column
