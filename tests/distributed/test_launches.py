@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from datasets import Dataset
 from torch.utils.cpp_extension import get_cxx_compiler
 from trl import DPOConfig, DPOTrainer
 
+from tests import warm
 from tests.conftest import PAIRS, REPOSITORY, read_jsonl
 from tests.distributed.launching import ACCELERATE, ROWS, run_launcher
 from trl_ext import RRHFConfig, RRHFTrainer, SLiCConfig, SLiCTrainer, SPINConfig, SPINTrainer, enable_prefix_sharing
@@ -139,14 +141,14 @@ def data(tmp_path):
     return tmp_path
 
 
-def start(config, recipe, model_dir, data, *arguments, fails=False, timeout=400, **settings):
-    """Launch a recipe; returns what it has printed and its output folder."""
+def start(config, recipe, model_dir, data, *arguments, fails=False, timeout=400, by=warm.Popen, **settings):
+    """Launch a recipe; returns what it has printed and its output folder. By `subprocess.Popen` just as users do."""
     output = data / "out"
     settings = {"model_name_or_path": model_dir, "dataset_name": data, "output_dir": output, **settings}
     command = [*ACCELERATE, "--config_file", str(REPOSITORY / "accelerate_configs" / config)]
     command += ["--num_processes", "2", str(REPOSITORY / "recipes" / recipe)]
     command += [str(item) for name, value in settings.items() for item in (f"--{name}", value)] + list(arguments)
-    failed, printed, errors = run_launcher(command, data, dict(os.environ), timeout)
+    failed, printed, errors = run_launcher(command, data, dict(os.environ), timeout, by)
     assert bool(failed) == fails and "still running" not in failed, failed + printed[-3000:] + errors[-6000:]
     return printed + errors, output
 
@@ -194,7 +196,9 @@ def test_slic_on_two_processes_of_a_cpu(model_dir, data):
 def test_a_recipe_on_two_processes_of_a_cpu(config, recipe, rows, arguments, model_dir, data):
     if "offload" in config and not shutil.which(get_cxx_compiler()):
         pytest.skip("DeepSpeed compiles its optimiser for the CPU: needs a C++ compiler")
-    train(config, recipe, model_dir, data, *arguments, rows=rows)
+    as_users_do = (config, recipe) in (("ddp.yaml", "rrhf.py"), ("zero3.yaml", "spin.py"))
+    by = subprocess.Popen if as_users_do else warm.Popen
+    train(config, recipe, model_dir, data, *arguments, rows=rows, by=by)
 
 
 @without_accelerator
