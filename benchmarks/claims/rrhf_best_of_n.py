@@ -245,6 +245,11 @@ CLAIM = Claim(
         "Equal answers to a prompt are left out, so the average candidate is one of different answers: 1.8 of 2, 3.1 "
         "of 4, 4.6 of 8."
     ),
+    rows_are_older=(
+        "They were made at another state of the code, where answers that `max_new_tokens` cut were then given an "
+        "end token that they never produced, in training and in perplexity and KL. Few answers of the playground "
+        "are as long as 16 tokens, so rewards should hardly move; perplexities and KL may."
+    ),
     decided_by=(
         "`rank_weight` 10 and a learning rate of 1e-3 (`compare_playground.yaml`), chosen with seed 42; the paper's "
         "weight is 1. Perplexity is open at this step size."

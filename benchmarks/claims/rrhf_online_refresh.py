@@ -344,6 +344,11 @@ CLAIM = Claim(
         "start's and was up to 1.9 times on the way. A proxy that does not read digits protects none, and a learning "
         "rate of 1e-3 that begins anew every ten updates is high; a lower one was not tried."
     ),
+    rows_are_older=(
+        "They were made at another state of the code, where answers that `max_new_tokens` cut were then given an "
+        "end token that they never produced, in training and in perplexity and KL. Broken answers are long, so "
+        "this claim can be touched more than the others, where the guard stops too."
+    ),
     decided_by=(
         "The learning rate of 1e-3, begun anew at each refresh, for the guard's stop after the first ten updates and "
         "for how far a run goes. The weight of the KL (0.05), of which no other was tried, for the run with KL. The "
