@@ -6,7 +6,9 @@ import shutil
 
 import pytest
 import torch
+from datasets import Dataset
 
+from tests.conftest import PAIRS
 from trl_ext import SLiCConfig, SLiCTrainer
 from trl_ext.checkpoints import SEAL, UNFINISHED, DiskFullError, checkpoint_to_resume, naming_a_full_disk, seal
 
@@ -14,10 +16,6 @@ from trl_ext.checkpoints import SEAL, UNFINISHED, DiskFullError, checkpoint_to_r
 @pytest.fixture(scope="module")
 def trained(model_dir, tmp_path_factory):
     """The output folder of a run with checkpoints at steps 1 to 4, and that run's last loss."""
-    from datasets import Dataset
-
-    from tests.conftest import PAIRS
-
     folder = tmp_path_factory.mktemp("trained")
     settings = {
         "bf16": False,
@@ -32,8 +30,9 @@ def trained(model_dir, tmp_path_factory):
         "disable_tqdm": True,
     }
 
-    def trainer(output_dir, **more):
-        return SLiCTrainer(model_dir, args=SLiCConfig(str(output_dir), **settings, **more), train_dataset=rows)
+    def trainer(output_dir, train_dataset=None, cls=SLiCTrainer, **more):
+        args = SLiCConfig(str(output_dir), **{**settings, **more})
+        return cls(model_dir, args=args, train_dataset=rows if train_dataset is None else train_dataset)
 
     rows = Dataset.from_list(PAIRS)
     run = trainer(folder / "out")
@@ -207,6 +206,34 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_whole(trained, tmp_path, 
     trainer(tmp_path, save_total_limit=1).train()
     assert seen == [[], ["checkpoint-1"], ["checkpoint-2"], ["checkpoint-3"]]
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+class Recording(SLiCTrainer):
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.seen = [*getattr(self, "seen", []), inputs["input_ids"].tolist()]
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize(("num_rows", "accumulated"), [(6, 1), (5, 2)])
+def test_a_stream_goes_on_in_the_pass_it_was_in(num_rows, accumulated, trained, tmp_path):
+    """Passes of 3 batches, and of 5 of which two make a step; resumed for more steps than before."""
+    *_, trainer = trained
+    rows = Dataset.from_list(PAIRS[:num_rows]).to_iterable_dataset().shuffle(seed=1, buffer_size=8)
+    more = {"gradient_accumulation_steps": accumulated, "lr_scheduler_type": "constant", "cls": Recording}
+    more |= {"per_device_train_batch_size": 2 // accumulated}
+    whole = trainer(tmp_path / "whole", rows, max_steps=8, **more)
+    whole.train()
+    trainer(tmp_path / "out", rows, max_steps=6, **more).train()
+    for step in (6, 5, 3, 2):  # of what is there, the last
+        again = trainer(tmp_path / "out", rows, max_steps=8, save_strategy="no", **more)
+        again.train(resume_from_checkpoint=True)
+        assert again.seen == whole.seen[-len(again.seen) :], step
+        for name, weight in again.model.state_dict().items():
+            assert torch.equal(weight, whole.model.state_dict()[name]), (step, name)
+        for later in range(step, 2 * step):
+            shutil.rmtree(tmp_path / "out" / f"checkpoint-{later}", ignore_errors=True)
+        if step == 5:
+            shutil.rmtree(tmp_path / "out" / "checkpoint-4")
 
 
 def test_jit_checkpoints_are_refused(trained, tmp_path):

@@ -5,7 +5,10 @@ A process that dies needs nothing here: the launcher notices and ends the others
 """
 
 import contextlib
+import copy
+import functools
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -18,8 +21,10 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 TERMINATED = 128 + signal.SIGTERM  # exit code, as of a shell
 GO_ON = "The same command with `--resume_from_checkpoint true` goes on from there."
 
@@ -74,6 +79,65 @@ def end_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True, name="launcher-watch").start()
+
+
+class SignalProofWorker:
+    """
+    A `worker_init_fn` of a `DataLoader`: the worker ends when its parent asks for it, and takes no notice of signals
+    to the whole process group. The parent has a step to finish, and needs its batches.
+
+    Args:
+        init (`Callable`, *optional*): called with the worker's number afterwards.
+    """
+
+    def __init__(self, init: Callable[[int], None] | None):
+        self.init = init
+
+    def __call__(self, worker: int) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        threading.Thread(target=self._wait_for_parent, args=(os.getppid(),), daemon=True).start()
+        if self.init is not None:
+            self.init(worker)
+
+    @staticmethod
+    def _wait_for_parent(parent: int) -> None:
+        while signal.sigwaitinfo(STOP_SIGNALS).si_pid != parent:
+            pass
+        os._exit(0)
+
+
+@contextmanager
+def stop_signals_blocked() -> Iterator[None]:
+    """Hold back SIGTERM and SIGINT from this thread, and from the processes that it starts meanwhile, for good."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _process_started_blocked(process_class: type, *args: Any, **kwargs: Any) -> multiprocessing.Process:
+    process = process_class(*args, **kwargs)
+
+    def start():
+        del process.start  # a process that is spawned is pickled
+        with stop_signals_blocked():
+            process.start()
+
+    process.start = start
+    return process
+
+
+def protect_workers(loader: DataLoader) -> DataLoader:
+    """Make each worker of a trainer's loader a [`SignalProofWorker`], from its first moment."""
+    base = getattr(loader, "base_dataloader", loader)  # inside of Accelerate's
+    is_protected = isinstance(base.worker_init_fn, SignalProofWorker)
+    if base.num_workers and not is_protected and hasattr(signal, "sigwaitinfo"):  # which macOS lacks
+        base.worker_init_fn = SignalProofWorker(base.worker_init_fn)
+        context = copy.copy(base.multiprocessing_context or multiprocessing.get_context())
+        context.Process = functools.partial(_process_started_blocked, context.Process)
+        base.multiprocessing_context = context
+    return loader
 
 
 class SaveOnSigterm(TrainerCallback):

@@ -1,15 +1,18 @@
 """What a run needs to be interrupted and gone on with: for every trainer here, TRL's among them."""
 
+import math
 import os
 import signal
+import sys
 from pathlib import Path
 
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from ._trl import without_rotation
 from .checkpoints import find_checkpoint, make_room, naming_a_full_disk, seal
-from .faults import GO_ON, TERMINATED, SaveOnSigterm, WatchCallback, on_sigterm
+from .faults import GO_ON, TERMINATED, SaveOnSigterm, WatchCallback, on_sigterm, protect_workers
 from .safety import weights_only
 
 
@@ -61,6 +64,27 @@ class ResumableTrainer(Trainer):
             self.accelerator.print(f"SIGTERM: checkpoint-{self.state.global_step} is saved. {GO_ON}")
             raise SystemExit(TERMINATED)
         return output
+
+    def get_train_dataloader(self):
+        return protect_workers(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        return protect_workers(super().get_eval_dataloader(eval_dataset))
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        """As in `Trainer`, which takes all steps of a stream for its first pass over the data."""
+        passes, batches = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if num_train_epochs != sys.maxsize or not self.state.epoch:  # no stream, or begun anew
+            return passes, batches
+        # finished passes, and the share of `max_steps` that was trained of the one begun: above 0, at most 1
+        before = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+        passes = math.ceil(before.epoch) - 1
+        steps = round((before.epoch - passes) * before.max_steps)
+        return passes, 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
 
     def _save_checkpoint(self, model, trial):
         self._pushes_checkpoints = trial is not None

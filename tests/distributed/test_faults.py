@@ -176,7 +176,8 @@ def test_sigterm_saves_a_checkpoint(who, model_dir, untouched, tmp_path):
         assert "SIGTERM: checkpoint-5 is saved." in printed
     else:
         fault = {"kind": "SIGTERM", "process": 1, "to": "launcher", "where": "forward", "step": 4}
-        code, printed = run(folder, model_dir, fault=fault)
+        # which signals the whole group of each process, those that load data among them
+        code, printed = run(folder, model_dir, fault=fault, dataloader_num_workers=2)
         assert re.search(r"SIGTERM: checkpoint-[5-8] is saved.", printed), printed
     assert code != 0
     assert "The same command with `--resume_from_checkpoint true` goes on from there." in printed
