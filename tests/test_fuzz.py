@@ -232,7 +232,7 @@ def test_prompts_from_a_file_are_read_or_refused(number, tmp_path, monkeypatch):
         rows = [{**row, **({"prompt": "a"} if with_prompt else {})} for row in rows]
         file = tmp_path / f"{next(counter)}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        with refused("Row ", "columns", "cannot be read", "must hold one JSON object") as errors:
+        with refused("Row ", "columns", "cannot be read", "must hold one JSON object", "must hold rows") as errors:
             loaded = load_prompts(ScriptArguments(str(file)), DatasetMixtureConfig())
             assert len(loaded) == len(rows) and all("prompt" in row for row in loaded)
         read.append(not errors)

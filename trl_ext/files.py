@@ -88,7 +88,9 @@ def load_file(path: Path, streaming: bool) -> dict[str, Any]:
             cause = cause.__cause__
         fault = fault_of(path)
         if fault is None and "corresponds to no data" in str(cause):
-            fault = f"A data file must hold rows, got {path}, which has none. Add rows, or name another file."
+            fault = (
+                f"A data file must hold rows, got {path}, which has none with a value. Add rows, or name another file."
+            )
         if fault is None:
             fault = f"{path} cannot be read as a table of rows: {in_one_line(cause)}. Fix the file."
         raise ValueError(fault) from error
