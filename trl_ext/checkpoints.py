@@ -1,12 +1,12 @@
 """
 Checkpoints that are whole.
 
-A checkpoint is sealed when all processes have written it: `checkpoint.json` lists its files with sizes and hashes, and
-how the run was split. A run goes on from the last sealed one whose files are still what they were. Until it is sealed
-it holds `checkpoint.json.unfinished`, which tells one that was interrupted from one that another program wrote.
+A checkpoint is sealed when all processes have written it: `checkpoint.json`, written last, lists its files with sizes,
+and how the run was split. A run resumes from the last sealed one that has all its files in these sizes. What they hold
+is not compared. Until it is sealed it holds `checkpoint.json.unfinished`, which tells one that was interrupted from
+one that another program wrote.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,15 +20,12 @@ from typing import Any
 from accelerate import PartialState
 
 from .execution.support import asks_for_fsdp
-from .faults import progress
 from .machines import SHARE_CHECKPOINTS, blind_processes, from_all, refuse_unless_all_see_checkpoint
 from .sampling import unfinished_path, write_atomically
 
 SEAL = "checkpoint.json"
 UNFINISHED = unfinished_path(Path(SEAL)).name  # so that it is gone when the seal is there
 RESUME_LAST = ("true", "yes", "last", "latest")
-
-_looked_through: set[tuple[str, int]] = set()  # folders of this process's run, and when they were sealed
 
 
 def wants_to_resume(training_args) -> bool:
@@ -129,16 +126,14 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _problem(checkpoint: Path) -> str | None:
     """
-    Why a checkpoint cannot be gone on from, the same on all processes. The processes of a machine share the reading;
-    what was looked through once in this process is not read again.
+    Why a checkpoint cannot be resumed from, the same on all processes; `None` if it can.
 
     Raises:
         FileNotFoundError: a machine has it whole and another does not have it. It must not be passed over: what
             comes before it may be gone, and a run that began anew would write over it.
     """
-    state = PartialState()
-    host, seal_problem = socket.gethostname(), _read_seal(checkpoint)[1]
-    everybody = from_all((host, seal_problem))
+    seal_problem = _read_seal(checkpoint)[1]
+    everybody = from_all((socket.gethostname(), seal_problem))
     missing = [(number, *found) for number, found in enumerate(everybody) if found[1] is not None]
     if 0 < len(missing) < len(everybody):
         number, host, problem = missing[0]
@@ -147,43 +142,24 @@ def _problem(checkpoint: Path) -> str | None:
         )
     if missing:
         return missing[0][-1]
-    problems = from_all(_damage(checkpoint, state.local_process_index, _local_count(state)))
-    problem = next(filter(None, problems), None)
+    problem = next(filter(None, from_all(_damage(checkpoint))), None)
     if problem is None:
         refuse_unless_all_see_checkpoint(checkpoint)
-        _looked_through.add(_identity(checkpoint))
     return problem
 
 
-def _damage(checkpoint: Path, index: int, count: int) -> str | None:
-    """What is wrong with the files, as far as one of the processes of this machine looks at them."""
-    if _identity(checkpoint) in _looked_through:
-        return None
-    files = _read_seal(checkpoint)[0]["files"]
-    for number, (name, (size, digest)) in enumerate(sorted(files.items())):
+def _damage(checkpoint: Path) -> str | None:
+    """The first file that is missing or has another size than it was written with."""
+    for name, size in sorted(_read_seal(checkpoint)[0]["files"].items()):
         file = checkpoint / name
         try:
             if not file.is_file():
                 return f"{name} is gone"
             if file.stat().st_size != size:
                 return f"{name} has {file.stat().st_size} bytes and was written with {size}"
-            if number % count == index and _digest(file) != digest:
-                return f"{name} has changed since it was written"
         except OSError as error:
             return f"{name} cannot be read ({error})"
     return None
-
-
-def _digest(file: Path, *, is_new: bool = False) -> str:
-    progress(f"reading {file}")
-    with file.open("rb") as opened:
-        if is_new:  # the one before is removed after this: not before the disk has it
-            os.fsync(opened.fileno())
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _identity(checkpoint: Path) -> tuple[str, int]:
-    return str(checkpoint.resolve()), (checkpoint / SEAL).stat().st_mtime_ns
 
 
 def _read_seal(checkpoint: Path) -> tuple[dict[str, Any], str | None]:
@@ -191,7 +167,7 @@ def _read_seal(checkpoint: Path) -> tuple[dict[str, Any], str | None]:
         return {}, "there is no such folder"
     try:
         seal = json.loads((checkpoint / SEAL).read_text())
-        files = {str(name): (int(size), str(digest)) for name, (size, digest) in seal["files"].items()}
+        files = {str(name): int(size) for name, size in seal["files"].items()}
         escaping = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]
         if escaping:
             return {}, f"its {SEAL} names {escaping[0]!r}, which is not in it"
@@ -280,7 +256,8 @@ def seal(checkpoint: Path, training_args) -> None:
     """
     Say that a checkpoint is whole; called by all processes when they have written their part.
 
-    The processes share the reading. Where machines do not share the folder, each seals what it has.
+    The processes share the files, to wait until the disk has each: older checkpoints are removed after this. Where
+    machines do not share the folder, each seals what it has.
     """
     state = PartialState()
     state.wait_for_everyone()
@@ -298,19 +275,24 @@ def seal(checkpoint: Path, training_args) -> None:
     for number, name in enumerate(sorted(set().union(*seen.values()))):
         readers = [index for index, there in seen.items() if name in there]
         if readers[number % len(readers)] == state.process_index:
-            mine[name] = (checkpoint / name).stat().st_size, _digest(checkpoint / name, is_new=True)
-    sealed = {
-        name: entry for where, share in from_all((machine, mine)) if where == machine for name, entry in share.items()
+            mine[name] = _written_size(checkpoint / name)
+    sizes = {
+        name: size for where, share in from_all((machine, mine)) if where == machine for name, size in share.items()
     }
     if state.process_index == min(seen):
-        if sealed:
-            text = json.dumps({"files": dict(sorted(sealed.items())), "run": _run(training_args)}, indent=2)
+        if sizes:
+            text = json.dumps({"files": dict(sorted(sizes.items())), "run": _run(training_args)}, indent=2)
             write_atomically(checkpoint / SEAL, text)
         else:  # a machine that has no part of it
             shutil.rmtree(checkpoint, ignore_errors=True)
     state.wait_for_everyone()
-    if sealed and (checkpoint / SEAL).exists():
-        _looked_through.add(_identity(checkpoint))
+
+
+def _written_size(file: Path) -> int:
+    """The size in bytes, once the disk has the file."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        return os.fstat(opened.fileno()).st_size
 
 
 def _local_count(state: PartialState) -> int:
