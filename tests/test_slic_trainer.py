@@ -17,7 +17,7 @@ from trl import DPOConfig
 from tests import reference
 from tests.conftest import PAIRS
 from tests.same_training import SGD, assert_same_movement
-from trl_ext import CandidateCollator, SLiCConfig, SLiCTrainer
+from trl_ext import CandidateCollator, SLiCConfig, SLiCTrainer, checks
 from trl_ext.slic_config import CALIBRATIONS
 
 BF16_LOSS, BF16_GRADIENT = 0.001, 0.07  # measured: at most 0.00033 and 0.033
@@ -463,11 +463,18 @@ def counting():
         counts["rows"] += len(kwargs["input_ids"])
         return forward(self, *args, **kwargs)
 
-    LlamaForCausalLM.__init__, LlamaModel.forward = counted_init, counted_forward
+    def uncounted(*args):  # modules without weights
+        before = counts["models"]
+        found = without_weights(*args)
+        counts["models"] = before
+        return found
+
+    without_weights = checks._without_weights
+    LlamaForCausalLM.__init__, LlamaModel.forward, checks._without_weights = counted_init, counted_forward, uncounted
     try:
         yield counts
     finally:
-        LlamaForCausalLM.__init__, LlamaModel.forward = init, forward
+        LlamaForCausalLM.__init__, LlamaModel.forward, checks._without_weights = init, forward, without_weights
 
 
 LORA = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")

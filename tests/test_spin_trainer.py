@@ -234,7 +234,7 @@ def test_eval_set_has_the_reference_of_the_start(model, tokenizer, pairs, config
         slow = reference.spin_loss(trainer.model, opponent, list(trainer.eval_dataset), beta=1.0)
     logged = trainer.evaluate()
     assert logged["eval_loss"] == pytest.approx(slow.item(), abs=1e-4) and slow < math.log(2) - 1e-3
-    with pytest.raises(ValueError, match="it is gone: it was the model before training"):
+    with pytest.raises(ValueError, match="it is gone: it was run once, before training"):
         trainer.evaluate(Dataset.from_list(PAIRS[3:]))
 
 

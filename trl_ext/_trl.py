@@ -75,6 +75,8 @@ BORROWED = {
     "trl.trainer.dpo_trainer:DPOTrainer.predict": ("self", "test_dataset", "ignore_keys", "metric_key_prefix"),
     "trl.trainer.dpo_trainer:DPOTrainer.log": ("self", "logs", "start_time"),
     # overridden, inherited by TRL from transformers.Trainer
+    "trl.trainer.dpo_trainer:DPOTrainer._get_train_sampler": ("self", "train_dataset"),
+    "trl.trainer.dpo_trainer:DPOTrainer._get_eval_sampler": ("self", "eval_dataset"),
     "trl.trainer.dpo_trainer:DPOTrainer.train": ("self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"),
     "trl.trainer.dpo_trainer:DPOTrainer._prepare_input": ("self", "data"),
     "trl.trainer.dpo_trainer:DPOTrainer.get_batch_samples": ("self", "epoch_iterator", "num_batches", "device"),

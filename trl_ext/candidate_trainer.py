@@ -11,10 +11,8 @@ import torch
 from accelerate.data_loader import SkipBatchSampler
 from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from peft import PeftMixedModel, PeftType
 from torch import nn
 from transformers import (
-    AutoProcessor,
     BitsAndBytesConfig,
     DataCollator,
     PreTrainedModel,
@@ -28,15 +26,26 @@ from trl import DPOTrainer
 
 from ._trl import get_config_model_id, without_reference_model
 from .candidate_config import CandidateConfig
+from .checks import (
+    Limits,
+    check_adapter,
+    check_chunking,
+    check_peft_model,
+    check_sampling_strategy,
+    keeps_base_weights,
+    refuse_drifting_reference,
+    with_lengths,
+)
 from .collators import CandidateCollator
 from .data import PREPARED_FEATURES, PreparationReport, RowOptions, prepare_dataset
 from .execution.chunking import add_chunking, chunk_sizes
 from .execution.forward import score_completions
-from .execution.support import adapter_reason, refuse_sharding_that_would_not_be
+from .execution.support import refuse_sharding_that_would_not_be
 from .logps import CompletionLogps, completion_logps
 from .metrics import MetricAccumulator
 from .parallelism import sequence_split
-from .prefix_sharing import enable_prefix_sharing, load_config, refuse_unless_shareable
+from .prefix_sharing import enable_prefix_sharing, refuse_unless_shareable
+from .pretrained import load_processor, model_to_start_from, refuse_missing_model
 from .resumable import ResumableTrainer
 from .safety import explain_remote_code, refuse_code_in_deepspeed, weights_only
 from .tokens import tokenizer_of
@@ -91,6 +100,8 @@ class CandidateTrainer(ResumableTrainer, DPOTrainer):
     loss_is_scaled_for_ga = True
 
     config_class: ClassVar[type[CandidateConfig]] = CandidateConfig
+    # with several eval sets, metrics are named after each
+    metrics_of_each_eval_set = True
     # for the model card, which would name DPO's
     _name = "trl_ext"
     _tag_names = ["trl"]
@@ -120,17 +131,16 @@ class CandidateTrainer(ResumableTrainer, DPOTrainer):
             raise ValueError(
                 f"{type(self).__name__} got no model. Pass a name, a folder or a model object as `model`."
             )
+        if isinstance(model, str):
+            refuse_missing_model(model)
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         if args is None:
             args = self.config_class(f"{model_id.rstrip('/').split('/')[-1]}-{self._name}")
         self._check_arguments(args, model, ref_model, train_dataset, compute_metrics, peft_config)
 
         if processing_class is None:
-            init_kwargs = args.model_init_kwargs or {}
-            with explain_remote_code():
-                processing_class = AutoProcessor.from_pretrained(
-                    model_id, revision=init_kwargs.get("revision"), trust_remote_code=args.trust_remote_code
-                )
+            revision = (args.model_init_kwargs or {}).get("revision")
+            processing_class = load_processor(model_id, revision=revision, trust_remote_code=args.trust_remote_code)
         tokenizer = tokenizer_of(processing_class)
         pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
         if pad_token is None:
@@ -146,6 +156,7 @@ class CandidateTrainer(ResumableTrainer, DPOTrainer):
         args.accelerator_config.dispatch_batches = False
 
         self.data_reports: dict[str, PreparationReport] = {}
+        self._limits = Limits(model, args)
         train_dataset = self._prepare(train_dataset, processing_class, args, "train", self._row_options(args))
         if isinstance(eval_dataset, dict):
             eval_dataset = {
@@ -160,6 +171,7 @@ class CandidateTrainer(ResumableTrainer, DPOTrainer):
                 pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of
             )
 
+        model = model_to_start_from(model, args, gets_adapter=peft_config is not None)
         checkpointing_kwargs = copy.copy(args.activation_checkpointing_kwargs)
         with contextlib.ExitStack() as stack:
             if not args.uses_reference_model:
@@ -167,6 +179,7 @@ class CandidateTrainer(ResumableTrainer, DPOTrainer):
             stack.enter_context(explain_remote_code())
             stack.enter_context(weights_only())
             stack.enter_context(args.hidden_from_trl())
+            stack.enter_context(keeps_base_weights(model))
             super().__init__(
                 model=model,
                 ref_model=ref_model,
@@ -244,7 +257,8 @@ class CandidateTrainer(ResumableTrainer, DPOTrainer):
                 "max_completions_per_forward=1."
             )
         refuse_sharding_that_would_not_be(args)
-        self._check_adapters(args, model, ref_model)
+        check_peft_model(model, args, has_reference=ref_model is not None, uses_reference=args.uses_reference_model)
+        check_sampling_strategy(args, train_dataset)
         if ref_model is not None and not args.uses_reference_model:
             raise ValueError(
                 f"{trainer} was given a `ref_model` that its loss never looks at and that would only take memory. "
@@ -258,65 +272,10 @@ class CandidateTrainer(ResumableTrainer, DPOTrainer):
         if args.prefix_sharing is True:
             refuse_unless_shareable(model, args, peft_config)
         if args.max_completions_per_forward is not None:
-            self._check_chunking(args, model, peft_config)
-
-    def _check_chunking(self, args, model, peft_config) -> None:
-        """Refuse `max_completions_per_forward` where the parts of a batch do not add up to the whole."""
-        args.refuse_reentrant_checkpointing()  # again: the dict may have been changed since
-        given = f"max_completions_per_forward={args.max_completions_per_forward}"
-        for adapter in [peft_config, *getattr(model, "peft_config", {}).values()]:
-            reason = None if adapter is None else adapter_reason(adapter)
-            if reason is not None:
-                raise NotImplementedError(
-                    f"{given} cuts a batch by rows, which does not suit this adapter: {reason}. Leave it out, or use "
-                    "LoRA."
-                )
-        config = getattr(model, "config", None)
-        if isinstance(model, str):
-            config = load_config(model, args)
-        config = config.get_text_config()
-        coefficient = args.router_aux_loss_coef
-        if coefficient is None:
-            coefficient = getattr(config, "router_aux_loss_coef", 0.0)
-        if hasattr(config, "output_router_logits") and coefficient != 0:
-            raise NotImplementedError(
-                f"{given} runs a batch in parts, and the balancing loss of a mixture of experts is not the sum of "
-                "those of its parts. Leave it out, or set router_aux_loss_coef=0."
-            )
-
-    def _check_adapters(self, args, model, ref_model) -> None:
-        """Refuse PEFT objects for which TRL would make no reference, the wrong one, or one it cannot make."""
-        if isinstance(model, PeftMixedModel):
-            raise NotImplementedError("A PeftMixedModel cannot be trained here. Pass a PeftModel with one adapter.")
-        if isinstance(model, str) or not is_peft_model(model):
-            return
-        adapters = list(model.peft_config)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ValueError(
-                f"Nothing in the PeftModel (adapters {adapters}) is trainable. Load it with `is_trainable=True`."
-            )
-        if ref_model is not None:
-            return
-        if "default" not in adapters:
-            raise ValueError(
-                f"The PeftModel has the adapters {adapters}, and TRL looks for one called 'default'. Load the adapter "
-                "with `adapter_name='default'`."
-            )
-        if "ref" in adapters:
-            raise ValueError(
-                f"The PeftModel has the adapters {adapters}: an earlier trainer left its reference 'ref', and TRL "
-                "would add another. Remove it with `model.delete_adapter('ref')`."
-            )
-        if model.peft_config["default"].peft_type == PeftType.ADALORA:
-            raise ValueError(
-                "An AdaLoRA PeftModel cannot be given a second adapter, and TRL adds one. Pass the base model and the "
-                "AdaLoraConfig as `peft_config`."
-            )
-        if args.uses_reference_model and model.active_adapters != ["default"]:
-            raise ValueError(
-                f"Of the adapters {adapters} of the PeftModel, {model.active_adapters} are active, and TRL takes a "
-                "copy of 'default' as reference. Activate 'default' alone."
-            )
+            check_chunking(args, model, peft_config)
+        if args.uses_reference_model and ref_model is None:
+            refuse_drifting_reference(model, peft_config, "The reference model")
+        check_adapter(model, args, peft_config)
 
     # Rows and batches
 
@@ -348,11 +307,17 @@ class CandidateTrainer(ResumableTrainer, DPOTrainer):
         )
         if report is not None:
             self.data_reports[dataset_name] = report
-        return dataset
+        return self._limits.check(dataset, dataset_name, tokenizer_of(processing_class), options.max_length)
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
             self._signature_columns = list(PREPARED_FEATURES)
+
+    def _get_train_sampler(self, train_dataset=None):
+        return super()._get_train_sampler(with_lengths(train_dataset or self.train_dataset, self.args))
+
+    def _get_eval_sampler(self, eval_dataset):
+        return super()._get_eval_sampler(with_lengths(eval_dataset, self.args))
 
     def compute_ref_log_probs(self, model, inputs):
         raise NotImplementedError(

@@ -1,5 +1,7 @@
 """Running means that come out the same for any split of the data over micro-batches and processes, and what to log."""
 
+from collections.abc import Iterator
+
 import torch
 from accelerate import Accelerator
 
@@ -94,6 +96,10 @@ class MetricAccumulator:
     def __init__(self):
         self._sums: dict[str, torch.Tensor] = {}
         self._totals: set[str] = set()
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the metrics that something was added to."""
+        return iter(self._sums)
 
     def add(self, name: str, numerator: torch.Tensor, denominator: torch.Tensor) -> None:
         """Add `numerator` and `denominator` (any shape; they are summed) to the metric `name`."""

@@ -13,6 +13,7 @@ class ORPOTrainer(OurRows, TRLORPOTrainer):
     """TRL's `ORPOTrainer` on the best and the worst answer to each prompt."""
 
     columns_for = staticmethod(for_orpo)
+    uses_fused_head = False
 
     def __init__(self, model: Any, *, args: Any, quantization_config: BitsAndBytesConfig | None = None, **kwargs: Any):
         if isinstance(model, str):

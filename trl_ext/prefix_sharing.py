@@ -8,7 +8,7 @@ import torch
 import transformers
 from accelerate.utils import is_peft_model
 from peft import PeftConfig
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 from ._trl import after_fused_lm_head
@@ -16,7 +16,7 @@ from .execution.chunking import chunking_outermost
 from .execution.sharing import PrefixSharing, cannot_be_honoured
 from .execution.support import adapter_reason, inspect_model, refuse_sharding_that_would_not_be
 from .parallelism import sequence_split
-from .safety import explain_remote_code
+from .pretrained import load_config
 
 
 def enable_prefix_sharing(
@@ -149,16 +149,6 @@ def settings_reason(args: DPOConfig, model: str | PreTrainedModel) -> str | None
     if args.neftune_noise_alpha is not None:
         return "the noise of `neftune_noise_alpha` depends on the length of a row"
     return None
-
-
-def load_config(model_id: str, args: DPOConfig) -> PreTrainedConfig:
-    """The config of the model that the trainer will load, without its weights."""
-    names = ("revision", "trust_remote_code", "cache_dir", "token", "subfolder", "attn_implementation")
-    init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    with explain_remote_code():
-        return AutoConfig.from_pretrained(
-            model_id, **{name: value for name, value in init_kwargs.items() if name in names}
-        )
 
 
 def refuse_unless_shareable(model: str | PreTrainedModel, args: DPOConfig, peft_config: PeftConfig | None) -> None:

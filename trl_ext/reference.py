@@ -12,7 +12,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -22,6 +22,7 @@ from .execution.forward import score_completions
 from .execution.support import asks_for_fsdp
 from .logps import completion_logps
 from .machines import from_all
+from .pretrained import is_adapter, merged, refuse_missing_model
 from .safety import explain_remote_code, weights_only
 
 
@@ -115,10 +116,15 @@ class Reference:
                 if isinstance(model, str | Path):
                     kwargs = {"dtype": trainer.model.dtype, "trust_remote_code": args.trust_remote_code}
                     kwargs.update(args.model_init_kwargs or {})
+                    if is_adapter(model):
+                        model = merged(model, **{**kwargs, "device_map": None})
+                    else:
+                        refuse_missing_model(model, "`ref_model`")
+                if isinstance(model, str | Path):
                     with explain_remote_code(), weights_only():
                         model = create_model_from_path(str(model), **{**kwargs, "device_map": None})
                 model.requires_grad_(False)
-                add_fused_lm_head(model)
+                add_fused_lm_head(model.get_base_model() if is_peft_model(model) else model)
                 if trainer.prefix_sharing is not None:
                     trainer.prefix_sharing.install(model)
                 model = model.to(args.device) if not trainer.is_deepspeed_enabled else model

@@ -55,11 +55,12 @@ class ReferencedTrainer(CandidateTrainer):
     ):
         evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         for name, dataset in (("train_dataset", train_dataset), *(("eval_dataset", one) for one in evaluated)):
-            if isinstance(dataset, IterableDataset):
-                raise NotImplementedError(
-                    f"{type(self).__name__} does not take a stream as `{name}`: the reference goes over all rows "
-                    "before the first step. Pass a `Dataset`."
-                )
+            self._refuse_stream(dataset, name)
+        if ref_model is not None and ref_model is model:
+            raise ValueError(
+                f"`ref_model` must be another object than `model`, which {type(self).__name__} trains. Leave "
+                "`ref_model` out: the reference is the model as it is now."
+            )
         super().__init__(
             model=model,
             args=args,
@@ -88,18 +89,26 @@ class ReferencedTrainer(CandidateTrainer):
                 self.eval_dataset = reference.add_to(self.eval_dataset, "eval")
         self._has_reference = True
 
+    def _refuse_stream(self, dataset: Any, name: str) -> None:
+        if isinstance(dataset, IterableDataset):
+            raise NotImplementedError(
+                f"{type(self).__name__} does not take a stream as `{name}`: the reference goes over all rows "
+                "before the first step. Pass a `Dataset`."
+            )
+
     def _check_arguments(self, args, model, ref_model, train_dataset, compute_metrics, peft_config) -> None:
         super()._check_arguments(args, model, ref_model, train_dataset, compute_metrics, peft_config)
         refuse_fsdp(args, type(self).__name__)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        self._refuse_stream(dataset, dataset_name)
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if not self._has_reference or "reference_logps" in dataset.column_names:
             return dataset
         # rows given to `evaluate` or `predict`
         if self.state.global_step > 0 or not self._checks_first_loss:
             raise ValueError(
-                f"The reference is needed for the {dataset_name} dataset, and it is gone: it was the model before "
+                f"The reference is needed for the {dataset_name} dataset, and it is gone: it was run once, before "
                 "training. Pass these rows as `eval_dataset` to the constructor."
             )
         with Reference(self, None) as reference:

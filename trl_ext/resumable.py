@@ -12,6 +12,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ._trl import without_rotation
 from .checkpoints import find_checkpoint, make_room, naming_a_full_disk, seal
+from .checks import check_before_training
 from .faults import GO_ON, TERMINATED, SaveOnSigterm, WatchCallback, on_sigterm, protect_workers
 from .safety import weights_only
 
@@ -47,6 +48,7 @@ class ResumableTrainer(Trainer):
                     f"{self.args.output_dir}. Leave it out to begin anew."
                 )
             resume_from_checkpoint = found
+        check_before_training(self)
         save, watch = SaveOnSigterm(), WatchCallback(0.8 * self.args.ddp_timeout)
         callbacks = [save, watch]
         for callback in callbacks:

@@ -44,8 +44,9 @@ from .intervals import TIE_RULE, Mean, Wins, paired_difference, wins
 from .jsonl import as_jsonl, read_jsonl, write_jsonl
 from .load import load_prompts
 from .machines import from_all
+from .pretrained import is_adapter, merge_adapter
 from .ranking import PAIR_RULES, check_pair_rule, pair_rows, rank_rows, score_report
-from .safety import check_field_types, explain_remote_code, weights_only
+from .safety import check_field_types
 from .sampling import SamplingConfig, load_tokenizer, mixed_in, prompt_key, sample_candidates, write_atomically
 from .scoring import ScorerConfig, as_text, build_scorers, check_scorers, score_rows
 from .stages import Run, all_processes, settings_of, start_afresh
@@ -262,16 +263,16 @@ def rank_stage(
 
 def merge_stage(folder: Path, *, adapter: Path, trust_remote_code: bool) -> dict[str, Any]:
     """The adapter's weights added to its base, as an ordinary model."""
-    import torch
-    from peft import AutoPeftModelForCausalLM
-
     if PartialState().is_main_process:
-        hub = {"trust_remote_code": trust_remote_code}
-        with explain_remote_code(), weights_only():
-            model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32, **hub)
-        model.merge_and_unload().save_pretrained(folder)
-        load_tokenizer(adapter, **hub).save_pretrained(folder)
+        merge_adapter(adapter, folder, trust_remote_code=trust_remote_code)
     return {}
+
+
+def merged_start(run: Run, adapter: str | Path, *, trust_remote_code: bool) -> Path:
+    """An adapter that a run starts from, merged into its base in the run's folder."""
+    run.stage("start/merged", merge_stage, inputs={"adapter": Path(adapter)}, trust_remote_code=trust_remote_code)
+    run.state.print(f"{adapter} is an adapter: the run starts from {run.path('start', 'merged')}, merged of its base")
+    return run.path("start", "merged")
 
 
 def merged_model(run: Run, name: str, *, trust_remote_code: bool) -> Path:
@@ -575,6 +576,8 @@ def start_rounds(parsed: Sequence[Any], *, rows: RowOptions, best_as_reference: 
     if on_playground:
         run.stage("sft", sft_stage, playground=playground)
         model = run.path("sft")
+    elif is_adapter(model):
+        model = merged_start(run, model, trust_remote_code=trust)
     rounds = Rounds(
         run,
         config,

@@ -44,6 +44,7 @@ from ._trl import _tokenize, common_prefix_length
 from .columns import as_given, without_nulls
 from .data import _says_something, template_kwargs, tokenize_candidates
 from .machines import from_all, read_when_there, refuse_unless_all_see, wait_as_long_as_it_takes
+from .pretrained import adapter_config, load_processor, refuse_missing_model, whole_model
 from .safety import check_field_types, explain_remote_code, weights_only
 from .tokens import num_repeated_start_tokens, text_ids
 
@@ -825,7 +826,7 @@ def model_fingerprint(model_name_or_path: str | Path) -> str:
     for file in sorted(file for file in files if file.name not in NO_WEIGHTS):
         digest.update(f"{file.name} {file_digest(file)}\n".encode())
     if (folder / "adapter_config.json").is_file():
-        base = _adapter_config(folder)["base_model_name_or_path"]
+        base = adapter_config(folder)["base_model_name_or_path"]
         if base is not None and Path(base).resolve() != folder.resolve():
             digest.update(f"base {model_fingerprint(base)}\n".encode())
     return f"sha256:{digest.hexdigest()}"
@@ -864,8 +865,7 @@ def load_causal_lm(model_name_or_path: str | Path, **model_init_kwargs) -> PreTr
 
 def load_tokenizer(model_name_or_path: str | Path, **hub) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; `hub` may have `revision` and `trust_remote_code`, which is off by default."""
-    with explain_remote_code():
-        return AutoTokenizer.from_pretrained(model_name_or_path, **{"trust_remote_code": False, **hub})
+    return load_processor(model_name_or_path, auto_class=AutoTokenizer, **hub)
 
 
 def _open_engine(model_name_or_path, tokenizer, config: SamplingConfig, model_init_kwargs, hub) -> Engine:
@@ -928,31 +928,9 @@ def _occurrences(rows: Sequence[dict[str, Any]]) -> list[int]:
     return numbers
 
 
-def _whole_model(model_name_or_path: str | Path, revision: str) -> tuple[str, str]:
-    """Name and revision of a model, or of the base of an adapter."""
-    file = Path(model_name_or_path) / "adapter_config.json"
-    if not file.is_file():
-        return str(model_name_or_path), revision
-    adapter = _adapter_config(file.parent)
-    if adapter["base_model_name_or_path"] is None:
-        raise ValueError(f"{file} names no base model. Set `base_model_name_or_path` in it.")
-    return adapter["base_model_name_or_path"], adapter.get("revision") or "main"
-
-
-def _adapter_config(folder: Path) -> dict[str, Any]:
-    file = folder / "adapter_config.json"
-    try:
-        adapter = json.loads(file.read_text(encoding="utf-8"))
-        base = adapter.get("base_model_name_or_path")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file} is no config of an adapter: {error}. Mend it, or take another model.") from None
-    if not isinstance(base, str | None):
-        raise ValueError(f"{file} has the base model {base!r:.80}, which is no name. Mend it.")
-    return {**adapter, "base_model_name_or_path": base}
-
-
 def load_model_config(model_name_or_path: str | Path, *, revision: str = "main", trust_remote_code: bool = False):
-    name, revision = _whole_model(model_name_or_path, revision)
+    refuse_missing_model(model_name_or_path)
+    name, revision = whole_model(model_name_or_path, revision)
     with explain_remote_code():
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
 
@@ -979,7 +957,7 @@ def _check_end_tokens(model_name_or_path, tokenizer, *, revision: str, trust_rem
     """Refuse a model without an end token before its weights are loaded."""
     if tokenizer.eos_token_id is not None:
         return
-    name, name_revision = _whole_model(model_name_or_path, revision)
+    name, name_revision = whole_model(model_name_or_path, revision)
     try:
         generation_config = GenerationConfig.from_pretrained(name, revision=name_revision)
     except OSError:  # it has none of its own; then its config counts

@@ -12,9 +12,16 @@ import torch
 import trl
 from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, Json, List, Value, concatenate_datasets
-from transformers import AutoProcessor
 
 from ._trl import loaded_whole
+from .checks import (
+    Limits,
+    check_adapter,
+    check_sampling_strategy,
+    keeps_base_weights,
+    refuse_drifting_reference,
+    with_lengths,
+)
 from .columns import as_given, check_features, without_files
 from .data import (
     PREPARED_FEATURES,
@@ -27,10 +34,11 @@ from .data import (
 )
 from .losses import bradley_terry_loss
 from .prefix_sharing import refuse_unless_shareable, share_prefixes
+from .pretrained import is_adapter, load_processor, model_to_start_from
 from .resumable import ResumableTrainer
 from .rounds import check_prompts
 from .safety import explain_remote_code, weights_only
-from .sampling import load_tokenizer
+from .sampling import load_tokenizer, prompt_token_ids
 from .scoring import CANDIDATE_COLUMNS, build_scorers, check_scorers, reward_functions
 from .tokens import num_repeated_start_tokens, tokenizer_of, without_repeated_start
 from .trl_data import for_dpo, for_kto, for_reward, for_sft, labelled, with_mismatched
@@ -55,6 +63,8 @@ class OurRows(ResumableTrainer):
     row_options: ClassVar[RowOptions] = RowOptions()
     # what makes TRL's columns of a batch of prepared rows
     columns_for: ClassVar[Callable[[dict[str, list]], dict[str, list]]]
+    # whether log-probabilities are computed from the LM head's weight
+    uses_fused_head: ClassVar[bool] = True
     # columns that are kept beside the tokens
     kept_columns: ClassVar[tuple[str, ...]] = ()
 
@@ -70,13 +80,15 @@ class OurRows(ResumableTrainer):
     ):
         self.data_reports: dict[str, PreparationReport] = {}
         self.prefix_sharing = None
+        peft_config = kwargs.get("peft_config")
+        check_sampling_strategy(args, train_dataset)
+        check_adapter(model, args, peft_config, fused_head=self.uses_fused_head)
+        self._limits = Limits(model, args)
         with explain_remote_code(), weights_only():
             if processing_class is None:
                 name = model if isinstance(model, str) else model.config._name_or_path
                 revision = (args.model_init_kwargs or {}).get("revision")
-                processing_class = AutoProcessor.from_pretrained(
-                    name, revision=revision, trust_remote_code=args.trust_remote_code
-                )
+                processing_class = load_processor(name, revision=revision, trust_remote_code=args.trust_remote_code)
             train_dataset = self.trl_rows(train_dataset, processing_class, args, "train")
             if isinstance(eval_dataset, dict):
                 eval_dataset = {
@@ -84,14 +96,16 @@ class OurRows(ResumableTrainer):
                 }
             elif eval_dataset is not None:
                 eval_dataset = self.trl_rows(eval_dataset, processing_class, args, "eval")
-            super().__init__(
-                model=model,
-                args=args,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=processing_class,
-                **kwargs,
-            )
+            model = model_to_start_from(model, args, gets_adapter=peft_config is not None)
+            with keeps_base_weights(model):
+                super().__init__(
+                    model=model,
+                    args=args,
+                    train_dataset=train_dataset,
+                    eval_dataset=eval_dataset,
+                    processing_class=processing_class,
+                    **kwargs,
+                )
 
     def trl_rows(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
         """Rows of `data.py` as TRL's trainer reads them; those that it can read already as they are."""
@@ -112,6 +126,7 @@ class OurRows(ResumableTrainer):
         )
         if report is not None:
             self.data_reports[name] = report
+        dataset = self._limits.check(dataset, name, tokenizer_of(processing_class), args.max_length)
         names = [*PREPARED_FEATURES, *kept]
         dataset = dataset.select_columns(names).map(type(self).columns_for, batched=True, remove_columns=names)
         if isinstance(dataset, Dataset) and not len(dataset):
@@ -120,6 +135,12 @@ class OurRows(ResumableTrainer):
                 "Give it such rows."
             )
         return dataset
+
+    def _get_train_sampler(self, train_dataset=None):
+        return super()._get_train_sampler(with_lengths(train_dataset or self.train_dataset, self.args))
+
+    def _get_eval_sampler(self, eval_dataset):
+        return super()._get_eval_sampler(with_lengths(eval_dataset, self.args))
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         """What TRL would tokenise: rows for `evaluate` and `predict`, and those of the constructor once more."""
@@ -143,6 +164,8 @@ class DPOTrainer(OurRows, trl.DPOTrainer):
     def __init__(self, model: Any, *, args: Any, peft_config: Any = None, **kwargs: Any):
         if args.prefix_sharing is True:
             refuse_unless_shareable(model, args, peft_config)
+        if kwargs.get("ref_model") is None:
+            refuse_drifting_reference(model, peft_config, "DPO")
         with share_prefixes(args.prefix_sharing, self_check=args.check_prefix_sharing):
             super().__init__(model, args=args, peft_config=peft_config, **kwargs)
 
@@ -156,6 +179,11 @@ class KTOTrainer(OurRows, trl.KTOTrainer):
 
     row_options = RowOptions(min_completions=1)
     columns_for = staticmethod(for_kto)
+
+    def __init__(self, model: Any, *, args: Any, peft_config: Any = None, **kwargs: Any):
+        if kwargs.get("ref_model") is None:
+            refuse_drifting_reference(model, peft_config, "KTO")
+        super().__init__(model, args=args, peft_config=peft_config, **kwargs)
 
     def trl_rows(self, dataset, processing_class, args, name):
         columns = dataset.column_names or list(next(iter(dataset), {}))
@@ -177,7 +205,10 @@ class KTOTrainer(OurRows, trl.KTOTrainer):
         if args.loss_type == "apo_zero_unpaired":  # the one loss without a reference point
             return dataset
         size = args.per_device_train_batch_size if name == "train" else args.per_device_eval_batch_size
-        return dataset.map(with_mismatched, batched=True, batch_size=size)
+        dataset = dataset.map(with_mismatched, batched=True, batch_size=size)
+        if isinstance(dataset, IterableDataset):
+            return dataset
+        return self._limits.check(dataset, name, tokenizer_of(processing_class), args.max_length)
 
 
 def _say_if_unbalanced(labels: list[bool], args: Any) -> None:
@@ -200,6 +231,7 @@ class RewardTrainer(OurRows, trl.RewardTrainer):
     """
 
     columns_for = staticmethod(for_reward)
+    uses_fused_head = False
     kept_columns = ("margin",)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -241,14 +273,23 @@ class RLOOTrainer(ResumableTrainer, trl.RLOOTrainer):
             )
         name = model if isinstance(model, str) else model.config._name_or_path
         revision = (args.model_init_kwargs or {}).get("revision") or "main"
+        peft_config = kwargs.get("peft_config")
+        check_adapter(model, args, peft_config)
+        if args.beta:
+            refuse_drifting_reference(model, peft_config, "RLOO")
+        limits = Limits(model, args)
         tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=args.trust_remote_code)
         train_dataset = _usable_prompts(train_dataset, tokenizer, args, "train")
         if eval_dataset is not None:
             eval_dataset = _usable_prompts(eval_dataset, tokenizer, args, "eval")
+        _check_prompt_lengths(train_dataset, tokenizer, limits, args)
         options = args.scorer_options()
         check_scorers(args.rewards, args.reward_weights, columns=train_dataset.column_names, **options)
         with loaded_whole():
             scorers = build_scorers(args.rewards, args.reward_weights, **options)
+        if is_adapter(model):
+            kwargs.setdefault("processing_class", tokenizer)
+        model = model_to_start_from(model, args, gets_adapter=peft_config is not None)
         with explain_remote_code(), weights_only():
             super().__init__(
                 model=model,
@@ -258,6 +299,15 @@ class RLOOTrainer(ResumableTrainer, trl.RLOOTrainer):
                 eval_dataset=eval_dataset,
                 **kwargs,
             )
+
+
+def _check_prompt_lengths(dataset: Dataset, tokenizer: Any, limits: Limits, args: Any) -> None:
+    """Refuse prompts that with `max_completion_length` exceed the model's positions, or have unknown tokens."""
+    ids = [prompt_token_ids(tokenizer, row) for row in dataset.select_columns("prompt")]
+    limits.check(Dataset.from_dict({"prompt_ids": ids}), "train", tokenizer, None)
+    longest, answer = max(map(len, ids)), args.max_completion_length
+    what = f"The longest prompt has {longest} tokens, with max_completion_length={answer} {longest + answer}"
+    limits.check_length(longest + answer, what, answer, "max_completion_length")
 
 
 def _usable_prompts(dataset: Any, tokenizer: Any, args: Any, name: str) -> Dataset:

@@ -1,0 +1,261 @@
+"""Models in folders and on the Hub: found or refused in one line, adapters merged into a model to start from."""
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+from ._trl import loaded_whole
+from .safety import explain_remote_code, weights_only
+
+logger = get_logger(__name__)
+
+ADAPTER_FILE = "adapter_config.json"
+# one of them is in a folder that has a tokenizer
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "processor_config.json")
+
+
+def refuse_missing_model(name: str | Path, called: str = "`model`") -> None:
+    """
+    Raise a `FileNotFoundError` of one line unless `name` is a model's or an adapter's folder, or can be a name of the
+    Hub.
+    """
+    path = Path(name).expanduser()
+    must_be = f"{called} must be a model's folder or a name of the Hub, got {str(name)!r}"
+    if path.is_file():
+        raise FileNotFoundError(f"{must_be}, which is a file. Pass the folder that holds it.")
+    if path.is_dir():
+        if not any((path / file).is_file() for file in ("config.json", ADAPTER_FILE)):
+            raise FileNotFoundError(
+                f"{must_be}, a folder with neither a `config.json` nor an `{ADAPTER_FILE}`. Pass the folder in which "
+                "the model was saved."
+            )
+    elif str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
+        raise FileNotFoundError(f"{must_be}, and there is no such folder. Correct the path.")
+
+
+def is_adapter(model: Any) -> bool:
+    """Whether `model` is the folder of a PEFT adapter."""
+    return isinstance(model, str | Path) and (Path(model) / ADAPTER_FILE).is_file()
+
+
+def adapter_config(folder: str | Path) -> dict[str, Any]:
+    """The config of an adapter's folder, with its `base_model_name_or_path`, text or `None`."""
+    file = Path(folder) / ADAPTER_FILE
+    try:
+        adapter = json.loads(file.read_text(encoding="utf-8"))
+        base = adapter.get("base_model_name_or_path")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} is no config of an adapter: {error}. Mend it, or take another model.") from None
+    if not isinstance(base, str | None):
+        raise ValueError(f"{file} has the base model {base!r:.80}, which is no name. Mend it.")
+    return {**adapter, "base_model_name_or_path": base}
+
+
+def whole_model(model: str | Path, revision: str | None = None) -> tuple[str, str | None]:
+    """Name and revision of a model, or of the base of an adapter."""
+    if not is_adapter(model):
+        return str(model), revision
+    adapter = adapter_config(model)
+    base = adapter["base_model_name_or_path"]
+    if base is None:
+        raise ValueError(f"{Path(model) / ADAPTER_FILE} names no base model. Set `base_model_name_or_path` in it.")
+    refuse_missing_model(base, f"`base_model_name_or_path` in {Path(model) / ADAPTER_FILE}")
+    return base, adapter.get("revision") or "main"
+
+
+def load_config(model: str, args: Any) -> PreTrainedConfig:
+    """
+    The config of the model that a trainer with these settings will load, without its weights; an adapter's base's.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such model; in one line.
+    """
+    refuse_missing_model(model)
+    names = ("revision", "trust_remote_code", "cache_dir", "token", "subfolder", "attn_implementation")
+    init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    name, init_kwargs["revision"] = whole_model(model, init_kwargs.get("revision"))
+    kwargs = {key: value for key, value in init_kwargs.items() if key in names}
+    with explain_remote_code():
+        try:
+            return AutoConfig.from_pretrained(name, **kwargs)
+        except OSError as error:
+            raise _not_found(model, error) from error
+
+
+def load_processor(
+    model: str | Path,
+    *,
+    auto_class: type = AutoProcessor,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """
+    The tokenizer, or the processor, of a model; of an adapter's base where the adapter's folder has none.
+
+    Raises:
+        FileNotFoundError: there is none; in one line.
+    """
+    if is_adapter(model) and not _has_tokenizer(model):
+        model, revision = whole_model(model, revision)
+    if not Path(model).is_dir():
+        refuse_missing_model(model)
+    elif not _has_tokenizer(model):
+        raise FileNotFoundError(
+            f"The folder {model} has no tokenizer. Save one there with `tokenizer.save_pretrained({str(model)!r})`, "
+            "or pass one to the trainer as `processing_class`."
+        )
+    with explain_remote_code():
+        try:
+            return auto_class.from_pretrained(model, revision=revision or "main", trust_remote_code=trust_remote_code)
+        except OSError as error:
+            raise _not_found(model, error) from error
+
+
+def _has_tokenizer(folder: str | Path) -> bool:
+    return any(any(Path(folder).glob(pattern)) for pattern in TOKENIZER_FILES)
+
+
+def _not_found(model: str | Path, error: OSError) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"`model` must be a model's folder or a name of the Hub, got {str(model)!r}: there is no folder of that name "
+        f"here, and from the Hub: {_in_one_line(error)}. Correct the name."
+    )
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200].rstrip(". ")
+
+
+# Adapters
+
+
+def merged(adapter: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """
+    An adapter on its base, merged, as an ordinary model, loaded whole on this process.
+
+    Args:
+        adapter (`str` or `Path`): the folder of a PEFT adapter.
+        kwargs: for `from_pretrained`; `dtype` is float32 unless it is given.
+
+    Raises:
+        FileNotFoundError, ValueError: its base is not there, or it cannot be merged.
+    """
+    config = adapter_config(adapter)
+    whole_model(adapter)
+    kind = config.get("peft_type")
+    if str(kind).endswith("_TUNING") and kind != "LN_TUNING":
+        raise ValueError(
+            f"{adapter} is a {kind} adapter, which adds tokens and cannot be merged into its base. Pass it to a "
+            "trainer as a `PeftModel`, or take a LoRA adapter."
+        )
+    model_class = AutoPeftModelForCausalLM
+    if config.get("task_type") == "SEQ_CLS":
+        model_class, kwargs = AutoPeftModelForSequenceClassification, {"num_labels": 1, **kwargs}
+    kwargs = {"dtype": torch.float32, **kwargs}
+    with loaded_whole(), explain_remote_code(), weights_only():
+        model = model_class.from_pretrained(str(adapter), **kwargs).merge_and_unload()
+    repair_generation_config(model)
+    return model
+
+
+def merge_adapter(adapter: str | Path, folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Save an adapter merged into its base in a folder, as an ordinary model in float32, with the tokenizer."""
+    merged(adapter, trust_remote_code=trust_remote_code).save_pretrained(folder)
+    load_processor(adapter, auto_class=AutoTokenizer, trust_remote_code=trust_remote_code).save_pretrained(folder)
+
+
+def model_to_start_from(model: Any, args: Any, *, gets_adapter: bool) -> Any:
+    """
+    The model to start from: an adapter's folder is merged into its base, in `start` in the output folder, once; every
+    other model is returned as it is.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]): what was given to a trainer.
+        args ([`~transformers.TrainingArguments`]): its settings.
+        gets_adapter (`bool`): whether an adapter of its own is trained on it.
+    """
+    if not is_adapter(model):
+        return model
+    start, state = Path(args.output_dir) / "start", PartialState()
+    if state.is_main_process:
+        files = sorted(path for path in Path(model).glob("adapter_*") if path.is_file())
+        digest = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()
+        mark = start / "merged_from.json"
+        made_of = {"adapter": str(model), "sha256": digest}
+        if not mark.is_file() or json.loads(mark.read_text()) != made_of:
+            unfinished = start.with_name("start.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            merge_adapter(model, unfinished, trust_remote_code=args.trust_remote_code)
+            (unfinished / mark.name).write_text(json.dumps(made_of))
+            shutil.rmtree(start, ignore_errors=True)
+            unfinished.rename(start)
+    state.wait_for_everyone()
+    what = (
+        "A new adapter is trained on it"
+        if gets_adapter
+        else "All its weights are trained; to train a new adapter on it, set `peft_config` (recipes: `--use_peft`)"
+    )
+    logger.log(
+        logging.WARNING,
+        f"{model} is an adapter: it was merged into its base {whole_model(model)[0]}, and training starts from the "
+        f"result, {start}. {what}.",
+    )
+    return str(start)
+
+
+# Generation configs
+
+
+def repair_generation_config(model: PreTrainedModel) -> None:
+    """
+    Reset what `save_pretrained` would refuse in a model's generation config, after the training, and warn.
+
+    What is reset has no effect as it stands (a `temperature` without `do_sample`), or is invalid.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None or _problem(config) is None:
+        return
+    defaults, reset = vars(GenerationConfig()), {}
+    while (problem := _problem(config)) is not None:
+        named = (name for name in re.findall(r"`(\w+)`", problem) if name in defaults and name not in reset)
+        name = next((name for name in named if getattr(config, name) != defaults[name]), None)
+        if name is None:
+            break
+        reset[name] = getattr(config, name)
+        setattr(config, name, defaults[name])
+    if _problem(config) is not None:  # nothing helps: keep which tokens begin, end and pad
+        kept = {name: value for name, value in vars(config).items() if name.endswith("token_id")}
+        reset |= {name: value for name, value in config.to_diff_dict().items() if name not in kept}
+        model.generation_config = GenerationConfig(**kept)
+    logger.log(
+        logging.WARNING,
+        "The model's generation config could not be saved: transformers refuses settings that have no effect or are "
+        f"invalid. Reset: {', '.join(f'{name}={value!r}' for name, value in reset.items())}.",
+    )
+
+
+def _problem(config: GenerationConfig) -> str | None:
+    try:
+        config.validate(strict=True)
+    except (ValueError, TypeError) as error:
+        return str(error)
+    return None
