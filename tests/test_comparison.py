@@ -418,6 +418,11 @@ def test_every_method_is_compared_and_more_can_be_added(model_dir, prompts_file,
     for result in found.results:
         assert result.status == "done" and len(result.scores["reward"]) == len(result.kl) == 4
         assert result.updates == (0 if result.method == "sft" else 2)
+    prompts = {result.method: result.training_prompts for result in found.results}
+    assert prompts["sft"] is None and prompts["slic_direct"] == 12
+    assert all(1 <= prompts[method] <= 12 for method in first)
+    # what is dropped for a method is counted: CLICK's pairs are of prompts alone that have a good and a bad answer
+    assert prompts["click"] == len(read_jsonl(output / "seed-1" / "near" / "pairs.jsonl"))
     sampled = {result.method: result.completions_sampled for result in found.results}
     assert sampled["slic_direct"] == sampled["sft"] == 0 and sampled["dpo"] == sampled["rrhf"] == 12 * 4
     assert sampled["rrhf_two_rounds"] == 2 * 12 * 2 and sampled["spin"] == 2 * 12

@@ -348,7 +348,7 @@ def test_results_come_back_as_they_were_saved(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda saved: saved.update(version=2), "has version 2"),
+        (lambda saved: saved.update(version=3), "has version 3"),
         (lambda saved: saved.pop("version"), "has version None"),
         (lambda saved: saved.update(results={}), "no list of results"),
         (lambda saved: saved.update(results=[]), "has no results"),

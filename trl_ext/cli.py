@@ -490,6 +490,9 @@ def train_and_save(
         if not report.worth_a_warning:  # the others were said already
             trainer.accelerator.print(report)
     results = trainer.train(resume_from_checkpoint=resume_from).metrics
+    report = getattr(trainer, "data_reports", {}).get("train")
+    if report is not None:
+        results["train_prompts"] = report.num_prompts  # without the rows that were dropped
     if getattr(trainer, "prefix_sharing", None) is not None:
         trainer.accelerator.print(trainer.prefix_sharing.statistics)
     if eval_dataset is not None:

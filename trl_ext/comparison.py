@@ -28,6 +28,7 @@ import sys
 import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -129,9 +130,11 @@ def _results(parsed: Sequence[Any], num_held_out: int, results: list[MethodResul
         "prompts_per_update": _prompts_per_update(config),
     }
     notes = [
-        "Equal for all that are trained: the prompts, the updates and the rows in each, one to a prompt. What was "
-        "sampled for a method is under its name: nothing for SLiC-HF direct, as many answers as candidates for most, "
-        "one for each prompt and iteration for SPIN; RLOO samples anew from the model it trains, beside the "
+        "Equal for all that are trained: the prompts that they are given, the updates and the rows in each, one to a "
+        "prompt. A prompt that gives a method no row, as where all answers have one score, is dropped for that method "
+        "alone: how many prompts each trained on is under its costs.",
+        "What was sampled for a method is under its name: nothing for SLiC-HF direct, as many answers as candidates "
+        "for most, one for each prompt and iteration for SPIN; RLOO samples anew from the model it trains, beside the "
         "candidates of its reward model.",
         "Log-likelihoods over training are those of the method's own batches.",
         "Answers to held-out prompts are sampled at temperature 1 without top-p and top-k, whatever the candidates "
@@ -476,6 +479,8 @@ class OneSeed:
             seconds = sum(figures["seconds"] for figures in trainings)
             result.seconds = seconds + before
             result.peak_memory_mib = max(figures["peak_memory_mib"] for figures in trainings)
+            counts = [figures.get("prompts") for figures in trainings]
+            result.training_prompts = None if None in counts else fmean(counts)
             tokens = [figures["num_tokens"] for figures in trainings]
             result.tokens_per_second = None if None in tokens else sum(tokens) / seconds
             result.curve = self._curve(parts, trainings)
@@ -640,6 +645,7 @@ def train_stage(folder: Path, *, model: Path, data: Path, recipe: Path, values: 
         "seconds": results["train_runtime"],
         "num_tokens": next((entry["num_tokens"] for entry in reversed(history) if "num_tokens" in entry), None),
         "peak_memory_mib": peak,
+        "prompts": results.get("train_prompts"),
         "logps": [[entry["step"], entry["logps/chosen"], entry["logps/rejected"]] for entry in logged],
     }
 

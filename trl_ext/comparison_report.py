@@ -49,8 +49,8 @@ CSV_COLUMNS = {
     "status": "done, or failed, with the reason under “error” and no figure",
     "figure": "score, difference (from the base), win_rate, length_controlled_win_rate, kl (nats per answer), "
     "perplexity, perplexity_ratio (to the base), length (tokens per answer), length_difference (from the base), "
-    "updates, completions_sampled, seconds (of training), sampling_seconds, tokens_per_second, peak_memory_mib, "
-    "models_resident",
+    "updates, training_prompts, completions_sampled, seconds (of training), sampling_seconds, tokens_per_second, "
+    "peak_memory_mib, models_resident",
     "scorer": "for score, difference and win rates: which one",
     "over": "for differences, ratios and win rates: the method it is compared with",
     "value": "the figure; empty where it was not measured",
@@ -60,7 +60,7 @@ CSV_COLUMNS = {
     "values": "values it comes from",
     "error": "why it failed",
 }
-COUNTS = ("updates", "completions_sampled")
+COUNTS = ("updates", "training_prompts", "completions_sampled")
 PLAIN_FIGURES = (
     *COUNTS,
     "seconds",
@@ -529,6 +529,7 @@ class _Report:
     def _costs(self) -> str:
         columns = {
             "updates": "updates",
+            "prompts trained on": "training_prompts",
             "answers sampled": "completions_sampled",
             "training, s": "seconds",
             "sampling, s": "sampling_seconds",
@@ -548,7 +549,8 @@ class _Report:
             lines.append(self._row(one, [*cells, f'<td data-value="{models}">{models}</td>']))
         caption = (
             "Means over seeds. Bars are relative to the largest of a column; a method with less time, memory and "
-            "fewer sampled answers is cheaper. Models: those in memory during training."
+            "fewer sampled answers is cheaper. Prompts that gave a method no row are not among those it trained on. "
+            "Models: those in memory during training."
         )
         table = _html_table("Costs", ["method", *columns, "models in memory"], lines, caption)
         return _section("costs", "What it costs", table)

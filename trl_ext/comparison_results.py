@@ -17,7 +17,7 @@ from typing import Any
 from .safety import has_type, shown_hint
 from .sampling import write_atomically
 
-VERSION = 1
+VERSION = 2
 STATUSES = ("done", "failed")
 # the scorer that methods train towards
 REWARD = "reward"
@@ -58,6 +58,8 @@ class MethodResult:
         curve (`list[dict]`): along training: `share` of it (0 is the SFT model, 1 the end), `updates`, and `reward`,
             `kl`, `chosen_logps`, `rejected_logps`, each of which may be `None`.
         updates, completions_sampled (`int`): what it was given.
+        training_prompts (`float`, *optional*): prompts that it trained on, without those that gave it no row; of a
+            method that trains twice, the mean of both.
         seconds (`float`): training alone.
         sampling_seconds (`float`): sampling of what it was trained on.
         tokens_per_second (`float`, *optional*): in training.
@@ -81,6 +83,7 @@ class MethodResult:
     curve: list[dict[str, Any]] = field(default_factory=list)
     updates: int = 0
     completions_sampled: int = 0
+    training_prompts: float | None = None
     seconds: float = math.nan
     sampling_seconds: float = math.nan
     tokens_per_second: float | None = None

@@ -330,8 +330,8 @@ class MethodSummary:
         perplexity_ratio (`Estimate`): to that of the base.
         length (`Estimate`): tokens per answer.
         length_difference (`Estimate`): to that of the base.
-        updates, completions_sampled, seconds, sampling_seconds, tokens_per_second, peak_memory_mib (`float`): means
-            over seeds; NaN where nothing was measured.
+        updates, training_prompts, completions_sampled, seconds, sampling_seconds, tokens_per_second, peak_memory_mib
+            (`float`): means over seeds; NaN where nothing was measured.
         models_resident (`str`): as in `MethodResult`.
         notes (`tuple[str, ...]`): each once.
     """
@@ -350,6 +350,7 @@ class MethodSummary:
     length: Estimate = MISSING
     length_difference: Estimate = MISSING
     updates: float = math.nan
+    training_prompts: float = math.nan
     completions_sampled: float = math.nan
     seconds: float = math.nan
     sampling_seconds: float = math.nan
@@ -400,6 +401,7 @@ def summarize(results: Iterable[MethodResult], base: Iterable[MethodResult]) -> 
         length=mean_interval(_rows(done, lambda one: one.lengths), keys),
         length_difference=difference_interval(*lengths, pair_keys),
         updates=_mean(one.updates for one in done),
+        training_prompts=_mean(one.training_prompts for one in done),
         completions_sampled=_mean(one.completions_sampled for one in done),
         seconds=_mean(one.seconds for one in done),
         sampling_seconds=_mean(one.sampling_seconds for one in done),
