@@ -1,5 +1,6 @@
 """All iterations of SPIN, as their users start them."""
 
+import copy
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -279,6 +281,7 @@ def test_two_processes_equal_one(strategy, how, model_dir, sft_file, tmp_path):
 DROP_IN = """
 import json, sys
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from trl_ext import SPINConfig, SPINTrainer
 from trl_ext.cli import run_recipe
 
@@ -410,6 +413,37 @@ def test_train_plays_all_iterations_from_a_model_in_memory(model, model_dir, tok
     other = self_play(model, ROWS, config_kwargs, **settings)
     with pytest.raises(ValueError, match="has other weights than the one this run was begun with"):
         other.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.slow
+def test_a_tokenizer_is_saved_with_the_start_and_an_adapter_is_merged(model_dir, tokenizer, config_kwargs, tmp_path):
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model_dir),
+        LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False),
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = adapted.merge_and_unload().state_dict()
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = "{% for m in messages %}own {{ m.content }}{% endfor %}"
+    once = {"num_iterations": 1, "num_watched_prompts": 0, "max_steps": 1}
+    for name, model, processing_class, start in (
+        ("named", model_dir, own, "start/model"),
+        ("adapter", str(tmp_path / "adapter"), None, "start/merged"),
+        ("both", str(tmp_path / "adapter"), own, "start/model"),
+    ):
+        kwargs = {**config_kwargs, "output_dir": str(tmp_path / name)}
+        self_play(model, ROWS, kwargs, processing_class=processing_class, **once).train()
+        folder = tmp_path / name / start
+        inputs = manifest(tmp_path / name, "iteration-0", "model")["inputs"]
+        assert inputs["model"] == model_fingerprint(folder)
+        saved = AutoTokenizer.from_pretrained(folder)
+        assert saved.chat_template == (processing_class or tokenizer).chat_template
+        if name != "named":
+            found = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+            torch.testing.assert_close(found, merged)
+    with pytest.raises(ValueError, match="init_lora_weights='pissa_niter_4' draws random numbers"):
+        adapter = LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa_niter_4", task_type="CAUSAL_LM")
+        self_play(model_dir, ROWS, config_kwargs, peft_config=adapter)
 
 
 def test_early_stop_takes_the_model_before(model_dir, config_kwargs):

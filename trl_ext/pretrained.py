@@ -177,9 +177,22 @@ def merged(adapter: str | Path, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
+def save_merged(adapter: str | Path, folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Save an adapter merged into its base in a folder, as an ordinary model in float32, without a tokenizer."""
+    merged(adapter, trust_remote_code=trust_remote_code).save_pretrained(folder)
+
+
+def copy_model(source: str | Path, folder: Path) -> None:
+    """Copy a model's weights, configs and code to a new folder, without its tokenizer."""
+    folder.mkdir(parents=True)
+    for pattern in ("config.json", "generation_config.json", "*.safetensors*", "pytorch_model*", "*.py"):
+        for file in Path(source).glob(pattern):
+            shutil.copyfile(file, folder / file.name)
+
+
 def merge_adapter(adapter: str | Path, folder: Path, *, trust_remote_code: bool = False) -> None:
     """Save an adapter merged into its base in a folder, as an ordinary model in float32, with the tokenizer."""
-    merged(adapter, trust_remote_code=trust_remote_code).save_pretrained(folder)
+    save_merged(adapter, folder, trust_remote_code=trust_remote_code)
     load_processor(adapter, auto_class=AutoTokenizer, trust_remote_code=trust_remote_code).save_pretrained(folder)
 
 

@@ -49,8 +49,9 @@ from .intervals import TIE_RULE
 from .jsonl import as_jsonl, read_jsonl
 from .load import refuse_unless_json
 from .machines import from_all
+from .pretrained import copy_model, is_adapter, repair_generation_config, save_merged
 from .reference import refuse_fsdp
-from .rounds import change, format_change, format_wins, merged_model, set_apart, wins_over
+from .rounds import change, format_change, format_wins, merged_model, merged_start, set_apart, wins_over
 from .sampling import (
     context_window,
     load_tokenizer,
@@ -279,6 +280,12 @@ class SelfPlay:
                 "Self-play samples from whole models, and merges adapters into them, which is not what a quantised "
                 "model would answer. Leave the quantisation out; LoRA works."
             )
+        init = getattr((trainer_kwargs or {}).get("peft_config"), "init_lora_weights", True)
+        if str(init).startswith("pissa_niter"):
+            raise ValueError(
+                f"init_lora_weights={init!r} draws random numbers, and an adapter that is loaded to be merged draws "
+                "others. Set 'pissa', or another initialisation."
+            )
         if config.rewards and not watched:
             raise ValueError(
                 f"rewards={config.rewards} would do nothing: there are no held-out rows whose answers they could "
@@ -341,6 +348,8 @@ class SelfPlay:
 
     def open(self, run: Run, model: str | Path) -> "SelfPlay":
         """Begin in a run's folder, or go on there, from the model in a folder of its own."""
+        if is_adapter(model):
+            model = merged_start(run, model, trust_remote_code=self.config.trust_remote_code)
         self.run, self.model = run, str(model)
         self.model_to_take, self.iteration_to_take = self.model, None
         run.keep("rows", {"train.jsonl": as_jsonl(self.rows), "watched.jsonl": as_jsonl(self.watched)})
@@ -556,11 +565,6 @@ class SelfPlay:
                 "The model is a PeftModel, and each iteration trains an adapter of its own. Pass the base model, or "
                 "the result of `merge_and_unload()`, and a `peft_config`."
             )
-        if processing_class is not None and not is_object:
-            raise ValueError(
-                "`processing_class` cannot go along with a model given by name: each iteration loads the tokenizer "
-                "from the model's folder. Save it there with `save_pretrained`, and leave it out."
-            )
         hub = {
             "revision": (config.model_init_kwargs or {}).get("revision") or "main",
             "trust_remote_code": config.trust_remote_code,
@@ -572,7 +576,7 @@ class SelfPlay:
             window = context_window(model_id, **hub)
         rows, watched = _train_and_watched(train_dataset, eval_dataset, tokenizer, config, window)
         game = cls(config, rows, watched, trainer_class=trainer_class, trainer_kwargs=trainer_kwargs)
-        game._given = (model, tokenizer, hub["revision"])
+        game._given = (model, processing_class, hub["revision"])
         return game
 
     def play_for_trainer(self, resume_from_checkpoint: str | bool | None) -> tuple[TrainOutput, str, dict[str, Any]]:
@@ -582,7 +586,7 @@ class SelfPlay:
                 f"resume_from_checkpoint={resume_from_checkpoint!r}: self-play goes on in its own folder and has no "
                 "checkpoint to name. Set it to True."
             )
-        model, tokenizer, revision = self._given
+        model, processing_class, revision = self._given
         is_object = not isinstance(model, str | Path)
         run = Run(
             self.config.output_dir,
@@ -591,11 +595,15 @@ class SelfPlay:
             may_change=self.may_change(),
             patience=self.config.ddp_timeout,
         )
-        if is_object:
-            path = _save_start(run, model, tokenizer)
-        else:
+        path = model
+        if not is_object:
             source = ModelConfig(model_name_or_path=str(model), model_revision=revision)
             path = local_model(source, trust_remote_code=self.config.trust_remote_code)
+        if is_object or processing_class is not None:
+            tokenizer = processing_class or load_tokenizer(
+                get_config_model_id(model.config), trust_remote_code=self.config.trust_remote_code
+            )
+            path = _save_start(run, path, tokenizer, self.config.trust_remote_code)
         self.open(run, path).play()
         self.report()
         last = self.iteration_to_take or 0
@@ -631,14 +639,22 @@ def _train_and_watched(train_dataset, eval_dataset, tokenizer, config: SPINConfi
     return set_apart(rows, config.num_watched_prompts, config.seed)
 
 
-def _save_start(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """Save a model given as an object, as it is in memory; on a resume it must be the same."""
+def _save_start(
+    run: Run, model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool
+) -> Path:
+    """Save a model, in memory or in a folder, with the tokenizer; on a resume both must be the same."""
     start, unfinished, problem = run.path("start", "model"), run.path("start", "model.unfinished"), None
     if run.state.is_main_process:
         shutil.rmtree(unfinished, ignore_errors=True)
         start.parent.mkdir(exist_ok=True)
         (start.parent / MARK).touch()
-        model.save_pretrained(unfinished)
+        if isinstance(model, PreTrainedModel):
+            repair_generation_config(model)
+            model.save_pretrained(unfinished)
+        elif is_adapter(model):
+            save_merged(model, unfinished, trust_remote_code=trust_remote_code)
+        else:
+            copy_model(model, unfinished)
         tokenizer.save_pretrained(unfinished)
         if not start.exists():
             unfinished.rename(start)
