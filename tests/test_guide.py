@@ -20,6 +20,7 @@ from trl import DatasetMixtureConfig, ScriptArguments
 from tests.conftest import REPOSITORY
 from tests.reference import sequence_logp
 from trl_ext import CLICKTrainer, IPOTrainer, RRHFTrainer, SLiCTrainer, SPINTrainer
+from trl_ext.checks import Limits
 from trl_ext.cli import imported
 from trl_ext.data import RowOptions
 from trl_ext.load import load_datasets, load_prompts
@@ -93,7 +94,7 @@ def read(reader: str, path: Path, tokenizer, dataset: Dataset | None = None) -> 
     if reader == "spin" and is_sft_data(dataset):
         return sft_rows(dataset, tokenizer, args, None, "train")
     trainer = TRAINERS[reader].__new__(TRAINERS[reader])  # with a model, it would only take longer
-    trainer.data_reports = {}
+    trainer.data_reports, trainer._limits = {}, Limits(tokenizer.name_or_path, args)
     if isinstance(trainer, OurRows):
         return trainer.trl_rows(dataset, tokenizer, args, "train").to_list()
     trainer._check_arguments(args, "model", None, dataset, None, None)

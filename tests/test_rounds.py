@@ -9,7 +9,9 @@ import time
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from tests import warm
 from tests.conftest import PAIRS, REPOSITORY
@@ -140,11 +142,20 @@ def test_zero3_trains_and_samples_in_turn(model_dir, prompts_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_lora_is_merged_between_rounds(model_dir, prompts_file, tmp_path):
-    output = tmp_path / "out"
+def test_lora_is_merged_before_and_between_rounds(model_dir, tokenizer, prompts_file, tmp_path):
+    """What the rounds start from is an adapter, too."""
+    output, adapter = tmp_path / "out", tmp_path / "adapter"
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model_dir),
+        LoraConfig(target_modules=["k_proj"], task_type="CAUSAL_LM", init_lora_weights=False),
+    )
+    adapted.save_pretrained(adapter)
+    tokenizer.save_pretrained(adapter)
     lora = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
-    run([*command("rrhf.py", model_dir, prompts_file, output), *lora])
-    before, merged = load_file(f"{model_dir}/model.safetensors"), weights(output / "round-1" / "merged")
+    run([*command("rrhf.py", adapter, prompts_file, output), *lora])
+    before, merged = weights(output / "start" / "merged"), weights(output / "round-1" / "merged")
+    start = adapted.merge_and_unload().state_dict()
+    torch.testing.assert_close(before, {name: start[name] for name in before})
     changed = {name for name in before if not torch.equal(before[name], merged[name])}
     assert changed and all("q_proj" in name or "v_proj" in name for name in changed)
     manifest = json.loads((output / "round-2" / "candidates" / "manifest.json").read_text())
