@@ -633,6 +633,51 @@ SIZES = """
 """
 
 
+def two_methods(tmp_path, *, length=10, nll=9.0, reward=0.5, curve=()) -> tuple[str, dict[str, str]]:
+    """Page of a method beside SFT, whose figures are 10 tokens, 9 nats and 0.5, and its captions by section."""
+    noise = np.random.default_rng(0).normal(0, 0.01, size=50)
+
+    def result(method, length, nll, reward, curve):
+        scores = {"reward": (reward + noise).tolist()}
+        return MethodResult(method, method.upper(), 1, "done", scores=scores, lengths=[length] * 50,
+                            nll=[nll] * 50, kl=[0.0] * 50, curve=list(curve))  # fmt: skip
+
+    results = [result("sft", 10, 9.0, 0.5, ()), result("new", length, nll, reward, curve)]
+    write_report(ComparisonResults("two", "sft", 50, results), tmp_path)
+    page = (tmp_path / "comparison.html").read_text()
+    captions = re.findall(r'<section id="([^"]+)">(?:(?!</section>).)*?<figcaption>(.*?)</figcaption>', page, re.S)
+    return page, dict(captions)
+
+
+def test_more_of_what_is_worse_is_no_praise(tmp_path):
+    page, captions = two_methods(tmp_path, nll=18.0, length=12, reward=0.9)
+    marks = re.findall(r'<span class="(\w+)" role="img" aria-label="([^"]+)">(.)</span>', page)
+    assert ("down", "above the base, worse", "▲") in marks  # perplexity
+    assert ("neither", "above the base", "▲") in marks  # tokens
+    assert ("up", "above the base, better", "▲") in marks  # reward
+    assert "(orange: worse)" in captions["perplexity"] and "blue" not in captions["perplexity"]
+    page, captions = two_methods(tmp_path, nll=4.0)
+    assert ("up", "below the base, better", "▼") in re.findall(
+        r'<span class="(\w+)" role="img" aria-label="([^"]+)">(.)</span>', page
+    )
+    assert "▼: below SFT" in captions["perplexity"] and "(blue: better)" in captions["perplexity"]
+
+
+def test_captions_speak_of_what_is_drawn(tmp_path):
+    page, captions = two_methods(tmp_path)
+    for section, caption in captions.items():
+        for absent in ("▲", "▼", "blue", "orange", "Bold", "Lines", "dotted"):
+            assert absent not in caption, (section, absent)
+    assert "○: not to be told apart from SFT. ◆: SFT." in captions["scores-0"]
+    assert "only watched" not in captions["scores-0"]  # there is no other scorer
+    point = {"updates": 1, "chosen_logps": None, "rejected_logps": None}
+    curve = [{**point, "share": share, "reward": 0.5, "kl": share} for share in (0.5, 1.0)]
+    page, captions = two_methods(tmp_path, reward=0.9, curve=curve)
+    assert "Lines: what was measured along training" in captions["paths"]
+    assert "Bold and coloured" in captions["wins-0"] and "▲: above SFT" in captions["scores-0"]
+    assert "▼" not in captions["scores-0"] and "orange" not in captions["scores-0"]
+
+
 @in_browser
 @pytest.mark.parametrize("width", [1200, 400])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -662,6 +707,20 @@ def test_the_page_reads_well(chromium, full_page, width, dark):
     assert [one for one in contrasts if one[1] < 4.5] == []
     brightness = page.evaluate("getComputedStyle(document.body).backgroundColor").strip("rgb()").split(",")
     assert (sum(map(int, brightness)) < 200) is dark
+
+
+@in_browser
+@pytest.mark.parametrize(("width", "least"), [(400, 9), (1200, 0)])
+def test_what_is_wider_than_the_page_says_that_it_scrolls(chromium, full_page, width, least):
+    page = chromium.open(full_page[1], width=width)
+    boxes = page.evaluate(
+        """[...document.querySelectorAll(".scroll")].map(box => [
+             box.scrollWidth > box.clientWidth + 1,
+             getComputedStyle(box, "::before").content.includes("scroll sideways")
+           ])"""
+    )
+    assert sum(wide for wide, _ in boxes) >= least
+    assert all(wide == said for wide, said in boxes)
 
 
 @in_browser

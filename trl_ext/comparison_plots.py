@@ -67,6 +67,8 @@ class Panel:
         line (`float`, *optional*): where a vertical line goes.
         beside (`Callable`, *optional*): a second figure, as a tick without interval.
         is_share (`bool`, defaults to `False`): shown as a percentage, on an axis from 0 to 100 %.
+        better (`int`, defaults to 1): 1 where more is better, -1 where more is worse, 0 where it is neither.
+        caption (`str`): said of it below the figure.
     """
 
     title: str
@@ -75,6 +77,12 @@ class Panel:
     line: float | None = None
     beside: Callable[[MethodSummary], Estimate] | None = None
     is_share: bool = False
+    better: int = 1
+    caption: str = ""
+
+    def way(self, summary: MethodSummary, base: str) -> int:
+        """1 if a method is above the base by more than the interval, -1 if below, 0 if neither."""
+        return 0 if summary.method == base else direction(*self.change(summary))
 
 
 def format_number(value: float | None) -> str:
@@ -113,7 +121,8 @@ def interval_plot(
 ) -> str:
     """
     Dots with intervals, one row per method and one column per figure. What lies above the base by more than the
-    interval is a filled triangle that points up, what lies below one that points down, all else a circle.
+    interval is a filled triangle that points up, what lies below one that points down, all else a circle. The colour
+    says whether that is better or worse.
 
     Args:
         name (`str`): of the figure; unique in the page, letters and dashes.
@@ -136,8 +145,8 @@ def interval_plot(
                 estimate = panel.figure(summary)
                 if math.isfinite(estimate.value):
                     is_base = summary.method == base
-                    way = 0 if is_base else direction(*panel.change(summary))
-                    colour = {1: UP, -1: DOWN, 0: INK if is_base else MUTED}[way]
+                    way = panel.way(summary, base)
+                    colour = {1: UP, -1: DOWN, 0: INK if is_base or way else MUTED}[way * panel.better]
                     if math.isfinite(estimate.low + estimate.high):
                         axis.plot([estimate.low, estimate.high], [row, row], color=colour, linewidth=1.6)
                     marker = "D" if is_base else {1: "^", -1: "v", 0: "o"}[way]

@@ -12,7 +12,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from .comparison_statistics import (
     MISSING,
     Estimate,
     MethodSummary,
+    mean_curve,
     results_by_method,
     scorers,
     summaries,
@@ -254,7 +255,7 @@ class _Report:
     # --- comparison.md ---
 
     def markdown(self) -> str:
-        head, rows = self._table(lambda estimate, shown, way: _with_interval(estimate, shown))
+        head, rows = self._table(lambda estimate, shown, way, better: _with_interval(estimate, shown))
         head += ["training, s", "peak MiB", "models"]
         for row, one in zip(rows, self.summaries, strict=True):
             row += [format_number(one.seconds), format_number(one.peak_memory_mib), one.models_resident or "–"]
@@ -274,14 +275,14 @@ class _Report:
         return "\n".join(lines).rstrip() + "\n"
 
     def _table(
-        self, shown: Callable[[Estimate, Callable[[float], str], int], str]
+        self, shown: Callable[[Estimate, Callable[[float], str], int, int], str]
     ) -> tuple[list[str], list[list[str]]]:
         """
         The table of all methods.
 
         Args:
-            shown (`Callable`): makes a cell of an estimate, what formats a number, and whether it is above (1) or
-                below (-1) the base.
+            shown (`Callable`): makes a cell of an estimate, what formats a number, whether it is above (1) or below
+                (-1) the base, and whether more is better (1), worse (-1) or neither (0).
 
         Returns:
             `tuple`: headings, and a row for each method.
@@ -293,8 +294,8 @@ class _Report:
         for one in self.summaries:
             is_base = one is self.base
 
-            def cell(estimate, how, change=MISSING, equal=0.0, is_base=is_base):
-                return shown(estimate, how, 0 if is_base else direction(change, equal))
+            def cell(estimate, how, change=MISSING, equal=0.0, better=1, is_base=is_base):
+                return shown(estimate, how, 0 if is_base else direction(change, equal), better)
 
             row = [one.label, self._seeds(one)]
             for scorer in self.scorers:
@@ -308,8 +309,8 @@ class _Report:
                 estimate = MISSING if is_base else estimates.get(REWARD, MISSING)
                 row.append(cell(estimate, how, estimate, equal))
             row.append(cell(one.kl, format_number))
-            row.append(cell(one.perplexity, format_number, one.perplexity_ratio, 1.0))
-            row.append(cell(one.length, format_number, one.length_difference))
+            row.append(cell(one.perplexity, format_number, one.perplexity_ratio, 1.0, better=-1))
+            row.append(cell(one.length, format_number, one.length_difference, better=0))
             rows.append(row)
         return head, rows
 
@@ -349,16 +350,20 @@ class _Report:
         )
 
     def _main_table(self) -> str:
-        head, rows = self._table(_cell)
+        marks: set[tuple[int, int]] = set()
+
+        def shown(estimate, how, way, better):
+            marks.update({(way, way * better)} if way else ())
+            return _cell(estimate, how, way, better)
+
+        head, rows = self._table(shown)
         lines = []
         for one, row in zip(self.summaries, rows, strict=True):
             state = ' class="failed"' if one.failures else ""
             seeds = f'<td{state} data-value="{len(one.seeds)}">{row[1]}</td>'
             lines.append(self._row(one, [seeds, *row[2:]]))
-        caption = (
-            f"Highest {REWARD} first. Below a figure is its 95 % interval; ▲ and ▼: above and below "
-            f"{self.base.label} by more than the interval."
-        )
+        caption = f"Highest {REWARD} first. Below a figure is its 95 % interval. A tie is half a win."
+        caption += f" {self._signs(marks)}" if marks else ""
         notes = "".join(f"<li>{_escaped(note)}</li>" for note in self.notes())
         table = _html_table("All methods", head, lines, caption)
         return _section("results", "Results", table + (f'<ul class="notes">{notes}</ul>' if notes else ""))
@@ -387,19 +392,41 @@ class _Report:
             self._likelihoods_figure(),
         ]
 
-    def _marks(self) -> str:
+    def _signs(self, marks: Collection[tuple[int, int]]) -> str:
+        """What triangles mean: for each above (1) or below (-1), and better (1), worse (-1) or neither (0)."""
+        signs = {"▲": (1, "above"), "▼": (-1, "below")}
+        known = {sign: word for sign, (way, word) in signs.items() if way in {way for way, _ in marks}}
+        colours = {1: "blue: better", -1: "orange: worse", 0: "in the colour of the text: neither"}
+        said = "; ".join(text for judged, text in colours.items() if judged in {judged for _, judged in marks})
         return (
-            f"▲ and ▼: above and below {self.base.label} by more than the 95 % interval of the difference, ○: "
-            f"neither, ◆: {self.base.label}."
+            f"{' and '.join(known)}: {' and '.join(known.values())} {self.base.label} by more than the 95 % interval "
+            f"of the difference ({said})."
         )
 
-    def _interval_figure(self, name: str, title: str, told: str, panels: Sequence[Panel], caption: str) -> str:
+    def _marks(self, shown: Sequence[MethodSummary], panels: Sequence[Panel]) -> str:
+        """What the marks of a figure mean that are in it."""
+        drawn = [(one, panel) for one in shown for panel in panels if math.isfinite(panel.figure(one).value)]
+        ways = {
+            (way := panel.way(one, self.base.method), way * panel.better)
+            for one, panel in drawn
+            if one is not self.base and math.isfinite(panel.change(one)[0].value)
+        }
+        base, marks = self.base.label, {mark for mark in ways if mark[0]}
+        said = [self._signs(marks)] if marks else []
+        said += [f"○: not to be told apart from {base}."] if ways - marks else []
+        said += [f"◆: {base}."] if any(one is self.base for one, _ in drawn) else []
+        has_line = any(panel.line is not None and math.isfinite(panel.line) for panel in panels)
+        said += [f"Dashed: equal to {base}."] if has_line else []
+        return " ".join(said)
+
+    def _interval_figure(self, name: str, title: str, told: str, panels: Sequence[Panel], said: str = "") -> str:
         shown = [one for one in self.summaries if one.seeds]
         panels = [panel for panel in panels if any(math.isfinite(panel.figure(one).value) for one in shown)]
         if not panels:
             return ""
         svg = interval_plot(name, told, shown, panels, self.base.method)
-        return _figure(name, title, svg, f"{caption} {self._marks()}")
+        captions = dict.fromkeys(panel.caption for panel in panels if panel.caption)
+        return _figure(name, title, svg, " ".join(filter(None, [*captions, said, self._marks(shown, panels)])))
 
     def _scores_figure(self, number: int, part: Sequence[str]) -> str:
         panels = [
@@ -408,8 +435,9 @@ class _Report:
                 lambda one, scorer=scorer: one.scores.get(scorer, MISSING),
                 lambda one, scorer=scorer: (one.differences.get(scorer, MISSING), 0.0),
                 line=self.base.scores.get(scorer, MISSING).value,
+                caption="Mean score of the held-out answers with its interval.",
             )
-            for scorer in part
+            for scorer in part  # equal captions are said once
         ]
         values = [
             f"{one.label} {', '.join(format_number(one.scores.get(scorer, MISSING).value) for scorer in part)}"
@@ -420,9 +448,10 @@ class _Report:
             "Further scores" if number else "Scores",
             f"Mean {', '.join(part)} of each method: {'; '.join(values)}.",
             panels,
-            f"Mean score of the held-out answers with its interval; the dashed line is {self.base.label}. A method "
-            f"that gains in {REWARD}, which it was trained towards, and loses in what was only watched has learned "
-            "to please the scorer.",
+            f"A method that gains in {REWARD}, which it was trained towards, and loses in what was only watched has "
+            "learned to please the scorer."
+            if {REWARD} < set(part)
+            else "",
         )
 
     def _wins_figure(self, number: int, scorer: str) -> str:
@@ -430,13 +459,23 @@ class _Report:
         if not any(math.isfinite(rate.value) for rate in rates.values()):
             return ""
         told = f"Win rates by {scorer} of each of {len(shown)} methods over each other; see comparison.csv for all."
+        caption = (
+            "How many of 100 answers by the method of the row score higher than those by the method of the column to "
+            "the same prompt; a tie is half a win."
+        )
+        if any(rate.lies_off(0.5) for rate in rates.values()):
+            caption += " Bold and coloured: the interval does not contain 50; blue: the row wins, orange: it loses."
+        unbeaten = [
+            one.label
+            for one in shown
+            if all(rates.get((one.method, other.method), MISSING).low > 0.5 for other in shown if other is not one)
+        ]
+        caption += f" {unbeaten[0]} beats all others." if unbeaten and len(shown) > 2 else ""
         return _figure(
             f"wins-{number}",
             f"All against all, by {scorer}",
             matrix_plot(f"wins-{number}", told, shown, rates, self.base.method),
-            "How many of 100 answers by the method of the row score higher than those by the method of the column "
-            "to the same prompt; ties count half. Bold and coloured: the interval does not contain 50. A row that "
-            "is blue all along beats everything.",
+            caption,
         )
 
     def _paths_figure(self) -> str:
@@ -444,15 +483,23 @@ class _Report:
         ends = [one.label for one in shown if math.isfinite(one.kl.value + one.scores.get(REWARD, MISSING).value)]
         if not ends:
             return ""
-        told = f"KL divergence and {REWARD} of {_listed(ends)}, with their way through training."
+        has_ways = any(_has_way(self.by_method[one.method]) for one in shown)
+        told = f"KL divergence and {REWARD} of {_listed(ends)}{', with their way through training' * has_ways}."
+        caption = (
+            "Large marks: the finished model on the held-out prompts. "
+            f"Further up is more {REWARD}, further right is further from the model that training began with. Of two "
+            "that are equally high the left one gave up less for it."
+        )
+        if has_ways:
+            caption += (
+                " Lines: what was measured along training, dotted from the last look to the finished model; a line "
+                "that goes right without going up pays for nothing."
+            )
         return _figure(
             "paths",
             f"KL to the SFT model against {REWARD}",
             path_plot("paths", told, shown, self.by_method, self.base.method),
-            "Lines: what was measured along training; large marks: the finished model on the held-out prompts. "
-            f"Further up is more {REWARD}, further right is further from the model that training began with. Of two "
-            "that are equally high the left one gave up less for it; a line that goes right without going up pays "
-            "for nothing.",
+            caption,
         )
 
     def _perplexity_figure(self) -> str:
@@ -466,11 +513,17 @@ class _Report:
                     lambda one: one.perplexity,
                     lambda one: (one.perplexity_ratio, 1.0),
                     line=self.base.perplexity.value,
+                    better=-1,
+                    caption="Perplexity: how unlikely the answers are to a model that is not trained. "
+                    f"{REWARD.capitalize()} that rises together with it is what reward hacking looks like.",
                 ),
-                Panel("KL to the SFT model, nats per answer", lambda one: one.kl, lambda one: (MISSING, 0.0)),
+                Panel(
+                    "KL to the SFT model, nats per answer",
+                    lambda one: one.kl,
+                    lambda one: (MISSING, 0.0),
+                    caption="KL: how far a model is from the SFT model, without a comparison (○).",
+                ),
             ],
-            f"How unlikely the answers are to a model that is not trained. {REWARD.capitalize()} that rises together "
-            "with perplexity is what reward hacking looks like.",
         )
 
     def _length_figure(self) -> str:
@@ -483,10 +536,22 @@ class _Report:
                 line=0.5,
                 beside=None if name == "win_rates" else lambda one: self._over_base(one, "win_rates"),
                 is_share=True,
+                caption=caption,
             )
-            for title, name in (
-                (f"wins over {shortened(base)}", "win_rates"),
-                ("the same at equal length", "length_controlled"),
+            for title, name, caption in (
+                (
+                    f"wins over {shortened(base)}",
+                    "win_rates",
+                    f"Wins: the share of prompts on which the method's answer has more {REWARD} than that of {base}; "
+                    "a tie is half a win.",
+                ),
+                (
+                    "the same at equal length",
+                    "length_controlled",
+                    "At equal length: what that share would be if both answers were equally long, by a logistic "
+                    "regression on the difference in length, with the raw share as an upright tick. Where the mark is "
+                    "well to the left of its tick, the method wins by length.",
+                ),
             )
         ]
         return self._interval_figure(
@@ -499,18 +564,20 @@ class _Report:
                     lambda one: one.length,
                     lambda one: (one.length_difference, 0.0),
                     line=self.base.length.value,
+                    better=0,
                 ),
                 *wins,
             ],
-            f"Tokens per answer; the share of prompts on which the method's answer has more {REWARD} than that of "
-            f"{base}; and what that share would be if both answers were equally long, by a logistic regression on "
-            "the difference in length, with the raw share as an upright tick. Where the mark is well to the left of "
-            "its tick, the method wins by length.",
         )
 
     def _likelihoods_figure(self) -> str:
         shown = [one for one in self.summaries if one.seeds]
         told = "Log-probabilities of chosen and rejected answers over training, by method."
+        missing = [
+            one.label
+            for one in shown
+            if not any(mean_curve(self.by_method[one.method], key) for key in ("chosen_logps", "rejected_logps"))
+        ]
         svg = likelihood_plot("likelihoods", told, shown, self.by_method)
         if not svg:
             return ""
@@ -520,7 +587,8 @@ class _Report:
             svg,
             "▲ and solid: chosen, ▼ and dashed: rejected; the first point is as early as it was logged, and every "
             "panel has a scale of its own. The distance should grow. Where both fall, likelihood goes to answers that "
-            "are in neither set (likelihood displacement). Methods that were not watched so have no panel.",
+            "are in neither set (likelihood displacement)."
+            + (f" Without a panel, as it was not logged: {_listed(missing)}." if missing else ""),
         )
 
     def _over_base(self, one: MethodSummary, name: str) -> Estimate:
@@ -633,12 +701,16 @@ def _with_interval(estimate: Estimate, shown: Callable[[float], str]) -> str:
     return f"{shown(estimate.value)} ({shown(estimate.low)} to {shown(estimate.high)})"
 
 
-def _cell(estimate: Estimate, shown: Callable[[float], str], way: int) -> str:
-    mark = {
-        1: ' <span class="up" aria-label="above the base">▲</span>',
-        -1: ' <span class="down" aria-label="below the base">▼</span>',
-        0: "",
-    }[way]
+def _has_way(results: Sequence[MethodResult]) -> bool:
+    """Whether [`path_plot`] draws a line for a method."""
+    kl, reward = (dict(mean_curve(results, key)) for key in ("kl", "reward"))
+    return len(set(kl) & set(reward)) > 1
+
+
+def _cell(estimate: Estimate, shown: Callable[[float], str], way: int, better: int) -> str:
+    sign, place = {1: ("▲", "above"), -1: ("▼", "below"), 0: ("", "")}[way]
+    kind, judged = {1: ("up", ", better"), -1: ("down", ", worse"), 0: ("neither", "")}[way * better]
+    mark = f' <span class="{kind}" role="img" aria-label="{place} the base{judged}">{sign}</span>' if sign else ""
     interval = "" if math.isnan(estimate.low) else f"<small>{shown(estimate.low)} to {shown(estimate.high)}</small>"
     return f'<td data-value="{_exact(estimate.value)}">{shown(estimate.value)}{mark}{interval}</td>'
 
@@ -752,7 +824,9 @@ p,dl,ul{margin:.5rem 0;max-width:52rem}
 .notes{font-size:.9rem}
 figure{margin:0}
 figcaption{color:var(--muted);font-size:.9rem;max-width:52rem;margin-top:.4rem}
-.scroll{overflow-x:auto;max-width:100%}
+.scroll{overflow-x:auto;max-width:100%;scrollbar-color:var(--muted) var(--raised)}
+.scroll.wide::before{content:"← → scroll sideways, there is more";position:sticky;left:0;display:block;
+ width:max-content;max-width:100%;color:var(--muted);font-size:.8rem}
 .scroll:focus-visible{outline:2px solid var(--up);outline-offset:2px}
 svg{display:block}
 svg *{stroke-linejoin:round;stroke-linecap:butt}
@@ -790,7 +864,7 @@ dd{margin-left:1rem}
 @media print{.theme{display:none}.scroll{overflow:visible}}
 """
 
-# the page reads without it: it adds a button for the theme, and sorting
+# the page reads without it: it adds a button for the theme, sorting, and a line above what is wider than the page
 SCRIPT = """
 (function () {
   var root = document.documentElement, button = document.createElement("button");
@@ -803,6 +877,15 @@ SCRIPT = """
   dark.addEventListener("change", name);
   name();
   document.querySelector("header").append(button);
+
+  function mark() {
+    document.querySelectorAll(".scroll").forEach(function (box) {
+      box.classList.toggle("wide", box.scrollWidth > box.clientWidth + 1);
+    });
+  }
+  addEventListener("resize", mark);
+  document.addEventListener("toggle", mark, true);
+  mark();
 
   document.querySelectorAll("table.sortable").forEach(function (table) {
     table.querySelectorAll("thead th").forEach(function (head, column) {
