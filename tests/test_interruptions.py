@@ -33,6 +33,9 @@ class Steps(TrainerCallback):
 def train(folder: Path, model_dir: str, trainer_class: type, config_class: type) -> None:
     """In a process group of its own, as a run that is started from a shell."""
     os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # of its data loader's workers; other tests set another
+    # held back where a stage of another test has started the fork server
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
     folder.mkdir()
     printed = os.open(folder / "printed", os.O_WRONLY | os.O_CREAT)
     os.dup2(printed, 1)
