@@ -418,7 +418,7 @@ PLAYGROUND = REPOSITORY / "recipes" / "configs" / "slic_playground.yaml"
 
 
 @more_or_less(60, 500)
-def test_config_files_are_read_or_refused(number, tmp_path, capsys):
+def test_config_files_are_read_or_refused(number, tmp_path):
     file = tmp_path / "config.yaml"
     base = {"model_name_or_path": "model", "dataset_name": "data", "output_dir": str(tmp_path), "bf16": False}
     read = []
@@ -433,12 +433,9 @@ def test_config_files_are_read_or_refused(number, tmp_path, capsys):
     )
     def check(content):
         file.write_bytes(content)
-        try:
-            with refused():
-                parse_recipe_args(DATACLASSES, PLAYGROUND, ["--config", str(file)])
-                read.append(True)
-        except SystemExit:
-            assert "error: argument" in capsys.readouterr().err
+        with refused():
+            parse_recipe_args(DATACLASSES, PLAYGROUND, ["--config", str(file)])
+            read.append(True)
 
     check()
     assert read
@@ -467,7 +464,7 @@ COMPARE = REPOSITORY / "recipes" / "compare.py"
 
 
 @more_or_less(60, 500)
-def test_settings_of_compared_methods_are_read_or_refused(number, tmp_path, capsys):
+def test_settings_of_compared_methods_are_read_or_refused(number, tmp_path):
     file = tmp_path / "config.yaml"
     base = {"model_name_or_path": "model", "dataset_name": "data", "output_dir": str(tmp_path), "rewards": ["model"]}
     playground, classes = COMPARE.parent / "configs" / "compare_playground.yaml", recipe_dataclasses(COMPARE)
@@ -481,16 +478,13 @@ def test_settings_of_compared_methods_are_read_or_refused(number, tmp_path, caps
         words = ["--config", str(file), *(["--methods", *methods] if methods else [])]
         if typed is not None:
             words += ["--settings", typed if isinstance(typed, str) else json.dumps(typed)]
-        try:
-            with refused("settings", "methods"):
-                found = parse_comparison_args(classes, playground, words)[1].settings
-                for_all = typed.get("all", {}) if isinstance(typed, dict) else {}
-                for part in (part for part in settings if isinstance(part, dict)):
-                    lost = {key for name in part for key in set(part[name]) - set(found.get(name, ()))}
-                    assert lost <= set(for_all), "nothing is lost but what the command line replaces"
-                read.append(found)
-        except SystemExit:
-            assert "error: argument" in capsys.readouterr().err
+        with refused("settings", "methods"):
+            found = parse_comparison_args(classes, playground, words)[1].settings
+            for_all = typed.get("all", {}) if isinstance(typed, dict) else {}
+            for part in (part for part in settings if isinstance(part, dict)):
+                lost = {key for name in part for key in set(part[name]) - set(found.get(name, ()))}
+                assert lost <= set(for_all), "nothing is lost but what the command line replaces"
+            read.append(found)
 
     check()
     assert sum(map(bool, read)) > 3, "not all is nonsense"

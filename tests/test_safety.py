@@ -516,7 +516,7 @@ def test_a_second_config_file_is_refused(arguments):
         ("x: !!python/object/apply:os.system [touch marker]", ValueError, "cannot be read as YAML"),
         ("seed: !!bool x", ValueError, "cannot be read as YAML"),
         ('seed: 1\naccelerator_config: "\\ud800"', ValueError, "Line 2 of the config file .* half of a character"),
-        ("reward: [a]", ValueError, "unknown arguments 'reward'.*'reward' may be meant for 'rewards'"),
+        ("reward: [a]", ValueError, "Unknown option 'reward' in .*Did you mean `rewards`"),
         ("seed: [1]", TypeError, r"has seed: \[1\], and it has to be int"),
         ("learning_rate: {a: 1}", TypeError, "has learning_rate: .* has to be float"),
         ("rewards: [1]", TypeError, r"has rewards: \[1\]"),

@@ -5,15 +5,23 @@ import atexit
 import dataclasses
 import json
 import os
-import reprlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from .arguments import (
+    INSTEAD_OF,
+    explained,
+    read_config,
+    refuse_unknown_options,
+    typed_options,
+    with_config_apart,
+)
 from .load import _load_file, load_datasets, load_prompts  # noqa: F401  (importable from here as well)
-from .safety import WIDER_THAN_DECLARED, has_type, list_items, maybe_meant, shown_hint
+from .mistakes import is_known, print_mistake
+from .preflight import check_before_imports
 from .threads import settle_threads
 
 
@@ -57,7 +65,7 @@ def parse_recipe_args(
     """
     dataclass_types = imported(dataclass_types)
     args = with_config_apart(sys.argv[1:] if args is None else args)
-    refuse_unknown_options(dataclass_types, args)
+    refuse_unknown_options(option_hints(dataclass_types), args)
     model, data, config = _model_data_and_config(args, dataclass_types)
     if not (model or data):
         if config is None:
@@ -88,19 +96,6 @@ def parse_recipe_args(
     return parsed
 
 
-def with_config_apart(args: Sequence[str]) -> list[str]:
-    """Arguments with `--config FILE` in two words, the only form that TrlParser knows."""
-    args = list(args)
-    for index, arg in enumerate(args):
-        if arg.startswith("--config="):
-            args[index : index + 1] = ["--config", arg.removeprefix("--config=")]
-    if args and args[-1] == "--config":
-        raise ValueError("`--config` names no file. Put the path of a YAML file behind it.")
-    if args.count("--config") > 1:
-        raise ValueError("`--config` is given more than once. Put everything into one file.")
-    return args
-
-
 def parse_args(
     dataclass_types: Sequence[str | type], args: Sequence[str], values: dict[str, Any] | None = None
 ) -> tuple[Any, ...]:
@@ -118,107 +113,36 @@ def parse_args(
     from trl import TrlParser
 
     dataclass_types, args = imported(dataclass_types), list(args)
-    refuse_unknown_options(dataclass_types, args)
+    hints = option_hints(dataclass_types)
+    refuse_unknown_options(hints, args)
     if "--config" in args:
         index = args.index("--config")
         file = args[index + 1]
         del args[index : index + 2]
-        values = read_config(file, dataclass_types) if values is None else values
+        values = read_config(file, hints) if values is None else values
     values = dict(values or {})
     for name, others in INSTEAD_OF.items():
         if name in typed_options(args):
             values = {key: value for key, value in values.items() if key not in others}
     os.environ.update({key: str(value) for key, value in values.pop("env", {}).items()})
-    parser = TrlParser(dataclass_types)
+
+    class Parser(TrlParser):
+        def error(self, message: str):
+            raise ValueError(explained(message, hints))
+
+    parser = Parser(dataclass_types)
     parser.set_defaults_with_config(**values)
     return parser.parse_args_into_dataclasses(args)
 
 
-# option of the command line -> what it replaces in a config file, beside itself
-INSTEAD_OF = {"dataset_name": ("datasets",), "rewards": ("ranker",), "ranker": ("rewards", "reward_weights")}
-
-
-def refuse_unknown_options(dataclass_types: Sequence[type], args: Sequence[str]) -> None:
-    """
-    Refuse words of a command line that look like options and are none. A shortened name, which argparse would take for
-    the whole one, is among them: it would not count where it matters which options were given.
-
-    Raises:
-        ValueError: the first of them, and what it may be meant for.
-    """
-    known = {entry.name for one in dataclass_types for entry in dataclasses.fields(one) if entry.init} | {"config"}
-    for word in args:
-        name = word[2:].partition("=")[0].replace("-", "_")
-        if word.startswith("--") and name not in known and name.removeprefix("no_") not in known:
-            raise ValueError(f"`{word[:80]}` is no option here. Leave it out{maybe_meant(name, known)}")
-
-
-def read_config(file: str | Path, dataclass_types: Sequence[type]) -> dict[str, Any]:
-    """
-    Read the values of a config file, each of which must be a field of its type; `env` holds environment variables.
-
-    Args:
-        file (`str` or `Path`): YAML.
-        dataclass_types (`Sequence[type]`): whose fields may stand in it.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not YAML, or holds no fields or unknown ones.
-        TypeError: a value is not of its field's type.
-    """
-    import yaml
-
-    if not os.path.isfile(file):
-        raise FileNotFoundError(f"The config file {str(file)!r} is not there. Mend the path behind `--config`.")
-    try:
-        content = Path(file).read_text(encoding="utf-8")
-        values = yaml.safe_load(content)
-        scalars = [token for token in yaml.scan(content) if isinstance(token, yaml.ScalarToken)]
-    except Exception as error:  # a value that is no value of its tag is raised in many ways
-        what = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"The config file {file} cannot be read as YAML: {what}. Mend it.") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(
-            f"The config file {file} holds {reprlib.repr(values)}, and it has to hold one `name: value` per line."
-        )
-    for scalar in scalars:  # text with half a character fails where it is first written, far from here
-        if any("\ud800" <= character <= "\udfff" for character in scalar.value):
-            raise ValueError(
-                f"Line {scalar.start_mark.line + 1} of the config file {file} has {ascii(scalar.value)[:100]}, with "
-                "half of a character (a surrogate), which no file or path can hold. Mend it."
-            )
-    hints = {name: hint for one in dataclass_types for name, hint in get_type_hints(one).items()}
-    known = [entry.name for one in dataclass_types for entry in dataclasses.fields(one) if entry.init]
-    unknown = [key for key in values if key not in known and key != "env"]
-    if unknown:
-        raise ValueError(
-            f"The config file {file} has the unknown arguments {', '.join(map(reprlib.repr, unknown))}. Leave them "
-            "out" + maybe_meant(unknown[0], known)
-        )
-    if "env" in values and not _is_environment(values["env"]):
-        raise TypeError(
-            f"The config file {file} has env: {reprlib.repr(values['env'])}, and it has to be values by names of "
-            "environment variables."
-        )
-    for key, value in values.items():
-        if key in (*WIDER_THAN_DECLARED, "env"):
-            continue
-        # text is converted as on the command line is; one value stands for a list of one
-        one_of_list = any(has_type(value, one) for one in list_items(hints[key]))
-        if not isinstance(value, str) and key != "prefix_sharing" and not has_type(value, hints[key]) | one_of_list:
-            raise TypeError(
-                f"The config file {file} has {key}: {reprlib.repr(value)}, and it has to be {shown_hint(hints[key])}. "
-                "Mend it (text that looks like something else is put in quotes), or leave it out."
-            )
-    return values
-
-
-def _is_environment(variables: Any) -> bool:
-    """Whether these can be set as environment variables."""
-    return isinstance(variables, dict) and all(
-        isinstance(name, str) and name and "=" not in name and "\0" not in name + str(value)
-        for name, value in variables.items()
-    )
+def option_hints(dataclass_types: Sequence[type]) -> dict[str, Any]:
+    """Types of the options of dataclasses, by name."""
+    return {
+        entry.name: get_type_hints(one)[entry.name]
+        for one in dataclass_types
+        for entry in dataclasses.fields(one)
+        if entry.init
+    }
 
 
 def _model_data_and_config(args: Sequence[str], dataclass_types: Sequence[type]) -> tuple[Any, Any, str | None]:
@@ -228,7 +152,7 @@ def _model_data_and_config(args: Sequence[str], dataclass_types: Sequence[type])
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name)
     given, _ = parser.parse_known_args(args)
     config = args[args.index("--config") + 1] if "--config" in args else None
-    values = {} if config is None else read_config(config, dataclass_types)
+    values = {} if config is None else read_config(config, option_hints(dataclass_types))
     data = given.dataset_name or values.get("dataset_name") or values.get("datasets")
     return given.model_name_or_path or values.get("model_name_or_path"), data, config
 
@@ -241,12 +165,6 @@ def changed_fields(part: Any) -> list[str]:
         if getattr(part, entry.name)
         != (entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory())
     ]
-
-
-def typed_options(args: Iterable[str]) -> set[str]:
-    """Names of the options on a command line."""
-    given = {word[2:].partition("=")[0].replace("-", "_") for word in args if word.startswith("--")}
-    return given | {name.removeprefix("no_") for name in given if name.startswith("no_")}
 
 
 def given_options(args: Sequence[str], config_file: str | Path | None = None) -> set[str]:
@@ -307,7 +225,8 @@ def run_recipe(
     that, after its threads and the exit handlers of what `main` has imported.
 
     Args:
-        main (`Callable`): takes the arguments of the command line. What it raises is raised.
+        main (`Callable`): takes the arguments of the command line. A known mistake that it raises is printed as one
+            line (see `mistakes.py`) and the exit code is 1; anything else is raised.
         dataclass_types (`Sequence[str]`, *optional*): dotted names of the dataclasses whose fields are the recipe's
             options. Without them `--help` is left to `main`.
         docstring (`str`, *optional*): of the recipe, for its help.
@@ -315,6 +234,15 @@ def run_recipe(
     if dataclass_types and asks_for_help(sys.argv[1:]):
         _print_help(dataclass_types, docstring or "")
         return
+    if dataclass_types:
+        try:
+            check_before_imports(dataclass_types, sys.argv[1:])
+        except Exception as error:
+            if not is_known(error):
+                raise
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a machine find the same
+                print_mistake(error, wait=False)
+            sys.exit(1)
     threads = settle_threads()
     if os.environ.get("RANK", "0") == "0":
         print(f"CPU threads of each process: {threads} (OMP_NUM_THREADS)", flush=True)
@@ -337,6 +265,11 @@ def run_recipe(
         if isinstance(ending.code, int):
             exit_codes.append(ending.code)
         raise
+    except Exception as error:
+        if not is_known(error):
+            raise
+        print_mistake(error)
+        sys.exit(1)
     exit_codes.append(0)
 
 

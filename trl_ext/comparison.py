@@ -36,7 +36,15 @@ import yaml
 from accelerate import PartialState
 
 from .checkpoints import wants_to_resume
-from .cli import imported, is_playground, parse_recipe_args, read_config, typed_options, with_config_apart
+from .cli import (
+    imported,
+    is_playground,
+    option_hints,
+    parse_recipe_args,
+    read_config,
+    typed_options,
+    with_config_apart,
+)
 from .comparison_config import IDLE, METHODS, RESERVED, ComparisonConfig, Method, refuse_equal_labels, settings_by_name
 from .comparison_report import write_report
 from .comparison_results import ComparisonResults, MethodResult
@@ -319,10 +327,6 @@ class OneSeed:
             recipe = self.recipes / f"{method.recipe}.py"
             try:
                 return parse_recipe_args(recipe_dataclasses(recipe), recipe, ["--config", str(file)])
-            except SystemExit:
-                raise ValueError(
-                    f"settings: {name!r} has a value that `{recipe.name}` cannot read, see above."
-                ) from None
             except (ValueError, TypeError) as error:
                 raise type(error)(f"{name}: {error}") from None
 
@@ -579,7 +583,7 @@ def parse_comparison_args(
     file = words[words.index("--config") + 1] if "--config" in words else file
     if file is None:
         return parse_recipe_args(types, playground_config, words)
-    in_file = settings_by_name(read_config(file, types).get("settings"))
+    in_file = settings_by_name(read_config(file, option_hints(types)).get("settings"))
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--settings", nargs="?")
     own = settings_by_name(parser.parse_known_args(words)[0].settings)

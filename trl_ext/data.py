@@ -41,6 +41,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from . import __version__
 from ._trl import _tokenize, common_prefix_length, global_then_local_main_first
+from .column_names import check_columns
 from .columns import as_given, check_features, without_files, without_nulls
 from .tokens import num_repeated_start_tokens, text_ids, tokenizer_of
 
@@ -209,36 +210,6 @@ class PreparationReport:
 def is_prepared(columns: list[str]) -> bool:
     """Whether a dataset with these columns has been through [`prepare_dataset`] already."""
     return set(PREPARED_FEATURES) <= set(columns)
-
-
-def check_columns(columns: list[str], name: str) -> None:
-    """
-    Check that the columns make a format we know.
-
-    Raises:
-        ValueError: columns are missing or contradict each other.
-        NotImplementedError: rows with images.
-    """
-    has = set(columns)
-    given = f"The {name} dataset has the columns {sorted(has)}"
-    if has & {"image", "images"}:
-        raise NotImplementedError(f"{given}: rows with images are not supported. Use text rows.")
-    if "completions" in has and has & {"chosen", "rejected"}:
-        raise ValueError(
-            f"{given}: `completions` and `chosen`/`rejected` say the same thing twice. Remove one of them."
-        )
-    if "completions" in has:
-        if "scores" not in has:
-            raise ValueError(
-                f"{given}: `completions` cannot be ranked without scores. Add the column `scores`, one per completion."
-            )
-        return
-    missing = {"chosen", "rejected"} - has
-    if missing:
-        raise ValueError(
-            f"{given}, without {' and '.join(f'`{column}`' for column in sorted(missing))}. Needed are `prompt`, "
-            "`chosen` and `rejected`, or `prompt`, `completions` and `scores`: rename or add the columns."
-        )
 
 
 def _check_text(value: Any, column: str, *, is_completion: bool) -> None:

@@ -433,9 +433,9 @@ def recipe_help(prog: str, docstring: str, paths: Sequence[str], *, width: int |
     parts = [f"usage: {prog} [--config FILE] [--NAME VALUE ...]", *_filled_docstring(docstring, width)]
     parts.append(
         filled(
-            "Options are written --name value, or --name alone to set a bool; the values of a list have spaces "
-            "between them, and a dict is JSON. A bool that is True by default is also unset by --no_name. In names "
-            "- is as good as _. Each is followed by its type and, if it has one, its default."
+            "Options are written --name value, or --name alone to set a bool that has a default; the values of a list "
+            "have spaces between them, and a dict is JSON. A bool that is True by default is also unset by --no_name. "
+            "In names - is as good as _. Each is followed by its type and, if it has one, its default."
         )
     )
     entries = [("-h, --help", "Show this text and end.")]
