@@ -171,6 +171,8 @@ def _check_columns(values: dict[str, Any], dataclass_types: Sequence[str]) -> No
                 "answer), or `messages` that end with it: rename or add the columns."
             )
         return
+    if "prompt_ids" in columns or ("KTO" in names and {"completion", "label"} <= columns):
+        return  # rows that are tokenised; single answers
     check_columns(sorted(columns), "train")
 
 
