@@ -41,6 +41,7 @@ USED = (
 
 def main(arguments):
     from trl_ext.rounds import rank_stage, sample_stage
+    from trl_ext.run_lock import hold_folder
     from trl_ext.stages import all_processes
 
     parsed = parse_args(DATACLASSES, with_config_apart(arguments))
@@ -49,6 +50,7 @@ def main(arguments):
         raise ValueError("Set `--model_name_or_path` and `--dataset_name`: who answers, and to what.")
     refuse_all_but(USED, script_args, model_args, dataset_args)
     state, folder = all_processes(), Path(config.output_dir)
+    hold_folder(folder)
     model = local_model(model_args, trust_remote_code=config.trust_remote_code)
     with state.main_process_first():
         prompts = load_prompts(script_args, dataset_args)

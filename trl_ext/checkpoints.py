@@ -21,6 +21,7 @@ from accelerate import PartialState
 
 from .execution.support import asks_for_fsdp
 from .machines import SHARE_CHECKPOINTS, blind_processes, from_all, refuse_unless_all_see_checkpoint
+from .run_lock import hold_folder
 from .sampling import unfinished_path, write_atomically
 
 SEAL = "checkpoint.json"
@@ -49,11 +50,12 @@ def checkpoint_to_resume(training_args) -> str | None:
 
     Raises:
         FileNotFoundError: a named checkpoint is not there or not whole, or not on all machines.
-        FileExistsError: the output folder holds checkpoints and it was not asked to resume, or none of them is whole,
-            or there are whole ones after the one that is named.
+        FileExistsError: another run is in the output folder; or it holds checkpoints and it was not asked to resume,
+            or none of them is whole, or there are whole ones after the one that is named.
         ValueError: the checkpoint belongs to steps of other size, or its parts to another number of processes.
     """
     output_dir = Path(training_args.output_dir)
+    hold_folder(output_dir)
     # of all, before one of them writes anything
     checkpoints = max(from_all([path.name for path in _checkpoints(output_dir)]), key=len)
     if wants_to_resume(training_args):

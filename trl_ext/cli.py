@@ -215,9 +215,9 @@ def run_recipe(
     main: Callable[[list[str]], Any], dataclass_types: Sequence[str] = (), docstring: str | None = None
 ) -> None:
     """
-    Call a recipe's `main` with the command line, or print the recipe's help if that is asked for; end on SIGTERM, and
-    when the launcher is gone, with what is finished kept; and end a process that is one of several as soon as all else
-    is done.
+    Call a recipe's `main` with the command line, or print the recipe's help if that is asked for. End on SIGTERM, on
+    Ctrl-C and when the launcher is gone, with what is finished kept. End a process that is one of several as soon as
+    all else is done.
 
     Under DDP on CPU, gloo's threads outlive `destroy_process_group` (torch 2.13 never frees the group of a
     `DistributedDataParallel`). If one of them lets go of a tensor while the interpreter is being torn down, the
@@ -246,7 +246,7 @@ def run_recipe(
     threads = settle_threads()
     if os.environ.get("RANK", "0") == "0":
         print(f"CPU threads of each process: {threads} (OMP_NUM_THREADS)", flush=True)
-    from .faults import end_with_launcher, on_sigterm
+    from .signals import on_stop, watch_signals_and_launcher
 
     exit_codes: list[int] = []
 
@@ -258,8 +258,8 @@ def run_recipe(
 
     atexit.register(leave)  # the first to be registered is the last to be called
     try:
-        with on_sigterm():
-            end_with_launcher()
+        with on_stop():
+            watch_signals_and_launcher()
             main(sys.argv[1:])
     except SystemExit as ending:
         if isinstance(ending.code, int):

@@ -54,11 +54,12 @@ from .jsonl import read_jsonl, write_jsonl
 from .ranking import CARRIED_COLUMNS, pair_rows
 from .recipe_help import recipe_dataclasses
 from .rounds import Rounds, merged_model, replaced, start_rounds
+from .run_lock import hold_folder
 from .safety import maybe_meant
 from .sampling import write_atomically
 from .scoring import as_text
 from .spin_pairs import generate_stage
-from .stages import without_secrets
+from .stages import all_processes, without_secrets
 
 NUM_EXAMPLES = 6
 
@@ -84,6 +85,8 @@ def compare(parsed: Sequence[Any], recipes: Path, given: Collection[str]) -> Com
     config = parsed[1]
     folder, results, comparison = Path(config.output_dir), [], None
     file = folder / "comparison.json"
+    all_processes()
+    hold_folder(folder)
     earlier = _with_labels_of_now(file, config) if wants_to_resume(config) and file.is_file() else []
     try:
         for seed in config.seeds:

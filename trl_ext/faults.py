@@ -24,61 +24,9 @@ from torch import distributed
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
-TERMINATED = 128 + signal.SIGTERM  # exit code, as of a shell
-GO_ON = "The same command with `--resume_from_checkpoint true` goes on from there."
+from .signals import RESUME_HINT, STOP_SIGNALS, name_of, stop_signals_blocked
 
-
-# SIGTERM
-
-
-def _end_now() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it may come twice, to the process and to its group
-    print("SIGTERM: ended. What is finished is kept. " + GO_ON, file=sys.stderr, flush=True)
-    raise SystemExit(TERMINATED)
-
-
-@contextmanager
-def on_sigterm(action: Callable[[], Any] = _end_now) -> Iterator[None]:
-    """
-    Call `action` in the main thread on SIGTERM. A handler that somebody else has set stays, and other threads than the
-    main one can set none.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    is_ours = getattr(before, "__module__", None) == __name__
-    if before is not signal.SIG_DFL and not is_ours:
-        yield
-        return
-
-    def handle(number, frame):
-        action()
-
-    signal.signal(signal.SIGTERM, handle)
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGTERM) is handle:
-            signal.signal(signal.SIGTERM, before)
-
-
-def end_with_launcher() -> None:
-    """
-    Take the end of the launcher for a SIGTERM. A launcher that is killed cannot pass anything on, and that of a single
-    process does not; what it has started would go on, unseen, in the folder that the next start uses.
-    """
-    if not {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ):
-        return  # started by hand: whoever did so may well leave
-    launcher = os.getppid()
-
-    def watch():
-        while os.getppid() == launcher:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True, name="launcher-watch").start()
+# Signals
 
 
 class SignalProofWorker:
@@ -106,16 +54,6 @@ class SignalProofWorker:
         os._exit(0)
 
 
-@contextmanager
-def stop_signals_blocked() -> Iterator[None]:
-    """Hold back SIGTERM and SIGINT from this thread, and from the processes that it starts meanwhile, for good."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _process_started_blocked(process_class: type, *args: Any, **kwargs: Any) -> multiprocessing.Process:
     process = process_class(*args, **kwargs)
 
@@ -140,34 +78,40 @@ def protect_workers(loader: DataLoader) -> DataLoader:
     return loader
 
 
-class SaveOnSigterm(TrainerCallback):
+class SaveOnStop(TrainerCallback):
     """
-    On SIGTERM, to any of the processes, finish the optimiser step, save a checkpoint, and stop training.
+    On SIGTERM or SIGINT, to any of the processes, finish the optimiser step, save a checkpoint, and stop training.
 
     The processes agree after each step, one number each, so that all stop at the same. An evaluation that is due at
     that step is left out: there may be no time for it.
+
+    Attributes:
+        asked (`int`): the number of the signal that has come to this process; 0 if none has.
+        stopped (`int`): the same, of the signal that has stopped the training of all processes.
     """
 
     def __init__(self) -> None:
-        self.is_asked = self.has_stopped = False
+        self.asked = self.stopped = 0
 
-    def ask(self) -> None:
-        if not self.is_asked:
-            print("SIGTERM: a checkpoint is saved after this step.", file=sys.stderr, flush=True)
-        self.is_asked = True
+    def ask(self, number: int) -> None:
+        if not self.asked:
+            again = " Again: ended at once." if number == signal.SIGINT else ""
+            print(f"{name_of(number)}: a checkpoint is saved after this step.{again}", file=sys.stderr, flush=True)
+            self.asked = int(number)
 
     def on_step_end(self, args, state, control, **kwargs):
-        asked = torch.tensor(float(self.is_asked), device=args.device)
+        asked = torch.tensor(float(self.asked), device=args.device)
         if args.world_size > 1:
             distributed.all_reduce(asked, op=distributed.ReduceOp.MAX)
         if asked:
-            self.has_stopped = control.should_save = control.should_training_stop = True
-            args.save_only_model = False  # this one is to be gone on from
+            self.stopped = int(asked)
+            control.should_save = control.should_training_stop = True
+            args.save_only_model = False  # this one is to be resumed from
             control.should_evaluate = False
         return control
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.has_stopped:  # it is saved already; the end of an epoch may ask for both once more
+        if self.stopped:  # it is saved already; the end of an epoch may ask for both once more
             control.should_save = control.should_evaluate = False
         return control
 
@@ -369,7 +313,7 @@ class _Watch(threading.Thread):
         print(
             f"{what} for {self.seconds:.0f} s, so the run ends here.\n  " + "\n  ".join(lines) + "\nA process that "
             "waits for others is in a collective or in the backward pass; look at the one that is not. If it was at "
-            f"work, raise `ddp_timeout`. What is finished is kept. {GO_ON}",
+            f"work, raise `ddp_timeout`. What is finished is kept. {RESUME_HINT}",
             file=sys.stderr,
             flush=True,
         )

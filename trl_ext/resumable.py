@@ -2,9 +2,9 @@
 
 import math
 import os
-import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -13,8 +13,10 @@ from transformers.trainer_utils import rotate_checkpoints
 from ._trl import without_rotation
 from .checkpoints import find_checkpoint, make_room, naming_a_full_disk, seal
 from .checks import check_before_training
-from .faults import GO_ON, TERMINATED, SaveOnSigterm, WatchCallback, on_sigterm, protect_workers
+from .faults import SaveOnStop, WatchCallback, protect_workers
+from .run_lock import hold_folder, release_folder
 from .safety import weights_only
+from .signals import RESUME_HINT, in_stage, name_of, on_stop, signal_again
 
 
 class ResumableTrainer(Trainer):
@@ -30,16 +32,26 @@ class ResumableTrainer(Trainer):
         - `True` goes on from the last checkpoint that is whole, see `checkpoints.py`; one that is named has to be.
         - Meanwhile `torch.load` gives tensors and plain values alone, whoever calls it: DeepSpeed would unpickle its
           checkpoints whole. (FSDP's `SHARDED_STATE_DICT` has an index that torch unpickles by another way.)
-        - On SIGTERM the step is finished, a checkpoint saved, and the process ends with exit code 143.
+        - On SIGTERM and on Ctrl-C the step is finished, a checkpoint saved, and the process ends with exit code 143 or
+          130; a second Ctrl-C ends it at once.
         - When no process has got on for four fifths of `args.ddp_timeout` (30 minutes by default), the run ends with
           a message that says where each of them was, see `faults.py`.
 
         Raises:
+            FileExistsError: another run is in the output folder.
             ValueError: there is no whole checkpoint, or it does not fit this run.
             FileNotFoundError: the checkpoint that is named is not whole, or not for all processes.
             UnsafeFileError: a file of the checkpoint holds more than tensors and plain values.
         """
         is_trial = kwargs.get("trial") is not None  # of a hyper-parameter search, which has its own way of resuming
+        holds = not is_trial and hold_folder(self.args.output_dir)
+        try:
+            return self._train_interruptibly(resume_from_checkpoint, is_trial, kwargs)
+        finally:
+            if holds:
+                release_folder(self.args.output_dir)
+
+    def _train_interruptibly(self, resume_from_checkpoint: str | bool | None, is_trial: bool, kwargs: dict[str, Any]):
         if resume_from_checkpoint is not None and resume_from_checkpoint is not False and not is_trial:
             found = find_checkpoint(self.args, resume_from_checkpoint)
             if found is None:
@@ -49,22 +61,23 @@ class ResumableTrainer(Trainer):
                 )
             resume_from_checkpoint = found
         check_before_training(self)
-        save, watch = SaveOnSigterm(), WatchCallback(0.8 * self.args.ddp_timeout)
+        save, watch = SaveOnStop(), WatchCallback(0.8 * self.args.ddp_timeout)
         callbacks = [save, watch]
         for callback in callbacks:
             self.add_callback(callback)
         try:
-            with on_sigterm(save.ask), weights_only():
+            with on_stop(save.ask), weights_only():
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             watch.stop()
             for callback in callbacks:
                 self.remove_callback(callback)
-        if save.is_asked and not save.has_stopped:  # after the last step
-            os.kill(os.getpid(), signal.SIGTERM)
-        if save.has_stopped:
-            self.accelerator.print(f"SIGTERM: checkpoint-{self.state.global_step} is saved. {GO_ON}")
-            raise SystemExit(TERMINATED)
+        if save.asked and not save.stopped:  # after the last step
+            signal_again(save.asked)
+        if save.stopped:
+            hint = "" if in_stage() else f" {RESUME_HINT}"
+            self.accelerator.print(f"{name_of(save.stopped)}: checkpoint-{self.state.global_step} is saved.{hint}")
+            raise SystemExit(128 + save.stopped)
         return output
 
     def get_train_dataloader(self):

@@ -28,15 +28,17 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
-from .faults import GO_ON, TERMINATED, on_sigterm, watched
+from .faults import watched
 from .machines import from_all, refuse_unless_all_see, wait_as_long_as_it_takes
+from .run_lock import hold_folder
 from .sampling import file_digest, model_fingerprint, process_state, read_sealed, sealed, write_atomically
+from .signals import EXIT_CODES, RESUME_HINT, STOP_SIGNALS, name_of, on_stop, stop_signals_blocked
 from .threads import settle_threads
 
 PACKAGES = ("trl_ext", "trl", "transformers", "datasets", "peft", "accelerate", "deepspeed", "torch")
@@ -66,7 +68,8 @@ class Run:
             see [`~trl_ext.faults.watched`].
 
     Raises:
-        FileExistsError: there is a run in the folder and `resume` is False, or there is something else in it.
+        FileExistsError: another run is at work in the folder; or it holds one and `resume` is False; or something
+            else.
         ValueError: `resume` with other settings, or run.json was changed or damaged.
         FileNotFoundError: a process does not see the folder; on all processes.
         RuntimeError: the processes of the launch do not see each other.
@@ -83,6 +86,7 @@ class Run:
     ):
         self.folder, self.patience, self.id = Path(folder), patience, None
         self.state = all_processes()
+        hold_folder(self.folder)
         watch = ExitStack()
         watch.enter_context(watched(patience, may_wait=True))  # for as long as this process lives
         atexit.register(watch.close)
@@ -160,7 +164,7 @@ class Run:
             `dict`: the figures.
 
         Raises:
-            SystemExit: the stage was ended by SIGTERM; code 143.
+            SystemExit: the stage was ended by SIGTERM, code 143, or SIGINT, code 130.
             RuntimeError: the stage failed in this process (its own error is printed above), or was made from other
                 inputs than those there are now.
             ManifestError: what it left behind was changed since, or is another run's.
@@ -186,9 +190,10 @@ class Run:
         exit_code = _run_in_fresh_process(
             port, shards_models, self.patience, (str(folder), name, self.id, function, {**inputs, **arguments}, hashes)
         )
-        if exit_code in (TERMINATED, -signal.SIGTERM):
-            self.state.print(f"SIGTERM: ended in stage {name!r}. What is finished is kept. {GO_ON}")
-            raise SystemExit(TERMINATED)
+        number = EXIT_CODES.get(exit_code, -exit_code)
+        if number in STOP_SIGNALS:
+            self.state.print(f"{name_of(number)}: ended in stage {name!r}. What is finished is kept. {RESUME_HINT}")
+            raise SystemExit(128 + number)
         manifest = None
         if exit_code == 0:
             # the main process's: on a network file system another may not see it yet
@@ -199,7 +204,7 @@ class Run:
                 what += ", as a rule because memory ran out" if exit_code == -signal.SIGKILL else ""
             else:
                 what = "failed; its error is printed above" if exit_code else "left before its end"
-            raise RuntimeError(f"Stage {name!r} {what}. What is finished is kept. {GO_ON}")
+            raise RuntimeError(f"Stage {name!r} {what}. What is finished is kept. {RESUME_HINT}")
         return manifest["figures"]
 
     def keep(self, name: str, files: dict[str, str]) -> Path:
@@ -363,8 +368,14 @@ def _begun(folder: Path) -> list[Path]:
 
 
 def start_afresh(folder: str | Path) -> None:
-    """Remove the folders that an earlier run has filled, and nothing else, so that another run can begin there."""
+    """
+    Remove the folders that an earlier run has filled, and nothing else, so that another run can begin there.
+
+    Raises:
+        FileExistsError: that run is still at work.
+    """
     state, folder = process_state(), Path(folder)
+    hold_folder(folder)
     state.wait_for_everyone()
     if state.is_main_process and settings_of(folder) is not None:
         begun = _begun(folder)
@@ -404,23 +415,31 @@ def _run_in_fresh_process(port: int, shards_models: bool, patience: float, job: 
     sys.stderr.flush()
     how = (port, shards_models, patience, on_cpu, dict(os.environ))
     process = context.Process(target=_stage_process, args=(*how, *job))
-    # SIGTERM may come to the whole process group: the server has to outlive it, or nobody would know how the stage
+    # a signal may come to the whole process group: the server has to outlive it, or nobody would know how the stage
     # has ended, and the stage must not get it before it can handle it
     resource_tracker.ensure_running()  # which lifts the block while it starts
-    is_asked = threading.Event()
+    asked: list[int] = []
 
-    def pass_on():  # also while it starts: a thread may get the signal, and its handler runs here all the same
-        is_asked.set()
+    def pass_on(number):  # a thread may get the signal, and its handler runs here all the same
+        asked.append(number)
         if process.pid is not None:
             process.terminate()
+        elif forks:  # the server is still importing
+            raise _EndedAtStart
 
-    with on_sigterm(pass_on):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    with on_stop(pass_on):
         try:
-            process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-        if is_asked.is_set():
+            if forks:
+                with stop_signals_blocked():
+                    forkserver.ensure_running()
+                process.start()
+            else:
+                with stop_signals_blocked():
+                    process.start()
+        except _EndedAtStart:
+            os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)  # or it would import to the end
+            return 128 + asked[0]
+        if asked:
             process.terminate()
         try:
             process.join()
@@ -428,12 +447,17 @@ def _run_in_fresh_process(port: int, shards_models: bool, patience: float, job: 
             process.kill()
             process.join()
             raise
-    return TERMINATED if is_asked.is_set() else process.exitcode
+    return 128 + asked[0] if asked else process.exitcode
+
+
+class _EndedAtStart(BaseException):
+    pass
 
 
 def _stage_process(port, shards_models, patience, on_cpu, environment, *job) -> None:
     """What a stage's process does, from its first line to its last."""
     _die_with_parent()
+    multiprocessing.set_start_method(None, force=True)  # the platform's, for workers that load data, not the server's
     os.environ.clear()
     os.environ.update(environment)
     # where the stage's processes meet: in the launcher's store they would find the addresses of those that asked
@@ -442,8 +466,8 @@ def _stage_process(port, shards_models, patience, on_cpu, environment, *job) -> 
     if not shards_models:
         for variable in SHARDING_VARIABLES:
             os.environ.pop(variable, None)
-    with on_sigterm():
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    with on_stop():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         if shards_models:  # a trainer has its own settings for the process group, and watches it itself
             _run_stage(on_cpu, *job)
             return
