@@ -176,4 +176,5 @@ def test_ctrl_c_to_a_launch(model_dir, tmp_path):
         printed, _ = process.communicate(timeout=300)
     assert time.monotonic() - began < 30 and process.returncode != 0
     assert "Traceback" not in printed and printed.count(RESUME_HINT) == 1, printed
-    assert "Ctrl-C: ended in stage 'round-1/candidates'. What is finished is kept. The same command" in printed
+    # that second run took a while, in which the first may have come to another stage
+    assert re.search(r"Ctrl-C: ended in stage 'round-1/\w+'\. What is finished is kept\. The same command", printed)

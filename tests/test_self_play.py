@@ -431,10 +431,11 @@ def test_a_tokenizer_is_saved_with_the_start_and_an_adapter_is_merged(model_dir,
         ("adapter", str(tmp_path / "adapter"), None, "start/merged"),
         ("both", str(tmp_path / "adapter"), own, "start/model"),
     ):
-        kwargs = {**config_kwargs, "output_dir": str(tmp_path / name)}
+        output = tmp_path / "runs" / name
+        kwargs = {**config_kwargs, "output_dir": str(output)}
         self_play(model, ROWS, kwargs, processing_class=processing_class, **once).train()
-        folder = tmp_path / name / start
-        inputs = manifest(tmp_path / name, "iteration-0", "model")["inputs"]
+        folder = output / start
+        inputs = manifest(output, "iteration-0", "model")["inputs"]
         assert inputs["model"] == model_fingerprint(folder)
         saved = AutoTokenizer.from_pretrained(folder)
         assert saved.chat_template == (processing_class or tokenizer).chat_template

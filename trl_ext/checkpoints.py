@@ -55,7 +55,7 @@ def checkpoint_to_resume(training_args) -> str | None:
         ValueError: the checkpoint belongs to steps of other size, or its parts to another number of processes.
     """
     output_dir = Path(training_args.output_dir)
-    hold_folder(output_dir)
+    hold_folder(output_dir, create=False)
     # of all, before one of them writes anything
     checkpoints = max(from_all([path.name for path in _checkpoints(output_dir)]), key=len)
     if wants_to_resume(training_args):

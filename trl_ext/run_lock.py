@@ -12,10 +12,15 @@ from .signals import in_stage
 _held: dict[tuple[int, int], int] = {}  # device and inode of a folder: its descriptor
 
 
-def hold_folder(folder: str | Path) -> bool:
+def hold_folder(folder: str | Path, *, create: bool = True) -> bool:
     """
     Lock the output folder of a run, until this process ends or calls [`release_folder`]. The kernel releases it when
     the process is killed. Called by all processes; the main one locks. A stage is covered by the lock of its run.
+
+    Args:
+        folder (`str` or `Path`): the output folder.
+        create (`bool`, defaults to `True`): make a folder that is not there. `False` before a run has been checked,
+            so that a run that is refused leaves nothing behind.
 
     Returns:
         `bool`: whether this call has locked it: `False` if this process has before.
@@ -26,8 +31,8 @@ def hold_folder(folder: str | Path) -> bool:
     if in_stage():
         return False
     problem, is_new = None, False
-    if PartialState().is_main_process:
-        folder = Path(folder)
+    folder = Path(folder)
+    if PartialState().is_main_process and (create or folder.is_dir()):
         folder.mkdir(parents=True, exist_ok=True)
         opened = os.open(folder, os.O_RDONLY)
         if _identity(opened) in _held:
