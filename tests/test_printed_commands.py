@@ -36,6 +36,7 @@ from trl_ext.data import RowOptions
 from trl_ext.playground_rounds import start_playground
 from trl_ext.recipe_help import options_of, read_dataclass, recipe_dataclasses
 from trl_ext.rounds import start_rounds
+from trl_ext.run_lock import release_folder
 from trl_ext.stages import Run
 
 PRINTED = printed_commands()
@@ -410,6 +411,7 @@ def test_playgrounds_that_share_their_sampling(recipe, first_playground, tmp_pat
         words += ["--seeds", "42", "--methods", "dpo"] if recipe == "compare" else []
         request.getfixturevalue("sharing")
         begin(recipe, *words)
+        release_folder(folder / "seed-42" if recipe == "compare" else folder)  # as if this process had ended
         stamps = {file: file.stat().st_mtime_ns for file in folder.rglob("manifest.json")}
         assert any(file.parent.name == "sft" for file in stamps)
         printed = play(f"accelerate launch recipes/{recipe}.py", *words, "--resume_from_checkpoint", "true")
