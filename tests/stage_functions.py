@@ -57,6 +57,8 @@ def sleep(folder: Path) -> dict:
 
 
 def run_a_sleeping_stage(folder: str) -> None:
+    # a process that was forked while a run held its signals back has them blocked
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
     Run(folder, {}, resume=False).stage("sleeping", sleep)
 
 

@@ -44,7 +44,7 @@ def test_the_first_command_ranks(tmp_path):
     command += ["--seed", "1", "--output_dir", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, cwd=REPOSITORY)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    assert "watched prompts, one sampled answer each" in done.stdout
+    assert "watched prompts, one answer each at temperature 1" in done.stdout
     rows = figures.rows_of(tmp_path / "run")
     assert [row["model"] for row in rows] == ["start", "round-1"]
     assert not figures.out_of_bounds("slic", rows)

@@ -116,7 +116,7 @@ def test_a_failing_reward_loses_no_candidates(model_dir, prompts_file, tmp_path,
 def test_two_processes_equal_one(model_dir, prompts_file, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     run(command("rrhf.py", model_dir, prompts_file, one))
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29637")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     run(command("rrhf.py", model_dir, prompts_file, two, launcher, per_device_train_batch_size=1))
     name = "round-1/ranked/ranked.jsonl"
     for expected, found in zip(read_jsonl(one / name), read_jsonl(two / name), strict=True):
