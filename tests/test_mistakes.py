@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -150,9 +151,21 @@ def test_faults_are_not_mistakes():
 def test_a_recipe_prints_one_line_at_once():
     """The time has room for a busy machine: importing torch and TRL takes ten times as long."""
     started = time.monotonic()
+    done = run([sys.executable], "--lerning_rate", "1")
+    assert done.returncode == 1 and time.monotonic() - started < 10
+
+
+def test_the_launcher_of_one_process_adds_nothing():
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
+                "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    assert run(launcher, "--lerning_rate", "1").returncode == -signal.SIGTERM
+
+
+def run(launcher, *words):
     done = subprocess.run(
-        [sys.executable, str(RECIPES["slic"]), "--lerning_rate", "1"],
+        [*launcher, str(RECIPES["slic"]), *words],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stderr == "Error: Unknown option `--lerning_rate`. Did you mean `--learning_rate`?\n"
-    assert done.stdout == "" and done.returncode == 1 and time.monotonic() - started < 10
+    assert done.stdout == ""
+    return done

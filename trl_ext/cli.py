@@ -22,6 +22,7 @@ from .arguments import (
 from .load import _load_file, load_datasets, load_prompts  # noqa: F401  (importable from here as well)
 from .mistakes import is_known, print_mistake
 from .preflight import check_before_imports
+from .signals import end_simple_launcher, on_stop, watch_signals_and_launcher
 from .threads import settle_threads
 
 
@@ -226,7 +227,8 @@ def run_recipe(
 
     Args:
         main (`Callable`): takes the arguments of the command line. A known mistake that it raises is printed as one
-            line (see `mistakes.py`) and the exit code is 1; anything else is raised.
+            line (see `mistakes.py`) and the exit code is 1; anything else is raised. Accelerate's launcher of a single
+            process ends with 143 then (see [`end_simple_launcher`]).
         dataclass_types (`Sequence[str]`, *optional*): dotted names of the dataclasses whose fields are the recipe's
             options. Without them `--help` is left to `main`.
         docstring (`str`, *optional*): of the recipe, for its help.
@@ -242,12 +244,11 @@ def run_recipe(
                 raise
             if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a machine find the same
                 print_mistake(error, wait=False)
+            end_simple_launcher()
             sys.exit(1)
     threads = settle_threads()
     if os.environ.get("RANK", "0") == "0":
         print(f"CPU threads of each process: {threads} (OMP_NUM_THREADS)", flush=True)
-    from .signals import on_stop, watch_signals_and_launcher
-
     exit_codes: list[int] = []
 
     def leave():
@@ -269,6 +270,7 @@ def run_recipe(
         if not is_known(error):
             raise
         print_mistake(error)
+        end_simple_launcher()
         sys.exit(1)
     exit_codes.append(0)
 

@@ -21,6 +21,8 @@ EXIT_CODES = {128 + number: number for number in STOP_SIGNALS}  # as of a shell
 RESUME_HINT = "The same command with `--resume_from_checkpoint true` goes on from there."
 # a launcher passes on the SIGINT that its processes may have got as well: within so many seconds they are one
 SAME_SIGINT = 1.0
+LAUNCHER_VARIABLES = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}
+ACCELERATE_COMMANDS = ("accelerate", "accelerate-launch", "accelerate.commands.launch")
 
 _is_watched = False
 
@@ -127,7 +129,7 @@ def watch_signals_and_launcher() -> None:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=_forget_watch)
     _is_watched = True
-    is_launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ)
+    is_launched = LAUNCHER_VARIABLES & set(os.environ)
     # started by hand, whoever did so may well leave
     launcher = os.getppid() if is_launched else None
 
@@ -157,11 +159,21 @@ def _forget_watch() -> None:
         signal.set_wakeup_fd(-1)
 
 
+def end_simple_launcher() -> None:
+    """
+    End Accelerate's launcher of a single process with SIGTERM, if it has started this one. It would print a traceback
+    of its own behind the message of a process that fails.
+    """
+    if LAUNCHER_VARIABLES & set(os.environ) and _is_simple_launcher(os.getppid()):
+        os.kill(os.getppid(), signal.SIGTERM)
+
+
 def _is_simple_launcher(pid: int) -> bool:
     """Whether a process is Accelerate's launcher of one process: torch's, of several, has to end them first."""
     if "TORCHELASTIC_RUN_ID" in os.environ or os.getppid() != pid:
         return False
     try:
-        return b"accelerate" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
     except OSError:  # not on Linux
         return False
+    return any(Path(word).name in ACCELERATE_COMMANDS for word in words[:3])
