@@ -138,9 +138,10 @@ def parse_args(
 
 def option_hints(dataclass_types: Sequence[type]) -> dict[str, Any]:
     """Types of the options of dataclasses, by name."""
+    hints = {one: get_type_hints(one) for one in dataclass_types}
     return {
-        entry.name: get_type_hints(one)[entry.name]
-        for one in dataclass_types
+        entry.name: of_one[entry.name]
+        for one, of_one in hints.items()
         for entry in dataclasses.fields(one)
         if entry.init
     }

@@ -8,6 +8,7 @@ What files and settings that come from somebody else cannot do: run code.
 
 import contextlib
 import difflib
+import functools
 import json
 import numbers
 import os
@@ -187,6 +188,9 @@ def list_items(hint: Any) -> list[Any]:
     return list(get_args(hint)) if get_origin(hint) is list else []
 
 
+_type_hints = functools.cache(get_type_hints)
+
+
 def check_field_types(config: Any, *, apart_from: Sequence[str] = ()) -> None:
     """
     Refuse values of a dataclass that are not of their field's type, but for [`WIDER_THAN_DECLARED`]. Objects of
@@ -195,7 +199,7 @@ def check_field_types(config: Any, *, apart_from: Sequence[str] = ()) -> None:
     Raises:
         TypeError: names the field, its value and its type.
     """
-    hints = get_type_hints(type(config))
+    hints = _type_hints(type(config))
     for entry in fields(config):
         if not entry.init or entry.name in apart_from:
             continue
