@@ -1,5 +1,8 @@
 """Small models and data that all tests share. Nothing is downloaded."""
 
+import functools
+import gc
+import importlib.metadata
 import json
 import os
 import time
@@ -19,6 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_ext.playground import save_byte_level_model
 
 disable_progress_bars()
+# read from files again at every step of a trainer, by accelerate
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -34,9 +39,11 @@ def pytest_runtest_setup(item):
 
 
 # files that take longest, and begin first so that no process is left alone with one at the end
-LONGEST = ("distributed/test_matrix", "distributed/test_distributed", "test_comparison", "distributed/test_faults",
-           "test_self_play", "distributed/test_launches", "test_recipes", "test_printed_commands", "test_fuzz",
-           "test_rounds", "distributed/test_two_hosts", "test_claims")  # fmt: skip
+LONGEST = (
+    "test_playground_runs", "distributed/test_matrix", "distributed/test_distributed", "test_comparison",
+    "distributed/test_faults", "test_self_play", "distributed/test_launches", "test_recipes", "test_printed_commands",
+    "test_fuzz", "test_rounds", "distributed/test_two_hosts",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
@@ -56,6 +63,8 @@ def pytest_xdist_make_scheduler(config, log):
             file = super()._split_scope(nodeid)
             if file.endswith(("test_matrix.py", "test_distributed.py")):
                 return "runs that share their launches"
+            if file.endswith(("test_playground_runs.py", "test_self_play.py", "test_rounds.py")):
+                return file  # its tests share runs
             is_long = any(file.endswith(f"{name}.py") for name in LONGEST)
             return nodeid.partition("[")[0] if is_long else file
 
@@ -71,6 +80,13 @@ def pytest_terminal_summary(terminalreporter):
     if missed:
         terminalreporter.section(f"{len(missed)} long tests were not run, as their time was over")
         terminalreporter.write("".join(f"{name}\n" for name in missed))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_left_alone():
+    """By the garbage collector: trainers call it, and all modules are looked through each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,9 @@ the slow way, as is everything that is not `python script.py` or `python -m modu
 
 import atexit
 import contextlib
+import functools
 import gc
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -288,5 +290,6 @@ if __name__ == "__main__":
     for name in EXTRAS:
         if importlib.util.find_spec(name):
             importlib.import_module(name)
+    importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)  # as in `conftest.py`
     gc.freeze()  # memory stays shared with the forks
     leave(become(*serve(socket.socket(fileno=int(sys.argv[1])))))
