@@ -217,24 +217,6 @@ def test_rloos_values_are_kept_where_it_is_trained():
     assert not {"rl", "reward_model"} & set(on_playground.settings(dpo={})["playground"]["settings"])
 
 
-@pytest.mark.slow
-def test_a_claim_on_the_playground_runs_as_it_is(tmp_path, monkeypatch):
-    """With two updates and two answers to a prompt: the script with all its methods, from SFT to the figure."""
-    values = yaml.safe_load(on_playground.PLAYGROUND.read_text()) | {"max_steps": 2, "num_candidates": 2}
-    monkeypatch.setattr(on_playground, "PLAYGROUND", tmp_path / "compare_playground.yaml")
-    on_playground.PLAYGROUND.write_text(yaml.safe_dump(values))
-    monkeypatch.setattr(on_playground.compare, "__kwdefaults__", {"on_pairs": None, "folder": tmp_path / "runs"})
-    claim = dataclasses.replace(
-        slic_beats_sft.CLAIM, settings=on_playground.settings(best_of_n={}, slic_direct={}, slic_sample_rank={})
-    )
-    main(claim, ["--seeds", "1"], runs=tmp_path / "kept", results=tmp_path / "results")
-    with (tmp_path / "results" / "slic_beats_sft.csv").open() as file:
-        rows = {row["method"]: row for row in csv.DictReader(file)}
-    assert list(rows) == list(slic_beats_sft.PAPER)
-    assert len({row["reward"] for row in rows.values()}) > 2 and float(rows["sft"]["accuracy"]) > 0.5
-    assert (tmp_path / "results" / "slic_beats_sft.png").is_file()
-
-
 def test_no_outcome_is_left_of_a_script_that_is_gone():
     assert sorted({file.stem for file in (FOLDER / "results").iterdir()}) == NAMES
 

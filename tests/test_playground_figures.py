@@ -1,7 +1,6 @@
-"""What every recipe reaches on the playground: the committed rows and a fresh run of the first command, to bounds."""
+"""What every recipe reaches on the playground: the committed rows, to bounds. `test_playground_runs.py` runs them."""
 
 import re
-import subprocess
 import sys
 
 import pytest
@@ -35,16 +34,3 @@ def test_figures_of_the_readme_are_those_of_the_rows():
     prose = SECTION.replace(table, "")
     loose = [number for number in re.findall(r"[-+]?\d+\.\d\d+|\d[\d.]* ?%", prose) if number not in table]
     assert not loose, f"figures without a row: {loose}"
-
-
-@pytest.mark.slow
-def test_the_first_command_ranks(tmp_path):
-    """With a seed that tuned nothing: the reward rises, most comparisons are won, and so are the pairs of training."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", str(REPOSITORY / "recipes" / "slic.py")]
-    command += ["--seed", "1", "--output_dir", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, cwd=REPOSITORY)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    assert "watched prompts, one answer each at temperature 1" in done.stdout
-    rows = figures.rows_of(tmp_path / "run")
-    assert [row["model"] for row in rows] == ["start", "round-1"]
-    assert not figures.out_of_bounds("slic", rows)

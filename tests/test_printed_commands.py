@@ -26,41 +26,34 @@ from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
-from tests import warm
 from tests.conftest import PAIRS, REPOSITORY, read_jsonl
 from tests.printed_commands import commands_of, printed_commands
-from trl_ext.cli import given_options, parse_recipe_args
-from trl_ext.comparison import OneSeed, parse_comparison_args
-from trl_ext.comparison_results import ComparisonResults
-from trl_ext.data import RowOptions
-from trl_ext.playground_rounds import start_playground
+from trl_ext.cli import parse_recipe_args
 from trl_ext.recipe_help import options_of, read_dataclass, recipe_dataclasses
-from trl_ext.rounds import start_rounds
-from trl_ext.run_lock import release_folder
 from trl_ext.stages import Run
 
 PRINTED = printed_commands()
-PLAYGROUNDS = "tests/test_recipes.py::test_playgrounds_as_the_readme_has_them"
+RUNS = "tests/test_playground_runs.py::"
+PLAYGROUNDS = RUNS + "test_playgrounds_as_the_readme_has_them"
 HELP = "tests/test_recipe_help.py::test_help_takes_less_than_two_seconds"
 HERE = "tests/test_printed_commands.py::"
-SHARING = HERE + "test_playgrounds_that_share_their_sampling"
 
-# run as printed; by which test. The playgrounds get an `--output_dir` of their own, and nothing else but what is said.
+# run as printed; by which test. The playgrounds get an `--output_dir` and a `--seed`, nothing else but what is said
 RUN = {
-    "accelerate launch recipes/slic.py": "tests/test_playground_figures.py::test_the_first_command_ranks",
+    "accelerate launch recipes/slic.py": PLAYGROUNDS + "[slic]",
+    # go on, with `--resume_from_checkpoint true`, from what the one above has made and they would have made themselves
     "accelerate launch recipes/rrhf.py": PLAYGROUNDS + "[rrhf]",
     "accelerate launch recipes/train_click.py": PLAYGROUNDS + "[train_click]",
+    "accelerate launch recipes/dpo.py": PLAYGROUNDS + "[dpo]",
+    "accelerate launch recipes/ipo.py": PLAYGROUNDS + "[ipo]",
+    "accelerate launch recipes/orpo.py": PLAYGROUNDS + "[orpo]",
+    "accelerate launch recipes/kto.py": PLAYGROUNDS + "[kto]",
+    "accelerate launch recipes/best_of_n.py": PLAYGROUNDS + "[best_of_n]",
+    "accelerate launch recipes/reward.py": RUNS + "test_the_playground_of_a_reward_model",
     "accelerate launch recipes/rl.py": PLAYGROUNDS + "[rl]",
-    "accelerate launch recipes/dpo.py": SHARING + "[dpo]",
-    # go on, with `--resume_from_checkpoint true`, from the SFT model and the candidates of the one above, which are
-    # what they would have made themselves
-    "accelerate launch recipes/ipo.py": SHARING + "[ipo]",
-    "accelerate launch recipes/orpo.py": SHARING + "[orpo]",
-    "accelerate launch recipes/kto.py": SHARING + "[kto]",
-    "accelerate launch recipes/best_of_n.py": SHARING + "[best_of_n]",
-    "accelerate launch recipes/reward.py": SHARING + "[reward]",
-    "accelerate launch recipes/compare.py": SHARING + "[compare]",  # likewise, with `--seeds 42 --methods dpo`
-    "accelerate launch recipes/spin.py": HERE + "test_the_playground_of_spin",  # with `--num_iterations 1`
+    # likewise, with `--seeds 1 --methods dpo`
+    "accelerate launch recipes/compare.py": RUNS + "test_the_playground_of_a_comparison",
+    "accelerate launch recipes/spin.py": RUNS + "test_the_playground_of_spin",  # with `--num_iterations 1`
     "python recipes/slic.py --help": HELP,
     "python recipes/NAME.py --help": HELP,
     "python -m trl_ext.playground DIRECTORY": HERE + "test_a_small_model",
@@ -337,107 +330,6 @@ def test_trls_reward_script(here, monkeypatch):
     Path("reward.yaml").write_text(yaml.safe_dump(file))
     main(*make_parser().parse_args_and_config(["--config", "reward.yaml"]))
     assert AutoModelForSequenceClassification.from_pretrained("reward").num_labels == 1
-
-
-# Playgrounds
-
-
-def play(command, *more):
-    """Run what is printed, with options behind it; returns what it prints."""
-    assert command in RUN
-    words = [sys.executable, "-m", "accelerate.commands.launch", *shlex.split(command)[2:], *map(str, more)]
-    done = warm.run(words, capture_output=True, text=True, timeout=900, cwd=REPOSITORY)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout + done.stderr
-
-
-@pytest.fixture(scope="module")
-def first_playground(tmp_path_factory):
-    """The folder of a finished run of the DPO recipe, and what it printed."""
-    folder = tmp_path_factory.mktemp("playground") / "dpo"
-    return folder, play("accelerate launch recipes/dpo.py", "--output_dir", folder)
-
-
-def copied_stage(folder: Path, *, source: Path, **arguments):
-    """What a stage of another run has made."""
-    shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
-    return json.loads((source / "manifest.json").read_text())["figures"]
-
-
-@pytest.fixture
-def sharing(first_playground, monkeypatch):
-    """While it is used, stages that the DPO recipe has been through as well are copied from there, not run."""
-    first, _ = first_playground
-    stage = Run.stage
-
-    def copied(run, name, function, *, inputs=None, shards_models=False, **arguments):
-        source = first / {"candidates/candidates": "round-1/candidates"}.get(name, name)
-        if name.endswith("ranked"):
-            return stage(run, name, function, inputs=inputs, **arguments)
-        figures = stage(run, name, copied_stage, inputs=inputs, source=source, **arguments)
-        before, now = (json.loads((one / "manifest.json").read_text()) for one in (source, run.path(name)))
-        assert now["inputs"] == before["inputs"], f"{name} would have been made of something else"
-        for key in ("config", "playground", "mix_in", "load"):
-            assert now["arguments"].get(key) == before["arguments"].get(key), f"{name} would have had another {key}"
-        return figures
-
-    monkeypatch.setattr(Run, "stage", copied)
-
-
-def begin(recipe, *arguments):
-    """Begin a recipe's playground as the recipe does, as far as the candidates."""
-    module = recipe_module(recipe)
-    parse = parse_comparison_args if recipe == "compare" else parse_recipe_args
-    parsed = parse(module.DATACLASSES, module.PLAYGROUND_CONFIG, list(arguments))
-    if recipe == "compare":
-        given = given_options(arguments, module.PLAYGROUND_CONFIG)
-        OneSeed(parsed, REPOSITORY / "recipes", 42, given)
-    elif recipe == "reward":
-        rounds = start_playground(parsed)
-        rounds.make_candidates("candidates", rounds.model)
-    else:
-        rounds = start_rounds(parsed, rows=RowOptions(min_completions=1 if recipe == "best_of_n" else 2))
-        rounds.evaluate("start", rounds.model)
-        rounds.make_candidates("round-1", rounds.model)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["dpo", "ipo", "orpo", "kto", "best_of_n", "reward", "compare"])
-def test_playgrounds_that_share_their_sampling(recipe, first_playground, tmp_path, request):
-    folder, printed = first_playground
-    if recipe != "dpo":
-        folder = tmp_path / recipe
-        words = ["--output_dir", str(folder)]
-        words += ["--seeds", "42", "--methods", "dpo"] if recipe == "compare" else []
-        request.getfixturevalue("sharing")
-        begin(recipe, *words)
-        release_folder(folder / "seed-42" if recipe == "compare" else folder)  # as if this process had ended
-        stamps = {file: file.stat().st_mtime_ns for file in folder.rglob("manifest.json")}
-        assert any(file.parent.name == "sft" for file in stamps)
-        printed = play(f"accelerate launch recipes/{recipe}.py", *words, "--resume_from_checkpoint", "true")
-        assert all(file.stat().st_mtime_ns == stamp for file, stamp in stamps.items()), "a stage was run again"
-    if recipe == "compare":
-        found = {result.method: result for result in ComparisonResults.load(folder / "comparison.json").results}
-        assert list(found) == ["sft", "dpo"] and found["dpo"].status == "done" and found["dpo"].updates == 50
-        assert (folder / "comparison.html").is_file()
-    elif recipe == "reward":
-        judged = json.loads((folder / "watched" / "judged" / "manifest.json").read_text())["figures"]
-        assert (
-            judged["accuracy"] > 0.5 and judged["num_pairs"] > 100 and "the reward model prefers the best" in printed
-        )
-    else:
-        models = json.loads((folder / "rounds.json").read_text())["models"]
-        assert list(models) == ["start", "round-1"] and models["round-1"]["num_answers"] == 1000
-        assert models["round-1"]["reward"] > models["start"]["reward"]
-        assert "watched prompts, one answer each at temperature 1" in printed and (folder / "rounds.png").is_file()
-
-
-@pytest.mark.slow
-def test_the_playground_of_spin(tmp_path):
-    printed = play("accelerate launch recipes/spin.py", "--output_dir", tmp_path / "spin", "--num_iterations", "1")
-    models = json.loads((tmp_path / "spin" / "spin.json").read_text())["models"]
-    assert list(models) == ["start", "iteration-0", "control-0"] and "SFT" in printed
-    assert (tmp_path / "spin" / "spin.png").is_file()
 
 
 # Other commands

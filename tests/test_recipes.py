@@ -379,22 +379,6 @@ def test_real_preference_data(tmp_path, model_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["rrhf", "train_click", "rl"])
-def test_playgrounds_as_the_readme_has_them(recipe, tmp_path):
-    output = tmp_path / "playground"
-    script = str(REPOSITORY / "recipes" / f"{recipe}.py")
-    printed = launch([*LAUNCH[:-1], script, "--output_dir", str(output)])
-    models = json.loads((output / "rounds.json").read_text())["models"]
-    first, last = models["start"], list(models.values())[-1]
-    assert last["reward"] > first["reward"] and last["num_answers"] == last["num_prompts"] == 1000
-    assert "watched prompts, one answer each at temperature 1" in printed and (output / "rounds.png").is_file()
-    if recipe == "rrhf":
-        assert list(models) == ["start", "best-of-n", "round-1", "round-2"]
-        assert models["round-1"]["reward"] > models["best-of-n"]["reward"]
-        assert models["round-2"]["reward"] > models["round-1"]["reward"]
-
-
-@pytest.mark.slow
 def test_sampled_and_ranked_data_train_any_recipe(model_dir, tmp_path):
     """`sample_and_rank.py`, twice the same command; what it makes is read by RRHF as lists and by SLiC-HF as pairs."""
     prompts, data = tmp_path / "prompts.jsonl", tmp_path / "data"
