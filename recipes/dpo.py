@@ -1,7 +1,7 @@
 """
 Train a model with DPO, by TRL's `DPOTrainer` with prefix sharing on.
 
-With no arguments, an offline playground runs in about two minutes on a CPU: a small model learns to read numbers, and
+With no arguments, an offline playground runs on a CPU: a small model learns to read numbers, and
 an unfriendly tone with it; its own answers are sampled and ranked, DPO trains on the pairs, and both models
 are compared on held-out numbers.
 

@@ -2,7 +2,7 @@
 Train a model with IPO: with log-ratios per token, as in TRL, or of whole answers, the paper's formula
 (`--log_ratios sum`).
 
-With no arguments, an offline playground runs in about two minutes on a CPU: a small model learns to read numbers, and
+With no arguments, an offline playground runs on a CPU: a small model learns to read numbers, and
 an unfriendly tone with it; its own answers are sampled and ranked, IPO trains on the pairs, and both models
 are compared on held-out numbers.
 

@@ -1,7 +1,7 @@
 """
 Train a model with KTO, by TRL's `KTOTrainer`: on single answers that are good or bad.
 
-With no arguments, an offline playground runs in about two minutes on a CPU: a small model learns to read numbers, and
+With no arguments, an offline playground runs on a CPU: a small model learns to read numbers, and
 an unfriendly tone with it; its own answers are sampled and ranked, KTO trains on the best and the worst, and both
 models are compared on held-out numbers.
 

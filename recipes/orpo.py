@@ -1,7 +1,7 @@
 """
 Train a model with ORPO, by TRL's `ORPOTrainer`.
 
-With no arguments, an offline playground runs in about two minutes on a CPU: a small model learns to read numbers, and
+With no arguments, an offline playground runs on a CPU: a small model learns to read numbers, and
 an unfriendly tone with it; its own answers are sampled and ranked, ORPO trains on the pairs, and both models
 are compared on held-out numbers.
 

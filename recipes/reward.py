@@ -1,7 +1,7 @@
 """
 Train a reward model on preferences with the Bradley-Terry loss, by TRL's `RewardTrainer`.
 
-With no arguments, an offline playground runs in about two minutes on a CPU: a small model learns to read numbers, and
+With no arguments, an offline playground runs on a CPU: a small model learns to read numbers, and
 an unfriendly tone with it; its own answers are ranked, and a reward model learns the ranking, and is tried on answers
 to other numbers.
 

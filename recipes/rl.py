@@ -2,7 +2,7 @@
 Train a model by reinforcement learning towards a reward, by TRL's `RLOOTrainer`: the stand-in for PPO, which TRL no
 longer has.
 
-With no arguments, an offline playground runs in about four minutes on a CPU: a small model learns to read numbers, and
+With no arguments, an offline playground runs on a CPU: a small model learns to read numbers, and
 an unfriendly tone with it; a reward model learns from its ranked answers; RLOO trains towards the reward model, and
 both models are compared on held-out numbers by the true reward, which the training has never seen.
 

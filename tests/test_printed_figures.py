@@ -1,11 +1,16 @@
 """Figures in the README and the guide are those of the committed rows."""
 
 import csv
+import sys
 from statistics import fmean
 
 import pytest
 
 from tests.conftest import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+
+import scaling
 
 
 def rows(path: str) -> list[dict]:
@@ -104,6 +109,24 @@ def test_the_table_of_two_processes():
             for column in ("seconds_1", "seconds_2", "times_as_fast")
         ]
         assert f"| {label} | {' | '.join(numbers)} |" in text("README.md")
+
+
+def test_what_is_said_below_the_tables():
+    times = {
+        (row["method"], row["way"]): float(row["times_padded"])
+        for row in rows("results/prefix_sharing_speed.csv")
+        if row["shape"] == "ranked 6" and row["stage"] == "step"
+    }
+    said = 'RRHF on "ranked 6": {:.1f}, of which the head is {:.1f}.'
+    assert said.format(times["RRHF", "auto"], times["RRHF", "scored head"]) in text("README.md")
+    seconds = {(row["strategy"], row["way"]): float(row["seconds_2"]) for row in rows("results/scaling_time.csv")}
+    ratios = [seconds[strategy, "padded"] / seconds[strategy, "shared"] for strategy in ("ddp", "zero2", "zero3")]
+    assert f"it is still {min(ratios):.1f} to {max(ratios):.1f} times as fast" in text("README.md")
+
+
+@pytest.mark.parametrize("table", [scaling.memory_table, scaling.largest_on_a_node, scaling.activations_table])
+def test_computed_tables(table):
+    assert table() in (REPOSITORY / "README.md").read_text()
 
 
 def test_the_table_of_longest_prompts():
