@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from trl_ext.playground import save_byte_level_model
 
@@ -111,6 +111,16 @@ def model(model_dir):
 @pytest.fixture(scope="session")
 def tokenizer(model_dir):
     return AutoTokenizer.from_pretrained(model_dir)
+
+
+@pytest.fixture(scope="session")
+def gpt2(tokenizer, tmp_path_factory):
+    """A model with 24 learned positions."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=24, n_embd=16, n_layer=1, n_head=2))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 PAIRS = [

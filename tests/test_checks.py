@@ -5,11 +5,34 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PromptTuningConfig, TrainableTokensConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from datasets import Dataset
+from peft import (
+    C3AConfig,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    TrainableTokensConfig,
+    VBLoRAConfig,
+    get_peft_model,
+)
+from transformers import AutoModelForCausalLM
 
-from trl_ext import CLICKConfig, CLICKTrainer, IPOConfig, IPOTrainer, RRHFConfig, RRHFTrainer, SLiCConfig, SLiCTrainer
-from trl_ext.pretrained import merge_adapter, repair_generation_config
+from trl_ext import (
+    CLICKConfig,
+    CLICKTrainer,
+    IPOConfig,
+    IPOTrainer,
+    RRHFConfig,
+    RRHFTrainer,
+    SLiCConfig,
+    SLiCTrainer,
+    SPINConfig,
+    SPINTrainer,
+)
+from trl_ext.orpo_config import ORPOConfig
+from trl_ext.orpo_trainer import ORPOTrainer
+from trl_ext.pretrained import _downloaded_adapter, merge_adapter, repair_generation_config
+from trl_ext.sampling import SamplingConfig, sample_candidates
 from trl_ext.trl_configs import BestOfNConfig, DPOConfig, KTOConfig, RewardConfig
 from trl_ext.trl_trainers import BestOfNTrainer, DPOTrainer, KTOTrainer, RewardTrainer
 
@@ -31,16 +54,6 @@ def adapter(model_dir, tokenizer, tmp_path_factory):
     get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), lora(init_lora_weights=False)).save_pretrained(
         folder
     )
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def gpt2(tokenizer, tmp_path_factory):
-    """A model with 24 learned positions."""
-    folder = tmp_path_factory.mktemp("gpt2")
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=24, n_embd=16, n_layer=1, n_head=2))
-    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -94,6 +107,18 @@ def test_adapters_that_do_not_fit(trainer_class, config, gpt2, model_dir, pairs,
             build(TrainableTokensConfig(token_indices=[4], target_modules=["embed_tokens"], task_type="CAUSAL_LM"))
 
 
+@EVERY
+@pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "lora_ga"])
+def test_adapters_that_would_not_fit_their_base(init, trainer_class, config, model_dir, pairs, config_kwargs):
+    adapter = lora(task_type="SEQ_CLS" if trainer_class is RewardTrainer else "CAUSAL_LM")
+    adapter.init_lora_weights = init
+    message = (
+        f"init_lora_weights='{init}'|that loading the adapter repeats, got '{init}'"  # DPO and KTO: the reference
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer_class(model_dir, args=config(**config_kwargs), train_dataset=pairs, peft_config=adapter)
+
+
 def test_architecture_without_default_modules(model_dir, pairs, config_kwargs, monkeypatch):
     from peft.tuners.lora.model import LoraModel
 
@@ -112,6 +137,8 @@ def test_reference_that_is_not_the_start(trainer_class, model_dir, pairs, config
         (lora(init_lora_weights="olora"), "init_lora_weights='olora'"),
         (lora(init_lora_weights=False), "init_lora_weights=False"),
         (lora(bias="all"), "bias='all'"),
+        (C3AConfig(block_size=16, target_modules=["q_proj"], task_type="CAUSAL_LM"), "C3A"),
+        (VBLoRAConfig(vector_length=16, target_modules=["q_proj"], task_type="CAUSAL_LM"), "VBLORA"),
         (PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "PROMPT_TUNING"),
     ):
         with pytest.raises(ValueError, match=named):
@@ -148,6 +175,40 @@ def test_an_adapters_folder_is_merged_and_trained(trainer_class, config, adapter
     torch.testing.assert_close(trainer.model.state_dict(), whole.state_dict())
     again = trainer_class(adapter, args=config(**kwargs), train_dataset=pairs, peft_config=lora())
     assert again.model.peft_config["default"].base_model_name_or_path.endswith("/out/start")
+
+
+@pytest.fixture
+def adapter_on_hub(adapter, tmp_path, monkeypatch):
+    """The name of an adapter in the Hub's cache, without a tokenizer."""
+    folder, commit = tmp_path / "cache" / "models--someone--adapter", "0" * 40
+    shutil.copytree(adapter, folder / "snapshots" / commit, ignore=shutil.ignore_patterns("tokenizer*", "*.jinja"))
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    yield "someone/adapter"
+    _downloaded_adapter.cache_clear()
+
+
+@EVERY
+def test_an_adapter_of_the_hub_is_merged_and_trained(
+    trainer_class, config, adapter_on_hub, adapter, pairs, config_kwargs
+):
+    kwargs = {**config_kwargs, "max_steps": 1, "learning_rate": 0.0}
+    found = trainer_class(adapter_on_hub, args=config(**kwargs), train_dataset=pairs).model.state_dict()
+    expected = trainer_class(adapter, args=config(**kwargs), train_dataset=pairs).model.state_dict()
+    for name in found:  # but for the head of a reward model, which is new
+        assert "score" in name or torch.equal(found[name], expected[name])
+
+
+def test_self_play_and_sampling_from_an_adapter_of_the_hub(adapter_on_hub, adapter, pairs, config_kwargs, tmp_path):
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
+    args = SPINConfig(**{**config_kwargs, "max_steps": 1}, max_new_tokens=4, num_watched_prompts=2, num_iterations=1)
+    SPINTrainer(adapter_on_hub, args=args, train_dataset=Dataset.from_list(rows))  # looks at everything
+    config = SamplingConfig(num_candidates=1, max_new_tokens=4)
+    answered, _ = sample_candidates(adapter_on_hub, rows[:1], config, tmp_path / "sampled", keep_empty=True)
+    assert len(answered[0]["completions"]) == 1
+    args = IPOConfig(**{**config_kwargs, "output_dir": str(tmp_path / "ipo"), "max_steps": 1})
+    IPOTrainer(adapter, ref_model=adapter_on_hub, args=args, train_dataset=pairs)
 
 
 def test_adapters_without_tokenizer_or_base(adapter, model_dir, pairs, config_kwargs, tmp_path):
@@ -201,7 +262,9 @@ def test_what_cannot_be_saved_is_said_before_the_first_step(model, tokenizer, pa
     assert trainer.state.global_step == 0
 
 
-@pytest.mark.parametrize(("trainer_class", "config"), [(SLiCTrainer, SLiCConfig), (DPOTrainer, DPOConfig)])
+@pytest.mark.parametrize(
+    ("trainer_class", "config"), [(SLiCTrainer, SLiCConfig), (DPOTrainer, DPOConfig), (ORPOTrainer, ORPOConfig)]
+)
 def test_best_metric_that_no_evaluation_gives(trainer_class, config, model_dir, pairs, config_kwargs):
     def train(metric, eval_dataset):
         args = config(

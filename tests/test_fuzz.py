@@ -23,6 +23,7 @@ from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments
 from tests.conftest import REPOSITORY
 from tests.stage_functions import look_around
 from trl_ext import CLICKConfig, RRHFConfig, SLiCConfig, SPINConfig
+from trl_ext.checks import Limits
 from trl_ext.cli import parse_recipe_args
 from trl_ext.comparison import parse_comparison_args
 from trl_ext.comparison_config import ComparisonConfig
@@ -261,7 +262,9 @@ def test_rows_of_sft_are_read_or_refused(number, tokenizer):
         table = as_table(rows)
         config = SPINConfig("out", on_invalid_row=on_invalid_row, max_length=60, max_new_tokens=4)
         with refused("row ", "Row ", "columns"), contextlib.redirect_stdout(io.StringIO()) as said:
-            found = sft_rows(table, tokenizer, config, 64, "train")
+            limits = Limits(tokenizer.name_or_path, config)
+            limits.made_for = 64
+            found = sft_rows(table, tokenizer, config, limits, "train")
             kept.append(len(found))
             assert len(found) == len(table) or f"{len(table) - len(found)} dropped" in said.getvalue()
             assert on_invalid_row == "drop" or len(found) == len(table)

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import trl.trainer.dpo_trainer
+from trl.experimental.orpo import ORPOTrainer
 
 from tests import warm
 from trl_ext import _trl, candidate_trainer, resumable
@@ -31,6 +32,18 @@ def test_attributes_of_the_parent_that_are_read():
     source = inspect.getsource(trl.DPOTrainer.__init__)
     for attribute in ("aux_loss_enabled", "router_aux_loss_coef", "ref_model"):
         assert f"self.{attribute} =" in source
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "attribute"),
+    [
+        *((one, "_metrics") for one in (trl.DPOTrainer, trl.KTOTrainer, trl.RewardTrainer, trl.SFTTrainer)),
+        (trl.RLOOTrainer, "_metrics"),
+        (ORPOTrainer, "_stored_metrics"),
+    ],
+)
+def test_where_metrics_are_kept(trainer_class, attribute):
+    assert attribute in _trl.MEASURED and f"self.{attribute} = " in inspect.getsource(trainer_class.__init__)
 
 
 def test_lost_or_changed_name_is_refused_in_one_sentence(monkeypatch):

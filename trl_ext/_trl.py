@@ -153,6 +153,18 @@ def check_borrowed_names() -> None:
         )
 
 
+# where TRL's trainers keep what they measure, until it is logged; ORPO's is the second
+MEASURED = ("_metrics", "_stored_metrics")
+
+
+def measured_in_evaluation(trainer) -> dict[str, list[float]] | None:
+    """
+    Values that a trainer of TRL has measured since the last log of an evaluation, by name; `None` if it keeps none.
+    """
+    kept = next((vars(trainer)[name] for name in MEASURED if name in vars(trainer)), None)
+    return None if kept is None else kept["eval"]
+
+
 @contextlib.contextmanager
 def without_reference_model(policy_is_loaded_by_trl: bool):
     """

@@ -25,17 +25,15 @@ from transformers.trainer_utils import EvalPrediction
 from trl import DPOTrainer
 
 from ._trl import get_config_model_id, without_reference_model
-from .candidate_config import CandidateConfig
-from .checks import (
-    Limits,
+from .adapter_checks import (
     check_adapter,
     check_chunking,
     check_peft_model,
-    check_sampling_strategy,
     keeps_base_weights,
     refuse_drifting_reference,
-    with_lengths,
 )
+from .candidate_config import CandidateConfig
+from .checks import Limits, check_sampling_strategy, with_lengths
 from .collators import CandidateCollator
 from .data import PREPARED_FEATURES, PreparationReport, RowOptions, prepare_dataset
 from .execution.chunking import add_chunking, chunk_sizes

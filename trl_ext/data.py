@@ -212,6 +212,16 @@ def is_prepared(columns: list[str]) -> bool:
     return set(PREPARED_FEATURES) <= set(columns)
 
 
+def refuse_outside_window(num_tokens: int, max_new_tokens: int, window: int | None) -> None:
+    """Raise a [`RowError`] if a prompt with its answer can exceed the model's window; all are numbers of tokens."""
+    if window is not None and num_tokens + max_new_tokens > window:
+        raise RowError(
+            "outside the window",
+            "prompt",
+            f"has {num_tokens} tokens and with max_new_tokens={max_new_tokens} exceeds the model's window of {window}",
+        )
+
+
 def _check_text(value: Any, column: str, *, is_completion: bool) -> None:
     """Refuse anything but a string or a list of messages; a completion must also say something."""
     if value is None:

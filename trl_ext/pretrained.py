@@ -1,5 +1,6 @@
 """Models in folders and on the Hub: found or refused in one line, adapters merged into a model to start from."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
+from huggingface_hub import snapshot_download
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from transformers import (
     AutoConfig,
@@ -22,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from transformers.utils import find_adapter_config_file
 
 from ._trl import loaded_whole
 from .safety import explain_remote_code, weights_only
@@ -29,6 +32,8 @@ from .safety import explain_remote_code, weights_only
 logger = get_logger(__name__)
 
 ADAPTER_FILE = "adapter_config.json"
+# what is downloaded of an adapter
+ADAPTER_PATTERNS = ("*.json", "adapter_model.*", "*.model", "*.jinja", "*.txt", "*.tiktoken")
 # one of them is in a folder that has a tokenizer
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "processor_config.json")
 
@@ -52,9 +57,32 @@ def refuse_missing_model(name: str | Path, called: str = "`model`") -> None:
         raise FileNotFoundError(f"{must_be}, and there is no such folder. Correct the path.")
 
 
-def is_adapter(model: Any) -> bool:
-    """Whether `model` is the folder of a PEFT adapter."""
-    return isinstance(model, str | Path) and (Path(model) / ADAPTER_FILE).is_file()
+def is_adapter(model: Any, revision: str | None = None) -> bool:
+    """Whether `model` is the folder or the Hub name of a PEFT adapter."""
+    return adapter_folder(model, revision) is not None
+
+
+def adapter_folder(model: Any, revision: str | None = None) -> Path | None:
+    """The folder of a PEFT adapter, given by its path or by its name on the Hub; `None` of any other model."""
+    if not isinstance(model, str | Path):
+        return None
+    path = Path(model)
+    if path.is_dir():
+        return path if (path / ADAPTER_FILE).is_file() else None
+    if str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
+        return None
+    return _downloaded_adapter(str(model), revision)
+
+
+@functools.cache
+def _downloaded_adapter(name: str, revision: str | None) -> Path | None:
+    """The folder of an adapter of the Hub, downloaded once; `None` if there is none of that name."""
+    try:
+        if find_adapter_config_file(name, revision=revision) is None:
+            return None
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(ADAPTER_PATTERNS)))
+    except (OSError, ValueError):  # whatever loads the model says what is wrong with the name
+        return None
 
 
 def adapter_config(folder: str | Path) -> dict[str, Any]:
@@ -72,13 +100,14 @@ def adapter_config(folder: str | Path) -> dict[str, Any]:
 
 def whole_model(model: str | Path, revision: str | None = None) -> tuple[str, str | None]:
     """Name and revision of a model, or of the base of an adapter."""
-    if not is_adapter(model):
+    folder = adapter_folder(model, revision)
+    if folder is None:
         return str(model), revision
-    adapter = adapter_config(model)
+    adapter = adapter_config(folder)
     base = adapter["base_model_name_or_path"]
     if base is None:
-        raise ValueError(f"{Path(model) / ADAPTER_FILE} names no base model. Set `base_model_name_or_path` in it.")
-    refuse_missing_model(base, f"`base_model_name_or_path` in {Path(model) / ADAPTER_FILE}")
+        raise ValueError(f"{folder / ADAPTER_FILE} names no base model. Set `base_model_name_or_path` in it.")
+    refuse_missing_model(base, f"`base_model_name_or_path` in {folder / ADAPTER_FILE}")
     return base, adapter.get("revision") or "main"
 
 
@@ -114,8 +143,9 @@ def load_processor(
     Raises:
         FileNotFoundError: there is none; in one line.
     """
-    if is_adapter(model) and not _has_tokenizer(model):
-        model, revision = whole_model(model, revision)
+    folder = adapter_folder(model, revision)
+    if folder is not None:
+        model, revision = (folder, None) if _has_tokenizer(folder) else whole_model(folder)
     if not Path(model).is_dir():
         refuse_missing_model(model)
     elif not _has_tokenizer(model):
@@ -153,14 +183,15 @@ def merged(adapter: str | Path, **kwargs: Any) -> PreTrainedModel:
     An adapter on its base, merged, as an ordinary model, loaded whole on this process.
 
     Args:
-        adapter (`str` or `Path`): the folder of a PEFT adapter.
+        adapter (`str` or `Path`): the folder or the Hub name of a PEFT adapter.
         kwargs: for `from_pretrained`; `dtype` is float32 unless it is given.
 
     Raises:
         FileNotFoundError, ValueError: its base is not there, or it cannot be merged.
     """
-    config = adapter_config(adapter)
-    whole_model(adapter)
+    folder = adapter_folder(adapter, kwargs.pop("revision", None))
+    config = adapter_config(folder)
+    whole_model(folder)
     kind = config.get("peft_type")
     if str(kind).endswith("_TUNING") and kind != "LN_TUNING":
         raise ValueError(
@@ -172,7 +203,7 @@ def merged(adapter: str | Path, **kwargs: Any) -> PreTrainedModel:
         model_class, kwargs = AutoPeftModelForSequenceClassification, {"num_labels": 1, **kwargs}
     kwargs = {"dtype": torch.float32, **kwargs}
     with loaded_whole(), explain_remote_code(), weights_only():
-        model = model_class.from_pretrained(str(adapter), **kwargs).merge_and_unload()
+        model = model_class.from_pretrained(str(folder), **kwargs).merge_and_unload()
     repair_generation_config(model)
     return model
 
@@ -198,7 +229,7 @@ def merge_adapter(adapter: str | Path, folder: Path, *, trust_remote_code: bool 
 
 def model_to_start_from(model: Any, args: Any, *, gets_adapter: bool) -> Any:
     """
-    The model to start from: an adapter's folder is merged into its base, in `start` in the output folder, once; every
+    The model to start from: an adapter is merged into its base, in `start` in the output folder, once; every
     other model is returned as it is.
 
     Args:
@@ -206,18 +237,19 @@ def model_to_start_from(model: Any, args: Any, *, gets_adapter: bool) -> Any:
         args ([`~transformers.TrainingArguments`]): its settings.
         gets_adapter (`bool`): whether an adapter of its own is trained on it.
     """
-    if not is_adapter(model):
+    folder = adapter_folder(model, (getattr(args, "model_init_kwargs", None) or {}).get("revision"))
+    if folder is None:
         return model
     start, state = Path(args.output_dir) / "start", PartialState()
     if state.is_main_process:
-        files = sorted(path for path in Path(model).glob("adapter_*") if path.is_file())
+        files = sorted(path for path in folder.glob("adapter_*") if path.is_file())
         digest = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()
         mark = start / "merged_from.json"
         made_of = {"adapter": str(model), "sha256": digest}
         if not mark.is_file() or json.loads(mark.read_text()) != made_of:
             unfinished = start.with_name("start.unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
-            merge_adapter(model, unfinished, trust_remote_code=args.trust_remote_code)
+            merge_adapter(folder, unfinished, trust_remote_code=args.trust_remote_code)
             (unfinished / mark.name).write_text(json.dumps(made_of))
             shutil.rmtree(start, ignore_errors=True)
             unfinished.rename(start)
@@ -229,7 +261,7 @@ def model_to_start_from(model: Any, args: Any, *, gets_adapter: bool) -> Any:
     )
     logger.log(
         logging.WARNING,
-        f"{model} is an adapter: it was merged into its base {whole_model(model)[0]}, and training starts from the "
+        f"{model} is an adapter: it was merged into its base {whole_model(folder)[0]}, and training starts from the "
         f"result, {start}. {what}.",
     )
     return str(start)

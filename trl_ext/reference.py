@@ -116,7 +116,7 @@ class Reference:
                 if isinstance(model, str | Path):
                     kwargs = {"dtype": trainer.model.dtype, "trust_remote_code": args.trust_remote_code}
                     kwargs.update(args.model_init_kwargs or {})
-                    if is_adapter(model):
+                    if is_adapter(model, kwargs.get("revision")):
                         model = merged(model, **{**kwargs, "device_map": None})
                     else:
                         refuse_missing_model(model, "`ref_model`")

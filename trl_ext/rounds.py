@@ -28,8 +28,11 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from trl import get_peft_config
 
+from .adapter_checks import check_adapter
 from .checkpoints import RESUME_LAST, wants_to_resume
+from .checks import Limits
 from .cli import (
     MAY_CHANGE,
     changed_fields,
@@ -38,7 +41,7 @@ from .cli import (
     local_model,
     run_settings,
 )
-from .data import RowError, RowOptions, prepare_row, refusal
+from .data import RowError, RowOptions, prepare_row, refusal, refuse_outside_window
 from .evaluation_stage import evaluation_stage
 from .intervals import TIE_RULE, Mean, Wins, paired_difference, wins
 from .jsonl import as_jsonl, read_jsonl, write_jsonl
@@ -47,7 +50,15 @@ from .machines import from_all
 from .pretrained import is_adapter, merge_adapter
 from .ranking import PAIR_RULES, check_pair_rule, pair_rows, rank_rows, score_report
 from .safety import check_field_types
-from .sampling import SamplingConfig, load_tokenizer, mixed_in, prompt_key, sample_candidates, write_atomically
+from .sampling import (
+    SamplingConfig,
+    load_tokenizer,
+    mixed_in,
+    prompt_key,
+    prompt_token_ids,
+    sample_candidates,
+    write_atomically,
+)
 from .scoring import ScorerConfig, as_text, build_scorers, check_scorers, score_rows
 from .stages import Run, all_processes, settings_of, start_afresh
 
@@ -564,7 +575,16 @@ def start_rounds(parsed: Sequence[Any], *, rows: RowOptions, best_as_reference: 
         model, prompts = local_model(model_args, trust_remote_code=trust), load_prompts(script_args, dataset_args)
         tokenizer = load_tokenizer(model, trust_remote_code=trust)
         rows = replace(rows, max_length=training_args.max_length)
-        prompts = check_prompts(prompts, tokenizer, rows, config.mix_in or (), training_args.on_invalid_row)
+        check_adapter(model, training_args, get_peft_config(model_args))
+        prompts = check_prompts(
+            prompts,
+            tokenizer,
+            rows,
+            config.mix_in or (),
+            training_args.on_invalid_row,
+            limits=Limits(model, training_args),
+            max_new_tokens=sampling.max_new_tokens,
+        )
         prompts, watched = set_apart(prompts, config.num_watched_prompts, training_args.seed)
     if best_as_reference and "reference" in prompts[0]:
         PartialState().print("The column `reference` is not trained towards: the best sampled answers are.")
@@ -621,11 +641,18 @@ def _check_for_rounds(training_args, model_args, dataset_args) -> None:
 
 
 def check_prompts(
-    rows: Sequence[dict], tokenizer, options: RowOptions, mix_in: Sequence[str], on_invalid_row: str
+    rows: Sequence[dict],
+    tokenizer,
+    options: RowOptions,
+    mix_in: Sequence[str],
+    on_invalid_row: str,
+    *,
+    limits: Limits | None = None,
+    max_new_tokens: int = 0,
 ) -> list[dict]:
     """
-    Find the rows that training would refuse whatever is sampled, by preparing each with a short answer and those that
-    are mixed in.
+    Find the rows that sampling or training would refuse whatever is sampled, by preparing each with a short answer and
+    those that are mixed in.
 
     Args:
         rows (`Sequence[dict]`): with `prompt`, columns to mix in, and others.
@@ -633,24 +660,36 @@ def check_prompts(
         options ([`RowOptions`]): what the trainer wants.
         mix_in (`Sequence[str]`): columns with further answers.
         on_invalid_row (`str`): `"error"`, or `"drop"` to leave such rows out, and say so.
+        limits ([`Limits`], *optional*): of the model.
+        max_new_tokens (`int`, defaults to 0): of the answers that are sampled.
 
     Returns:
         `list[dict]`: the rows that can be used.
 
     Raises:
-        ValueError: rows that cannot be used, with their numbers.
+        ValueError: rows that cannot be used, with their numbers; a row that the model has too few positions or token
+            embeddings for.
     """
     options = replace(options, min_completions=1, eos_token=tokenizer.eos_token)
     usable, problems = [], {}
+    window, check_row = None, None
+    if limits is not None:
+        window, check_row = limits.made_for, limits.row_check("prompt", tokenizer, options.max_length)
     for index, row in enumerate(rows):
         stub = "x" if isinstance(row["prompt"], str) else [{"role": "assistant", "content": "x"}]
         answers = [stub, *(answer for column in mix_in for answer in mixed_in(row, column))]
         known = {key: row[key] for key in ("prompt", "reference", "tools", "chat_template_kwargs") if key in row}
         try:
-            prepare_row({**known, "completions": answers, "scores": [0.0] * len(answers)}, tokenizer, options)
-            usable.append(row)
+            prepared = prepare_row(
+                {**known, "completions": answers, "scores": [0.0] * len(answers)}, tokenizer, options
+            )
+            if limits is not None:
+                refuse_outside_window(len(prompt_token_ids(tokenizer, row)), max_new_tokens, window)
+                check_row(prepared)
         except RowError as error:
             problems.setdefault(error.problem, []).append((index, str(error)))
+        else:
+            usable.append(row)
     if problems and (on_invalid_row == "error" or not usable):
         raise ValueError(refusal("prompt", len(rows), problems))
     for problem, found in problems.items():

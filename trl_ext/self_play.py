@@ -34,7 +34,9 @@ from transformers.trainer_utils import TrainOutput
 from trl import ModelConfig
 
 from ._trl import get_config_model_id
+from .adapter_checks import check_adapter
 from .checkpoints import RESUME_LAST, checkpoint_to_resume, wants_to_resume
+from .checks import Limits
 from .cli import (
     MAY_CHANGE,
     is_playground,
@@ -43,7 +45,7 @@ from .cli import (
     run_settings,
 )
 from .columns import TEMPLATE_COLUMNS, as_given, check_features, without_files
-from .data import RowError, RowOptions, parse_row, prepare_row, refusal
+from .data import RowError, RowOptions, parse_row, prepare_row, refusal, refuse_outside_window
 from .evaluation_stage import evaluation_stage
 from .intervals import TIE_RULE
 from .jsonl import as_jsonl, read_jsonl
@@ -53,7 +55,6 @@ from .pretrained import copy_model, is_adapter, repair_generation_config, save_m
 from .reference import refuse_fsdp
 from .rounds import change, format_change, format_wins, merged_model, merged_start, set_apart, wins_over
 from .sampling import (
-    context_window,
     load_tokenizer,
     model_fingerprint,
     prompt_key,
@@ -75,7 +76,7 @@ def is_sft_data(dataset: Dataset | IterableDataset) -> bool:
 
 
 def sft_rows(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: SPINConfig, window: int | None, name: str
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: SPINConfig, limits: Limits | None, name: str
 ) -> list[dict[str, Any]]:
     """
     Check rows of SFT, and give them one form.
@@ -84,7 +85,7 @@ def sft_rows(
         dataset ([`~datasets.Dataset`]): rows of `prompt` and `completion`, text or messages, or of `messages`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): the model's.
         config ([`SPINConfig`]): for `max_length`, `max_new_tokens`, `first_turn_only` and `on_invalid_row`.
-        window (`int`, *optional*): longest sequence of the model, in tokens.
+        limits ([`Limits`], *optional*): of the model.
         name (`str`): how messages call the dataset.
 
     Returns:
@@ -92,7 +93,8 @@ def sft_rows(
         whatever other columns there are.
 
     Raises:
-        ValueError: a column is missing, or rows cannot be used, unless `on_invalid_row="drop"`; nothing is left.
+        ValueError: a column is missing, or rows cannot be used, unless `on_invalid_row="drop"`; nothing is left; a row
+            that the model has too few positions or token embeddings for.
     """
     dataset = without_files(dataset, name)
     check_features(dataset.features, name)
@@ -113,11 +115,17 @@ def sft_rows(
             "Leave it out."
         )
     options = RowOptions(min_completions=1, max_length=config.max_length, eos_token=tokenizer.eos_token)
+    check_row = None if limits is None else limits.row_check(name, tokenizer, config.max_length)
     rows, problems = [], {}
     for index, row in enumerate(dataset):
         try:
             refuse_unless_json(row, index)
-            rows.append(_sft_row(as_given(row), tokenizer, config, options, window))
+            sft_row, prepared = _sft_row(as_given(row), tokenizer, config, options)
+            if limits is not None:
+                num_tokens = len(prompt_token_ids(tokenizer, sft_row))
+                refuse_outside_window(num_tokens, config.max_new_tokens, limits.made_for)
+                check_row(prepared)
+            rows.append(sft_row)
         except RowError as error:
             answer = "messages" if "messages" in columns else "completion"
             detail = str(error).replace("'completions[0]'", repr(answer))
@@ -133,7 +141,8 @@ def sft_rows(
     return rows
 
 
-def _sft_row(row, tokenizer, config: SPINConfig, options: RowOptions, window: int | None) -> dict[str, Any]:
+def _sft_row(row, tokenizer, config: SPINConfig, options: RowOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A row in one form, and what training would make of its real answer."""
     row = {key: value for key, value in row.items() if value is not None or key not in TEMPLATE_COLUMNS}
     if "messages" in row:
         row["prompt"], row["completion"] = _split(row.pop("messages"), config.first_turn_only)
@@ -143,16 +152,7 @@ def _sft_row(row, tokenizer, config: SPINConfig, options: RowOptions, window: in
     row["prompt"], (row["completion"],), *_ = parse_row(candidate, options)
     if isinstance(row["completion"], list) and len(row["completion"]) > 1:
         raise RowError("not an answer", "completion", f"has {len(row['completion'])} messages, where one is wanted")
-    prepare_row(candidate, tokenizer, options)
-    length = len(prompt_token_ids(tokenizer, row))
-    if window is not None and length + config.max_new_tokens > window:
-        raise RowError(
-            "outside the window",
-            "prompt",
-            f"has {length} tokens and with max_new_tokens={config.max_new_tokens} exceeds the model's window of "
-            f"{window}",
-        )
-    return row
+    return row, prepare_row(candidate, tokenizer, options)
 
 
 def _split(messages: Any, first_turn_only: bool) -> tuple[list, list]:
@@ -279,12 +279,6 @@ class SelfPlay:
             raise ValueError(
                 "Self-play samples from whole models, and merges adapters into them, which is not what a quantised "
                 "model would answer. Leave the quantisation out; LoRA works."
-            )
-        init = getattr((trainer_kwargs or {}).get("peft_config"), "init_lora_weights", True)
-        if str(init).startswith("pissa_niter"):
-            raise ValueError(
-                f"init_lora_weights={init!r} draws random numbers, and an adapter that is loaded to be merged draws "
-                "others. Set 'pissa', or another initialisation."
             )
         if config.rewards and not watched:
             raise ValueError(
@@ -570,11 +564,9 @@ class SelfPlay:
             "trust_remote_code": config.trust_remote_code,
         }
         tokenizer = processing_class or load_tokenizer(model_id, **hub)
-        if is_object:
-            window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        else:
-            window = context_window(model_id, **hub)
-        rows, watched = _train_and_watched(train_dataset, eval_dataset, tokenizer, config, window)
+        check_adapter(model if is_object else model_id, config, trainer_kwargs.get("peft_config"))
+        limits = Limits(model if is_object else model_id, config)
+        rows, watched = _train_and_watched(train_dataset, eval_dataset, tokenizer, config, limits)
         game = cls(config, rows, watched, trainer_class=trainer_class, trainer_kwargs=trainer_kwargs)
         game._given = (model, processing_class, hub["revision"])
         return game
@@ -621,10 +613,10 @@ class SelfPlay:
         )
 
 
-def _train_and_watched(train_dataset, eval_dataset, tokenizer, config: SPINConfig, window: int | None):
-    rows = sft_rows(train_dataset, tokenizer, config, window, "train")
+def _train_and_watched(train_dataset, eval_dataset, tokenizer, config: SPINConfig, limits: Limits | None):
+    rows = sft_rows(train_dataset, tokenizer, config, limits, "train")
     if eval_dataset is not None:
-        watched = sft_rows(eval_dataset, tokenizer, config, window, "eval")
+        watched = sft_rows(eval_dataset, tokenizer, config, limits, "eval")
         prompts = set(map(prompt_key, watched))
         train = [row for row in rows if prompt_key(row) not in prompts]
         if not train:
@@ -702,7 +694,7 @@ def start_self_play(
         from .playground import byte_level_tokenizer, spin_playground
 
         playground = spin_playground(config.seed)
-        tokenizer, window = byte_level_tokenizer(), None
+        tokenizer, limits = byte_level_tokenizer(), None
         train_dataset = playground.sft_dataset()
         eval_dataset = Dataset.from_list(
             [{**row, "completion": row["reference"]} for row in playground.rows("held_out", reference=True)]
@@ -710,13 +702,14 @@ def start_self_play(
     else:
         config.model_init_kwargs = model_init_kwargs(model_args, config)
         model = local_model(model_args, trust_remote_code=config.trust_remote_code)
-        hub = {"trust_remote_code": config.trust_remote_code}
-        tokenizer, window = load_tokenizer(model, **hub), context_window(model, **hub)
+        tokenizer = load_tokenizer(model, trust_remote_code=config.trust_remote_code)
+        check_adapter(model, config, get_peft_config(model_args))
+        limits = Limits(model, config)
         if not isinstance(train_dataset, Dataset):
             raise ValueError("Self-play goes over all rows in every iteration. Leave `--dataset_streaming` out.")
         # with it the loop evaluates each model; the pairs it trains on have no held-out part
         config.eval_strategy = "no"
-    rows, watched = _train_and_watched(train_dataset, eval_dataset, tokenizer, config, window)
+    rows, watched = _train_and_watched(train_dataset, eval_dataset, tokenizer, config, limits)
     game = SelfPlay(
         config,
         rows,

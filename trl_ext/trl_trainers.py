@@ -11,17 +11,15 @@ from typing import Any, ClassVar
 import torch
 import trl
 from accelerate.logging import get_logger
-from datasets import Dataset, Features, IterableDataset, Json, List, Value, concatenate_datasets
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Json, List, Value, concatenate_datasets
 
 from ._trl import loaded_whole
-from .checks import (
-    Limits,
+from .adapter_checks import (
     check_adapter,
-    check_sampling_strategy,
     keeps_base_weights,
     refuse_drifting_reference,
-    with_lengths,
 )
+from .checks import Limits, check_sampling_strategy, with_lengths
 from .columns import as_given, check_features, without_files
 from .data import (
     PREPARED_FEATURES,
@@ -91,9 +89,9 @@ class OurRows(ResumableTrainer):
                 processing_class = load_processor(name, revision=revision, trust_remote_code=args.trust_remote_code)
             train_dataset = self.trl_rows(train_dataset, processing_class, args, "train")
             if isinstance(eval_dataset, dict):
-                eval_dataset = {
-                    name: self.trl_rows(rows, processing_class, args, name) for name, rows in eval_dataset.items()
-                }
+                eval_dataset = DatasetDict(  # which has a `map`, that TRL's ORPO calls
+                    {name: self.trl_rows(rows, processing_class, args, name) for name, rows in eval_dataset.items()}
+                )
             elif eval_dataset is not None:
                 eval_dataset = self.trl_rows(eval_dataset, processing_class, args, "eval")
             model = model_to_start_from(model, args, gets_adapter=peft_config is not None)
@@ -287,7 +285,7 @@ class RLOOTrainer(ResumableTrainer, trl.RLOOTrainer):
         check_scorers(args.rewards, args.reward_weights, columns=train_dataset.column_names, **options)
         with loaded_whole():
             scorers = build_scorers(args.rewards, args.reward_weights, **options)
-        if is_adapter(model):
+        if is_adapter(model, revision):
             kwargs.setdefault("processing_class", tokenizer)
         model = model_to_start_from(model, args, gets_adapter=peft_config is not None)
         with explain_remote_code(), weights_only():
