@@ -49,7 +49,7 @@ def play_on_the_playground(parsed, arguments):
             "The playground tries its reward model out, and an adapter has to be merged before. Leave `--use_peft` "
             "out, or train on your own data."
         )
-    rounds = start_playground(parsed)
+    rounds = start_playground(parsed, num_stages=7)
     data = rounds.make_candidates("candidates", rounds.model)
     model = rounds.train("reward", train, rounds.model, data, arguments)
     pair_accuracy(rounds, model)

@@ -45,12 +45,12 @@ def play_on_the_playground(parsed, arguments):
     from trl_ext.playground_rounds import reward_stage, start_playground
 
     rewards = parsed[1].rewards
-    rounds = start_playground(parsed)
+    rounds = start_playground(parsed, num_stages=4 if rewards else 7)
     rounds.evaluate("start", rounds.model)
     if not rewards:
         data = rounds.make_candidates("candidates", rounds.model)
         rounds.run.stage("reward/model", reward_stage, inputs={"model": Path(rounds.model), "data": data},
-                         seed=rounds.seed)  # fmt: skip
+                         seed=rounds.seed, title="training a reward model on the answers")  # fmt: skip
         rewards = [str(rounds.run.path("reward", "model"))]
     model = rounds.train("trained", train, rounds.model, rounds.prompts, [*arguments, "--rewards", *rewards])
     rounds.evaluate("trained", model)

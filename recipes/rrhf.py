@@ -52,8 +52,9 @@ def main(arguments):
     if not in_rounds(parsed):
         train(arguments)
         return
-    rounds = start_rounds(parsed, rows=RowOptions(min_completions=1))
-    if is_playground(*parsed):  # for comparison: the same candidates without ranking, imitation of the best
+    more_stages = 2 if is_playground(*parsed) else 0
+    rounds = start_rounds(parsed, rows=RowOptions(min_completions=1), more_stages=more_stages)
+    if more_stages:  # for comparison: the same candidates without ranking, imitation of the best
         rounds.evaluate("start", rounds.model)
         data = rounds.make_candidates("round-1", rounds.model)
         imitation = [*arguments, "--rank_weight", "0", "--sft_weight", "1", "--length_penalty", "1"]

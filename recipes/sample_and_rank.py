@@ -40,6 +40,7 @@ USED = (
 
 
 def main(arguments):
+    from trl_ext.next_commands import after_ranking, print_next
     from trl_ext.rounds import rank_stage, sample_stage
     from trl_ext.run_lock import hold_folder
     from trl_ext.stages import all_processes
@@ -67,6 +68,8 @@ def main(arguments):
     rank_stage(folder, candidates=folder / "candidates.jsonl", config=config, seed=config.seed, min_completions=2)
     state.wait_for_everyone()
     state.print(f"{', '.join(made for made in MADE if (folder / made).exists())} in {folder}")
+    if state.is_main_process:
+        print_next(after_ranking(str(model), folder))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def play_on_the_playground(parsed):
     from trl_ext.playground import continue_sft
     from trl_ext.self_play import start_self_play
 
-    game = start_self_play(parsed, SPINTrainer)
+    game = start_self_play(parsed, SPINTrainer, more_stages=2 * parsed[1].num_iterations)
     game.play()
     game.report(continue_sft(game, learning_rate=CONTROL_LEARNING_RATE))
 

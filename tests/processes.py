@@ -1,6 +1,7 @@
 """Processes that a test starts: to wait for what they do, and to leave none behind."""
 
 import contextlib
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -36,3 +37,9 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen, secon
         assert process.poll() is None, "it ended before"
         assert time.monotonic() < deadline, f"not after {seconds} s"
         time.sleep(0.01)
+
+
+def stages_are_numbered(printed: str) -> bool:
+    """Whether the headings in the output of a run that ended count up to the number of stages that they name."""
+    found = re.findall(r"^(\d+) of (?:at most )?(\d+): ", printed, re.MULTILINE)
+    return bool(found) and found == [(str(number), found[0][1]) for number in range(1, int(found[0][1]) + 1)]

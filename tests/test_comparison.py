@@ -13,6 +13,7 @@ from trl import get_peft_config
 
 from tests import warm
 from tests.conftest import PAIRS, REPOSITORY, read_jsonl
+from tests.processes import stages_are_numbered
 from trl_ext import CLICKTrainer, IPOTrainer, RRHFTrainer, SLiCConfig, SLiCTrainer, SPINTrainer
 from trl_ext.cli import given_options, parse_recipe_args
 from trl_ext.comparison import (
@@ -412,7 +413,7 @@ def test_every_method_is_compared_and_more_can_be_added(model_dir, prompts_file,
     first = ["best_of_n", "slic_direct", "slic_sample_rank", "rrhf", "rrhf_two_rounds", "spin", "click", "dpo", "ipo"]
     extra = {"settings": json.dumps(further), "num_checkpoints": 1}
     printed = run(command(model_dir, prompts_file, output, *first, "dpo_low", **extra))
-    assert "comparison.html, .md, .csv and .json are in" in printed
+    assert "comparison.html, .md, .csv and .json are in" in printed and stages_are_numbered(printed)
     found = ComparisonResults.load(output / "comparison.json")
     assert [result.method for result in found.results] == ["sft", *first, "dpo_low"]
     for result in found.results:
@@ -439,7 +440,7 @@ def test_every_method_is_compared_and_more_can_be_added(model_dir, prompts_file,
 
     # what is trained stays, what is added is trained
     again = {**extra, "resume_from_checkpoint": True}
-    run(command(model_dir, prompts_file, output, "dpo", "orpo", "kto", "rl", **again))
+    assert stages_are_numbered(run(command(model_dir, prompts_file, output, "dpo", "orpo", "kto", "rl", **again)))
     found = ComparisonResults.load(output / "comparison.json")
     asked = ["sft", "dpo", "orpo", "kto", "rl"]
     kept = [name for name in (*first, "dpo_low") if name not in asked]

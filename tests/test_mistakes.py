@@ -40,6 +40,8 @@ def in_a_folder_of_files(tmp_path, monkeypatch):
     for name, lines in rows.items():
         Path(name).write_text("".join(line + "\n" for line in lines))
     Path("folder").mkdir()
+    Path("no_tokenizer").mkdir()
+    Path("no_tokenizer", "config.json").write_text("{}")
 
 
 def with_(model="org/model", data="org/data"):
@@ -73,6 +75,7 @@ def with_(model="org/model", data="org/data"):
         ("slic", with_(model="./gone"), "`model_name_or_path` must be a Hub name or a local folder, got './gone'"),
         ("slic", with_(model="runs/a/model"), "got 'runs/a/model', which is not there. Correct the path."),
         ("slic", with_(model="folder"), "which has neither config.json nor adapter_config.json"),
+        ("slic", with_(model="no_tokenizer"), "The folder no_tokenizer has no tokenizer. Save one there with"),
         ("slic", with_(data="gone.jsonl"), "`dataset_name` must be a Hub name or a local file or folder, got 'gone.j"),
         ("slic", [*with_(), "--num_rounds", "1", "--rewards", "gone.py:score"], "there is no file 'gone.py'"),
         ("slic", [*with_(), "--deepspeed", "gone.json"], "`deepspeed` must be a JSON file, got 'gone.json'"),

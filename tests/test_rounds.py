@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import warm
 from tests.conftest import PAIRS, REPOSITORY
+from tests.processes import stages_are_numbered
 from trl_ext.rounds import RoundsConfig, read_jsonl, reward_hacking, set_apart
 
 REWARDS = REPOSITORY / "tests" / "rewards.py"
@@ -56,7 +57,7 @@ def test_killed_rounds_go_on_to_the_same_model(model_dir, prompts_file, tmp_path
     """kill -9 while round 2 trains; then the same command with resume. Finished stages are left as they are."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     printed = run(command("rrhf.py", model_dir, prompts_file, whole))
-    assert "wins over the first" in printed and "sampled 60 candidates" in printed
+    assert "wins over the first" in printed and "sampled 60 candidates" in printed and stages_are_numbered(printed)
     report = json.loads((whole / "rounds.json").read_text())
     assert list(report["models"]) == ["start", "round-1", "round-2"] and report["stopped"] is None
     assert report["model"] == str(whole / "round-2" / "model")

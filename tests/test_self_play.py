@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from tests import reference, warm
 from tests.conftest import PAIRS, REPOSITORY, real_data
+from tests.processes import stages_are_numbered
 from trl_ext import SPINConfig, SPINTrainer
 from trl_ext.rounds import read_jsonl
 from trl_ext.sampling import model_fingerprint
@@ -116,7 +117,7 @@ def start_and_kill(arguments, when):
 def test_two_iterations_by_hash(model_dir, sft_file, tmp_path):
     whole = tmp_path / "whole"
     printed = run(command(model_dir, sft_file, whole))
-    assert "margin over the opponent" in printed and "SPIN iteration 1" in printed
+    assert "margin over the opponent" in printed and "SPIN iteration 1" in printed and stages_are_numbered(printed)
     report = json.loads((whole / "spin.json").read_text())
     assert list(report["models"]) == ["start", "iteration-0", "iteration-1"]
     assert report["model"] == str(whole / "iteration-1" / "model") and (whole / "spin.png").stat().st_size > 5000
@@ -381,13 +382,14 @@ def self_play(model, rows, config_kwargs, **settings):
     )
 
 
-def test_train_plays_all_iterations_from_a_model_in_memory(model, model_dir, tokenizer, config_kwargs):
+def test_train_plays_all_iterations_from_a_model_in_memory(model, model_dir, tokenizer, config_kwargs, capsys):
     """The weights in memory are not those of the folder the model came from."""
     settings = {"learning_rate": [3e-3, 1e-3], "loss": "hinge", "num_train_epochs": 2, "processing_class": tokenizer}
     trainer = self_play(model, ROWS, config_kwargs, **settings)
     with pytest.raises(AttributeError, match="has no 'model' before `train\\(\\)` has played the iterations"):
         trainer.model  # noqa: B018
     result = trainer.train()
+    assert stages_are_numbered(capsys.readouterr().out)
     output = Path(config_kwargs["output_dir"])
     saved = weights(output / "start" / "model")
     assert all(torch.equal(saved[name], weight) for name, weight in model.state_dict().items() if name in saved)

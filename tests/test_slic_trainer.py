@@ -415,6 +415,8 @@ def test_model_card_cites_slic_hf(model_dir, tokenizer, pairs, config_kwargs):
     card = (Path(config_kwargs["output_dir"]) / "README.md").read_text()
     assert "SLiC-HF" in card and "2305.10425" in card and "zhao2023slichf" in card and "slic-hf" in card
     assert "Rafailov" not in card.split("Cite TRL")[0]
+    assert f"fine-tuned version of the model in `{model_dir}`" in card and "None" not in card
+    assert f'model="{config_kwargs["output_dir"]}"' in card
 
 
 def test_balancing_loss_of_a_mixture_of_experts_is_added_once(tokenizer, pairs, config_kwargs):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -45,8 +46,11 @@ from .parallelism import sequence_split
 from .prefix_sharing import enable_prefix_sharing, refuse_unless_shareable
 from .pretrained import load_processor, model_to_start_from, refuse_missing_model
 from .resumable import ResumableTrainer
+from .run_warnings import unequal_terms
 from .safety import explain_remote_code, refuse_code_in_deepspeed, weights_only
 from .tokens import tokenizer_of
+
+logger = logging.getLogger(__name__)
 
 REQUIRED_BATCH_KEYS = {
     "prompt_weights",
@@ -100,6 +104,8 @@ class CandidateTrainer(ResumableTrainer, DPOTrainer):
     config_class: ClassVar[type[CandidateConfig]] = CandidateConfig
     # with several eval sets, metrics are named after each
     metrics_of_each_eval_set = True
+    # parts of the loss as they are logged, without their weights: the setting that is the weight, if there is one
+    loss_terms: ClassVar[dict[str, str | None]] = {}
     # for the model card, which would name DPO's
     _name = "trl_ext"
     _tag_names = ["trl"]
@@ -217,6 +223,7 @@ class CandidateTrainer(ResumableTrainer, DPOTrainer):
             add_chunking(policy, multiple_of=args.pad_to_multiple_of or 1)
         self._metric_sums = {"train": MetricAccumulator(), "eval": MetricAccumulator()}
         self._eval_prefix = "eval"
+        self._terms_are_compared = False
 
     def _prepare_reference_model(self) -> None:
         """What a method has to do to its reference model, where it has one."""
@@ -488,7 +495,24 @@ class CandidateTrainer(ResumableTrainer, DPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         logs.update(self._reduce_metrics("train" if self.model.training else "eval"))
+        if self.model.training:
+            self._look_at_logs(logs)
         super().log(logs, start_time)
+
+    def _look_at_logs(self, logs: dict[str, float]) -> None:
+        """Warn, at the first log of the loss, where one of its terms is far larger than another."""
+        if self._terms_are_compared or not self.loss_terms.keys() <= logs.keys():
+            return
+        self._terms_are_compared = True
+        weights = {
+            name: (setting, 1.0 if setting is None else getattr(self.args, setting))
+            for name, setting in self.loss_terms.items()
+        }
+        self._warn(unequal_terms(logs, weights))
+
+    def _warn(self, message: str | None) -> None:
+        if message is not None and self.is_world_process_zero():
+            logger.warning(message)
 
     def _reduce_metrics(self, mode: str) -> dict[str, float]:
         metrics = self._metric_sums[mode].reduce(self.accelerator)

@@ -250,6 +250,8 @@ def run_recipe(
     threads = settle_threads()
     if os.environ.get("RANK", "0") == "0":
         print(f"CPU threads of each process: {threads} (OMP_NUM_THREADS)", flush=True)
+    from . import library_warnings  # noqa: F401  (before the libraries)
+
     exit_codes: list[int] = []
 
     def leave():
@@ -404,6 +406,7 @@ def train_and_save(
     from trl import get_peft_config, get_quantization_config
 
     from .checkpoints import checkpoint_to_resume
+    from .next_commands import after_training, print_next
     from .plots import plot_training_curves
 
     if output_dir is not None:
@@ -413,6 +416,7 @@ def train_and_save(
     train_dataset, eval_dataset = load_datasets(
         script_args, dataset_args, with_eval=training_args.eval_strategy != "no", seed=training_args.seed
     )
+    columns = train_dataset.column_names or []
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
     trainer = trainer_class(
         model=model_args.model_name_or_path,
@@ -445,6 +449,8 @@ def train_and_save(
             panels=panels,
         )
         print(f"Model, all_results.json and {picture.name} are in {folder}")
+        if output_dir is None:
+            print_next(after_training(script_args, model_args.model_name_or_path, str(folder), columns))
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.accelerator.wait_for_everyone()  # or one tears the group down while another still uses it

@@ -65,6 +65,7 @@ class CLICKTrainer(CandidateTrainer):
     """
 
     config_class = CLICKConfig
+    loss_terms = {"loss/lm": None, "loss/pair": "pair_weight"}
     _tag_names = ["trl", "click"]
     _name = "CLICK"
     _paper = {

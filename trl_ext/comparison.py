@@ -50,7 +50,9 @@ from .comparison_report import write_report
 from .comparison_results import ComparisonResults, MethodResult
 from .data import RowOptions
 from .evaluation_stage import evaluation_stage
+from .headings import Headings, count
 from .jsonl import read_jsonl, write_jsonl
+from .next_commands import after_comparison, print_next
 from .ranking import CARRIED_COLUMNS, pair_rows
 from .recipe_help import recipe_dataclasses
 from .rounds import Rounds, merged_model, replaced, start_rounds
@@ -88,9 +90,10 @@ def compare(parsed: Sequence[Any], recipes: Path, given: Collection[str]) -> Com
     all_processes()
     hold_folder(folder)
     earlier = _with_labels_of_now(file, config) if wants_to_resume(config) and file.is_file() else []
+    headings = Headings()
     try:
         for seed in config.seeds:
-            game = OneSeed(parsed, recipes, seed, given)
+            game = OneSeed(parsed, recipes, seed, given, headings)
             for result in game.play():
                 results.append(result)
                 known = {(one.method, one.seed) for one in results}
@@ -104,6 +107,8 @@ def compare(parsed: Sequence[Any], recipes: Path, given: Collection[str]) -> Com
             write_report(comparison, folder)
             print((folder / "comparison.md").read_text(encoding="utf-8"))
             print(f"comparison.html, .md, .csv and .json are in {folder}")
+            known = {**METHODS, **config.variants}
+            print_next(after_comparison(config, results, {name: one.recipe for name, one in known.items()}))
     PartialState().wait_for_everyone()
     return dataclasses.replace(comparison, results=results)
 
@@ -175,9 +180,17 @@ class OneSeed:
     Args:
         parsed, recipes, given: as in [`compare`].
         seed (`int`): of data, training and sampling.
+        headings ([`Headings`], *optional*): number the stages of all seeds.
     """
 
-    def __init__(self, parsed: Sequence[Any], recipes: Path, seed: int, given: Collection[str]):
+    def __init__(
+        self,
+        parsed: Sequence[Any],
+        recipes: Path,
+        seed: int,
+        given: Collection[str],
+        headings: Headings | None = None,
+    ):
         script_args, config, model_args, dataset_args, sampling, ranking = parsed
         self.recipes, self.seed, self.model_args, self.given = recipes, seed, model_args, given
         self.config = dataclasses.replace(config, output_dir=str(Path(config.output_dir) / f"seed-{seed}"), seed=seed)
@@ -205,7 +218,9 @@ class OneSeed:
                 )
         check_shared(config, recipes)
         parts = (script_args, self.config, model_args, dataset_args, self.sampling, ranking)
-        self.rounds: Rounds = start_rounds(parts, rows=RowOptions(reference=True))
+        headings = headings or Headings()
+        headings.total = len(config.seeds) * self._num_stages()
+        self.rounds: Rounds = start_rounds(parts, rows=RowOptions(reference=True), headings=headings)
         self.num_held_out = sum(1 for _ in self.rounds.watched.open())
         columns = set(read_jsonl(self.rounds.prompts)[0])
         if self.on_playground:
@@ -220,7 +235,18 @@ class OneSeed:
                 )
             PartialState().print(f"{method.label} is left out: the dataset has no column `{method.needs}`.")
             del self.methods[name]
+        headings.total = len(config.seeds) * self._num_stages()
         self.methods = {"sft": METHODS["sft"], **self.methods}
+
+    def _num_stages(self) -> int:
+        """How many stages of one seed have a heading."""
+        number = self.on_playground + 1  # evaluating the model that all start from
+        number += 2 * any(method.data in USE_CANDIDATES for method in self.methods.values())
+        for method in self.methods.values():
+            if method.recipe is not None:
+                parts = 2 if method.data in STAGES_OF_PART else 1
+                number += parts * STAGES_OF_PART.get(method.data, 1) + 1
+        return number + any(method.data == "prompts" for method in self.methods.values())  # the reward model
 
     # What is trained on
 
@@ -357,6 +383,7 @@ class OneSeed:
         return self.rounds.run.stage(
             f"{name}/model",
             train_stage,
+            title=f"training, {count(options['updates'], 'update')}{self.rounds.of(name)}",
             inputs={"model": Path(model), "data": data},
             shards_models=True,
             recipe=self.recipes / f"{method.recipe}.py",
@@ -414,6 +441,7 @@ class OneSeed:
         figures = rounds.run.stage(
             stage,
             generate_stage,
+            title=f"sampling an answer to {count(rounds.num_prompts, 'prompt')}{rounds.of(stage.rpartition('/')[0])}",
             inputs={"model": Path(model), "rows": rounds.prompts},
             config=replaced(self.sampling, **changes),
             load=rounds.load,
@@ -428,10 +456,11 @@ class OneSeed:
         Yields a [`MethodResult`] for each method. Where there are several processes a failure ends them all, as one of
         them may be waiting for another; what is finished is kept.
         """
-        if any(method.data in ("ranked", "likelihood_near", "prompts") for method in self.methods.values()):
+        if any(method.data in USE_CANDIDATES for method in self.methods.values()):
+            self.rounds.subject = f"seed {self.seed}"
             self._candidates()  # what fails here fails for all
         for name, method in self.methods.items():
-            PartialState().print(f"\n{method.label}, seed {self.seed}")
+            self.rounds.subject = f"{method.label}, seed {self.seed}"
             try:
                 result = self._play(name, method)
             except RuntimeError as error:  # a stage that failed
@@ -528,6 +557,11 @@ class OneSeed:
 
 
 REWARD_MODEL = Method("reward model", "reward")
+USE_CANDIDATES = ("ranked", "likelihood_near", "prompts")  # methods whose data is sampled from the first model
+STAGES_OF_PART = {
+    "rounds": 3,
+    "self_play": 2,
+}  # headings of each half of a training in two halves, its evaluation aside
 # what a method's config.yaml has beside its options
 NAMED = ("model_name_or_path", "dataset_name", "output_dir")
 LOOKED_AT = ("reward", "kl", "chosen_logps", "rejected_logps")

@@ -207,6 +207,7 @@ def continue_sft(game: Any, *, learning_rate: float) -> dict[str, str]:
         game.run.stage(
             f"{name}/model",
             continue_sft_stage,
+            title=f"training, {name.replace('-', ' ')}: SFT that goes on",
             inputs={"model": Path(model)},
             shards_models=True,
             playground=spin_playground(config.seed),

@@ -7,6 +7,7 @@ from typing import Any
 from accelerate import PartialState
 
 from .data import RowOptions
+from .headings import Headings, count
 from .rounds import Rounds, RoundsConfig, rank_stage, read_jsonl, sample_stage, start_rounds
 from .sampling import SamplingConfig
 from .scoring import RewardModelScorer
@@ -14,12 +15,13 @@ from .scoring import RewardModelScorer
 NUM_CANDIDATES = 8
 
 
-def start_playground(parsed: Sequence[Any]) -> Rounds:
+def start_playground(parsed: Sequence[Any], *, num_stages: int) -> Rounds:
     """
     The playground with its SFT model, to sample, rank, train and evaluate on.
 
     Args:
         parsed (`Sequence`): what [`parse_recipe_args`] returned, without a model and data.
+        num_stages (`int`): stages with a heading, that of the SFT model included.
     """
     sampling = SamplingConfig(
         num_candidates=NUM_CANDIDATES, temperature=1.0, max_new_tokens=16, sampling_batch_size=512
@@ -30,7 +32,7 @@ def start_playground(parsed: Sequence[Any]) -> Rounds:
         judge="trl_ext.playground:accuracy",
         pair_rule="best_worst",
     )
-    return start_rounds((*parsed, sampling, ranking), rows=RowOptions())
+    return start_rounds((*parsed, sampling, ranking), rows=RowOptions(), headings=Headings(num_stages))
 
 
 def reward_stage(folder: Path, *, model: Path, data: Path, seed: int) -> dict[str, Any]:
@@ -69,6 +71,7 @@ def pair_accuracy(rounds: Rounds, model: Path) -> float:
     rounds.run.stage(
         f"{folder}/candidates",
         sample_stage,
+        title=f"sampling {NUM_CANDIDATES} answers to {count(rounds.num_watched, 'held-out prompt')}",
         inputs={"model": Path(rounds.model), "prompts": rounds.watched},
         config=rounds.sampling,
         mix_in=(),
@@ -77,6 +80,7 @@ def pair_accuracy(rounds: Rounds, model: Path) -> float:
     rounds.run.stage(
         f"{folder}/ranked",
         rank_stage,
+        title="scoring and ranking these answers",
         inputs={"candidates": rounds.run.path(folder, "candidates", "candidates.jsonl")},
         config=rounds.config,
         seed=rounds.seed,
@@ -85,6 +89,7 @@ def pair_accuracy(rounds: Rounds, model: Path) -> float:
     figures = rounds.run.stage(
         f"{folder}/judged",
         judge_stage,
+        title="scoring the same answers with the reward model",
         inputs={"model": Path(model), "pairs": rounds.run.path(folder, "ranked", "pairs.jsonl")},
     )
     PartialState().print(

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from .arguments import INSTEAD_OF, explained, read_config, refuse_unknown_options, typed_options, with_config_apart
 from .column_names import check_columns
+from .model_folders import refuse_without_tokenizer
 from .recipe_help import Option, options_of, read_dataclass
 from .safety import list_items
 
@@ -133,6 +134,8 @@ def _check_paths(values: dict[str, Any]) -> None:
             f"`model_name_or_path` must be the folder of a model, got {model!r}, which has neither config.json nor "
             "adapter_config.json. Name the folder that `save_pretrained` has written."
         )
+    if os.path.isdir(model) and not os.path.isfile(os.path.join(model, "adapter_config.json")):
+        refuse_without_tokenizer(model)
     for name in ("rewards", "ranker", "judge"):
         value = values.get(name)
         for spec in value if isinstance(value, list) else [value]:

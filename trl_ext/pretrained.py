@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 
 from ._trl import loaded_whole
+from .model_folders import has_tokenizer, refuse_without_tokenizer
 from .safety import explain_remote_code, weights_only
 
 logger = get_logger(__name__)
@@ -34,8 +35,6 @@ logger = get_logger(__name__)
 ADAPTER_FILE = "adapter_config.json"
 # what is downloaded of an adapter
 ADAPTER_PATTERNS = ("*.json", "adapter_model.*", "*.model", "*.jinja", "*.txt", "*.tiktoken")
-# one of them is in a folder that has a tokenizer
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "processor_config.json")
 
 
 def refuse_missing_model(name: str | Path, called: str = "`model`") -> None:
@@ -145,23 +144,16 @@ def load_processor(
     """
     folder = adapter_folder(model, revision)
     if folder is not None:
-        model, revision = (folder, None) if _has_tokenizer(folder) else whole_model(folder)
+        model, revision = (folder, None) if has_tokenizer(folder) else whole_model(folder)
     if not Path(model).is_dir():
         refuse_missing_model(model)
-    elif not _has_tokenizer(model):
-        raise FileNotFoundError(
-            f"The folder {model} has no tokenizer. Save one there with `tokenizer.save_pretrained({str(model)!r})`, "
-            "or pass one to the trainer as `processing_class`."
-        )
+    else:
+        refuse_without_tokenizer(model)
     with explain_remote_code():
         try:
             return auto_class.from_pretrained(model, revision=revision or "main", trust_remote_code=trust_remote_code)
         except OSError as error:
             raise _not_found(model, error) from error
-
-
-def _has_tokenizer(folder: str | Path) -> bool:
-    return any(any(Path(folder).glob(pattern)) for pattern in TOKENIZER_FILES)
 
 
 def _not_found(model: str | Path, error: OSError) -> FileNotFoundError:

@@ -10,10 +10,11 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from ._trl import without_rotation
+from ._trl import get_config_model_id, without_rotation
 from .checkpoints import find_checkpoint, make_room, naming_a_full_disk, seal
 from .checks import check_before_training
 from .faults import SaveOnStop, WatchCallback, protect_workers
+from .model_card import name_local_folders
 from .run_lock import hold_folder, release_folder
 from .safety import weights_only
 from .signals import RESUME_HINT, in_stage, name_of, on_stop, signal_again
@@ -130,3 +131,9 @@ class ResumableTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with naming_a_full_disk(Path(output_dir or self.args.output_dir)):
             super().save_model(output_dir, _internal_call)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        super().create_model_card(*args, **kwargs)
+        card = Path(self.args.output_dir) / "README.md"
+        if self.is_world_process_zero() and card.is_file():
+            name_local_folders(card, get_config_model_id(self.model.config), self.args.output_dir)

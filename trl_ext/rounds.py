@@ -43,10 +43,12 @@ from .cli import (
 )
 from .data import RowError, RowOptions, prepare_row, refusal, refuse_outside_window
 from .evaluation_stage import evaluation_stage
+from .headings import Headings, count
 from .intervals import TIE_RULE, Mean, Wins, paired_difference, wins
 from .jsonl import as_jsonl, read_jsonl, write_jsonl
 from .load import load_prompts
 from .machines import from_all
+from .next_commands import after_rounds, print_next
 from .pretrained import is_adapter, merge_adapter
 from .ranking import PAIR_RULES, check_pair_rule, pair_rows, rank_rows, score_report
 from .safety import check_field_types
@@ -61,6 +63,9 @@ from .sampling import (
 )
 from .scoring import ScorerConfig, as_text, build_scorers, check_scorers, score_rows
 from .stages import Run, all_processes, settings_of, start_afresh
+
+STAGES_OF_ROUND = 4  # with a heading: sampling, ranking, training, evaluating
+SFT_TITLE = "training the SFT model of the playground"
 
 
 @dataclass
@@ -332,12 +337,28 @@ class Rounds:
         self.run, self.config, self.sampling, self.load, self.seed = run, config, sampling, load, seed
         self.min_completions, self.best_as_reference = min_completions, best_as_reference
         self.model = self.model_to_take = str(model)
-        self.start_name = "start"
+        self.start_name, self.num_prompts, self.num_watched = "start", len(prompts), len(watched)
+        self.subject: str | None = None  # for headings, where a run trains several methods
+        self.first_prompt, self.stopped = watched[0]["prompt"], None
         self.fixed_model = config.perplexity_model or self.model
         kept = run.keep("prompts", {"train.jsonl": as_jsonl(prompts), "watched.jsonl": as_jsonl(watched)})
         self.prompts, self.watched = kept / "train.jsonl", kept / "watched.jsonl"
         self.figures: dict[str, dict[str, Any]] = {}
         self.candidate_figures: dict[str, dict[str, Any]] = {}
+
+    def of(self, name: str) -> str:
+        """Method, seed and round of a stage's folder, to put behind its title where there are several."""
+        part = name.rpartition("/")[2]
+        several = self.subject is not None or self.config.num_rounds > 1
+        is_part = (part.startswith("round-") and several) or part in ("best-of-n", "reward_model")
+        shown = [self.subject, part.replace("round-", "round ").replace("_", " ") if is_part else None]
+        return "".join(f", {one}" for one in shown if one is not None)
+
+    def _called(self, name: str) -> str:
+        """What is evaluated."""
+        if name == "start":
+            return f"the {self.start_name} model"
+        return f"the trained model{self.of(name)}"
 
     def evaluate(self, name: str, model: str | Path) -> dict[str, Any]:
         """Let a model answer the watched prompts; its figures are kept as `name`."""
@@ -347,6 +368,7 @@ class Rounds:
         self.figures[name] = self.run.stage(
             f"{name}/evaluation",
             evaluation_stage,
+            title=f"evaluating {self._called(name)} on {count(self.num_watched, 'held-out prompt')}",
             inputs={"model": Path(model), "prompts": self.watched, **first},
             **self.evaluation_settings(),
         )
@@ -367,9 +389,11 @@ class Rounds:
 
     def make_candidates(self, name: str, model: str | Path, draw: int = 0) -> Path:
         """Sample and score candidates of a model; returns the file to train on. Every `draw` is another sample."""
+        answers = count(self.sampling.num_candidates, "answer")
         self.run.stage(
             f"{name}/candidates",
             sample_stage,
+            title=f"sampling {answers} to {count(self.num_prompts, 'prompt')}{self.of(name)}",
             inputs={"model": Path(model), "prompts": self.prompts},
             config=replaced(self.sampling, sampling_seed=self.sampling.sampling_seed + draw),
             mix_in=self.config.mix_in or (),
@@ -378,6 +402,7 @@ class Rounds:
         self.candidate_figures[name] = self.run.stage(
             f"{name}/ranked",
             rank_stage,
+            title=f"scoring and ranking the answers{self.of(name)}",
             inputs={"candidates": self.run.path(name, "candidates", "candidates.jsonl")},
             config=self.config,
             seed=self.seed,
@@ -400,6 +425,7 @@ class Rounds:
         self.run.stage(
             f"{name}/model",
             train_stage,
+            title=f"training{self.of(name)}",
             inputs={"model": Path(model), "data": data},
             shards_models=True,
             train_with=function,
@@ -426,6 +452,7 @@ class Rounds:
                 self.model_to_take, before = str(model), name
             self.write_report(reason)
             if reason is not None:
+                self.stopped = reason
                 PartialState().print(f"The rounds end here, and the model before {name} is the one to take: {reason}")
                 break
         return Path(self.model_to_take)
@@ -494,6 +521,7 @@ class Rounds:
         if both:
             console.print(examples)
         print(f"The model is {self.model_to_take}; rounds.json and rounds.png are in {self.run.folder}")
+        print_next(after_rounds(self))
 
 
 def change(answers: dict[int, dict], before: dict[int, dict]) -> Mean:
@@ -542,7 +570,14 @@ def in_rounds(parsed: Sequence[Any]) -> bool:
     return config.num_rounds > 0
 
 
-def start_rounds(parsed: Sequence[Any], *, rows: RowOptions, best_as_reference: bool = False) -> Rounds:
+def start_rounds(
+    parsed: Sequence[Any],
+    *,
+    rows: RowOptions,
+    best_as_reference: bool = False,
+    more_stages: int = 0,
+    headings: Headings | None = None,
+) -> Rounds:
     """
     Begin the rounds of a recipe, or take them up where they were interrupted. Everything that can be known to fail
     fails here, before a model is loaded.
@@ -554,6 +589,8 @@ def start_rounds(parsed: Sequence[Any], *, rows: RowOptions, best_as_reference: 
             one of the task.
         best_as_reference (`bool`, defaults to `False`): train towards the best sampled answer to a prompt, and not
             towards the dataset's `reference`, as in SLiC-HF's sample-rank.
+        more_stages (`int`, defaults to 0): stages with a heading that the recipe adds to those of the rounds.
+        headings ([`Headings`], *optional*): numbers the stages; by default those of the rounds and `more_stages`.
 
     Raises:
         FileExistsError, ValueError: see [`Run`], [`check_scorers`], [`check_prompts`] and [`set_apart`]; or a setting
@@ -590,11 +627,19 @@ def start_rounds(parsed: Sequence[Any], *, rows: RowOptions, best_as_reference: 
         PartialState().print("The column `reference` is not trained towards: the best sampled answers are.")
     config.check_scorers(list(prompts[0]))
     settings = {**run_settings(parsed), "num_processes": all_processes().num_processes}
+    if headings is None:
+        stages = on_playground + 1 + STAGES_OF_ROUND * config.num_rounds + more_stages
+        headings = Headings(stages, at_most=config.num_rounds > 1)
     run = Run(
-        training_args.output_dir, settings, resume=resume, may_change=MAY_CHANGE, patience=training_args.ddp_timeout
+        training_args.output_dir,
+        settings,
+        resume=resume,
+        may_change=MAY_CHANGE,
+        patience=training_args.ddp_timeout,
+        headings=headings,
     )
     if on_playground:
-        run.stage("sft", sft_stage, playground=playground)
+        run.stage("sft", sft_stage, title=SFT_TITLE, playground=playground)
         model = run.path("sft")
     elif is_adapter(model):
         model = merged_start(run, model, trust_remote_code=trust)

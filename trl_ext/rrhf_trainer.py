@@ -83,6 +83,7 @@ class RRHFTrainer(CandidateTrainer):
     """
 
     config_class = RRHFConfig
+    loss_terms = {"loss/rank": "rank_weight", "loss/sft": "sft_weight"}
     _tag_names = ["trl", "rrhf"]
     _name = "RRHF"
     _paper = {

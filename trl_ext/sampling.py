@@ -45,6 +45,7 @@ from .columns import as_given, without_nulls
 from .data import _says_something, template_kwargs, tokenize_candidates
 from .machines import from_all, read_when_there, refuse_unless_all_see, wait_as_long_as_it_takes
 from .pretrained import adapter_config, load_processor, refuse_missing_model, whole_model
+from .run_warnings import cut_answers
 from .safety import check_field_types, explain_remote_code, weights_only
 from .tokens import num_repeated_start_tokens, text_ids
 
@@ -633,7 +634,11 @@ def sample_candidates(
         if {record["index"] for record in records} != set(indices):
             raise ValueError(f"{_shard_file(folder, number)} holds other prompts than it should. Remove it.")
         sampled.update((record["index"], record) for record in records)
-    return _assemble(rows, sampled, config, mix_in, keep_empty, dtype)
+    found, report = _assemble(rows, sampled, config, mix_in, keep_empty, dtype)
+    warning = cut_answers(report.truncated, config.max_new_tokens)
+    if warning is not None and state.is_main_process:
+        logger.warning(warning)
+    return found, report
 
 
 def process_state() -> PartialState:

@@ -47,13 +47,24 @@ from .cli import (
 from .columns import TEMPLATE_COLUMNS, as_given, check_features, without_files
 from .data import RowError, RowOptions, parse_row, prepare_row, refusal, refuse_outside_window
 from .evaluation_stage import evaluation_stage
+from .headings import Headings, count
 from .intervals import TIE_RULE
 from .jsonl import as_jsonl, read_jsonl
 from .load import refuse_unless_json
 from .machines import from_all
+from .next_commands import after_self_play, print_next
 from .pretrained import copy_model, is_adapter, repair_generation_config, save_merged
 from .reference import refuse_fsdp
-from .rounds import change, format_change, format_wins, merged_model, merged_start, set_apart, wins_over
+from .rounds import (
+    SFT_TITLE,
+    change,
+    format_change,
+    format_wins,
+    merged_model,
+    merged_start,
+    set_apart,
+    wins_over,
+)
 from .sampling import (
     load_tokenizer,
     model_fingerprint,
@@ -340,6 +351,12 @@ class SelfPlay:
         keys = [f"{name} of iteration {n}" for name in BY_ITERATION for n in range(self.config.num_iterations)]
         return [*MAY_CHANGE, "num_iterations", *(key for key in keys if key not in known)]
 
+    def headings(self, more_stages: int = 0) -> Headings:
+        """Headings of all iterations, and of so many stages beside them."""
+        evaluates, iterations = bool(self.watched), self.config.num_iterations
+        total = evaluates + iterations * (2 + evaluates) + more_stages
+        return Headings(total, at_most=self.config.early_stop != "none" and iterations > 1)
+
     def open(self, run: Run, model: str | Path) -> "SelfPlay":
         """Begin in a run's folder, or go on there, from the model in a folder of its own."""
         if is_adapter(model):
@@ -356,6 +373,7 @@ class SelfPlay:
         self.training[f"iteration-{number}"] = self.run.stage(
             f"iteration-{number}/generated",
             generate_stage,
+            title=f"sampling an answer to {count(len(self.rows), 'prompt')}, iteration {number}",
             inputs={"model": Path(model), "rows": self.run.path("rows", "train.jsonl")},
             config=sampling,
             load=self._load,
@@ -377,6 +395,7 @@ class SelfPlay:
         figures = self.run.stage(
             f"{name}/model",
             train_stage,
+            title=f"training, iteration {number}",
             inputs={"model": Path(model), **inputs},
             shards_models=True,
             trainer_class=self.trainer_class,
@@ -393,9 +412,11 @@ class SelfPlay:
         inputs = {"model": Path(model), "prompts": self.run.path("rows", "watched.jsonl")}
         if opponent is not None:
             inputs["opponent"] = self._answers_file(opponent)
+        called = f"the {self.start_name} model" if name == "start" else f"the model of {name.replace('-', ' ')}"
         self.figures[name] = self.run.stage(
             f"{name}/evaluation",
             evaluation_stage,
+            title=f"evaluating {called} on {count(len(self.watched), 'held-out prompt')}",
             inputs=inputs,
             config=self.config.sampling(),  # the same random numbers for every model: what differs is the model
             rewards=self.config.rewards or (),
@@ -513,6 +534,7 @@ class SelfPlay:
                 )  # fmt: skip
             console.print(table)
         print(f"The model is {self.model_to_take}; spin.json and spin.png are in {self.run.folder}")
+        print_next(after_self_play(self))
 
     # For a trainer
 
@@ -586,6 +608,7 @@ class SelfPlay:
             resume=bool(resume_from_checkpoint),
             may_change=self.may_change(),
             patience=self.config.ddp_timeout,
+            headings=self.headings(),
         )
         path = model
         if not is_object:
@@ -667,7 +690,12 @@ def _save_start(
 
 
 def start_self_play(
-    parsed: Sequence[Any], trainer_class: type, train_dataset: Any = None, eval_dataset: Any = None
+    parsed: Sequence[Any],
+    trainer_class: type,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    *,
+    more_stages: int = 0,
 ) -> SelfPlay:
     """
     Begin the game of the recipe, or take it up where it was interrupted.
@@ -677,6 +705,7 @@ def start_self_play(
             model is trained first.
         trainer_class (`type`): [`SPINTrainer`], or a subclass that can be imported.
         train_dataset, eval_dataset: what [`load_datasets`] returned; the playground has its own.
+        more_stages (`int`, defaults to 0): stages with a heading that the recipe adds.
 
     Raises:
         FileExistsError, ValueError: see [`Run`] and [`sft_rows`].
@@ -726,11 +755,18 @@ def start_self_play(
             start_afresh(config.output_dir)
     others = run_settings([part for part in parsed if part is not config])
     settings, may_change = game.settings(**others), game.may_change()
-    run = Run(config.output_dir, settings, resume=resume, may_change=may_change, patience=config.ddp_timeout)
+    run = Run(
+        config.output_dir,
+        settings,
+        resume=resume,
+        may_change=may_change,
+        patience=config.ddp_timeout,
+        headings=game.headings(on_playground + more_stages),
+    )
     if on_playground:
         from .playground import sft_stage
 
-        run.stage("sft", sft_stage, playground=playground)
+        run.stage("sft", sft_stage, title=SFT_TITLE, playground=playground)
         model = run.path("sft")
     game.start_name = "SFT" if on_playground else "start"
     return game.open(run, model)

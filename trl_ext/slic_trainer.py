@@ -85,6 +85,7 @@ class SLiCTrainer(CandidateTrainer):
     """
 
     config_class = SLiCConfig
+    loss_terms = {"loss/calibration": None, "loss/regularization": "reg_weight"}
     _tag_names = ["trl", "slic-hf"]
     _name = "SLiC-HF"
     _paper = {

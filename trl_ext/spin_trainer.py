@@ -13,6 +13,7 @@ from .candidate_trainer import CandidateTrainer, best_and_worst
 from .logps import CompletionLogps
 from .losses import spin_loss
 from .referenced_trainer import ReferencedTrainer
+from .run_warnings import ToldApart
 from .self_play import SelfPlay, is_sft_data
 from .spin_config import BY_ITERATION, SPINConfig
 from .stages import MARK
@@ -112,6 +113,7 @@ class SPINTrainer(ReferencedTrainer):
     ):
         self._self_play: SelfPlay | None = None
         self._played: str | None = None
+        self._told_apart = ToldApart()
         if train_dataset is not None and model is not None and is_sft_data(train_dataset):
             objects = {
                 "ref_model": ref_model,
@@ -277,6 +279,12 @@ class SPINTrainer(ReferencedTrainer):
                 metrics[f"logps/{name}"] = logps.sums[rows]
                 metrics[f"lengths/{name}"] = logps.lengths[rows].float()
         return losses, metrics
+
+    def _look_at_logs(self, logs: dict[str, float]) -> None:
+        super()._look_at_logs(logs)
+        args = self.args
+        pairs = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        self._warn(self._told_apart.look(logs, self.state.global_step, pairs))
 
     @property
     def expected_first_loss(self) -> str:

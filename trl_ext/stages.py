@@ -35,6 +35,7 @@ from typing import Any
 from accelerate import PartialState
 
 from .faults import watched
+from .headings import Headings
 from .machines import from_all, refuse_unless_all_see, wait_as_long_as_it_takes
 from .run_lock import hold_folder
 from .sampling import file_digest, model_fingerprint, process_state, read_sealed, sealed, write_atomically
@@ -43,7 +44,14 @@ from .threads import settle_threads
 
 PACKAGES = ("trl_ext", "trl", "transformers", "datasets", "peft", "accelerate", "deepspeed", "torch")
 # imported once by the server that the stages' processes are forked from
-PRELOADED = ("trl_ext.candidate_trainer", "trl_ext.sampling", "trl", "scipy.stats", "matplotlib")
+PRELOADED = (
+    "trl_ext.library_warnings",
+    "trl_ext.candidate_trainer",
+    "trl_ext.sampling",
+    "trl",
+    "scipy.stats",
+    "matplotlib",
+)
 # what would make a stage that only samples or scores build its models in shards
 SHARDING_VARIABLES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
 
@@ -66,6 +74,7 @@ class Run:
         may_change (`Sequence[str]`): names in `settings` that may differ on a resume.
         patience (`float`, defaults to 1800): seconds without a sign of life of a process, after which the run ends;
             see [`~trl_ext.faults.watched`].
+        headings ([`Headings`], *optional*): numbers the stages that have a title; without it they are counted.
 
     Raises:
         FileExistsError: another run is at work in the folder; or it holds one and `resume` is False; or something
@@ -83,8 +92,10 @@ class Run:
         resume: bool,
         may_change: Sequence[str] = (),
         patience: float = 1800,
+        headings: Headings | None = None,
     ):
         self.folder, self.patience, self.id = Path(folder), patience, None
+        self.headings = headings or Headings()
         self.state = all_processes()
         hold_folder(self.folder)
         watch = ExitStack()
@@ -145,6 +156,7 @@ class Run:
         *,
         inputs: dict[str, Path] | None = None,
         shards_models: bool = False,
+        title: str | None = None,
         **arguments: Any,
     ) -> dict[str, Any]:
         """
@@ -158,6 +170,7 @@ class Run:
             inputs (`dict[str, Path]`, *optional*): files and model folders it reads; their hashes are written down.
             shards_models (`bool`, defaults to `False`): whether it trains, under DeepSpeed or FSDP where the
                 launch says so.
+            title (`str`, *optional*): what it does, for its heading. Without one it has no heading.
             arguments: anything else it takes; can be pickled.
 
         Returns:
@@ -184,6 +197,8 @@ class Run:
         problem = self.first(problem)
         if problem is not None:
             raise RuntimeError(problem)
+        if title is not None:
+            self.headings.print(f"{self.folder}/{name}", title, is_finished=manifest is not None)
         if manifest is not None:
             return manifest["figures"]
         port = self.first(_free_port() if self.state.is_main_process else None)
@@ -456,6 +471,8 @@ class _EndedAtStart(BaseException):
 
 def _stage_process(port, shards_models, patience, on_cpu, environment, *job) -> None:
     """What a stage's process does, from its first line to its last."""
+    from . import library_warnings  # noqa: F401  (a process that is spawned has not preloaded it)
+
     _die_with_parent()
     multiprocessing.set_start_method(None, force=True)  # the platform's, for workers that load data, not the server's
     os.environ.clear()

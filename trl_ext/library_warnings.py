@@ -1,0 +1,30 @@
+"""
+Silence warnings of libraries that tell a recipe's user nothing: defaults of TRL and of this package set them off, on
+every run. Importing this module does it, so that it can come before the libraries, in a recipe and in its stages.
+"""
+
+import logging
+import re
+import warnings
+
+PYTHON_WARNINGS = (  # whole messages
+    # TRL's configs have the old name
+    "`gradient_checkpointing` is deprecated and will be removed in v6. Use `activation_checkpointing` instead.",
+    # transformers' default
+    "'pin_memory' argument is set as true but no accelerator is found, then device pinned memory won't be used.",
+)
+LOGGED = {  # logger: whole messages
+    "DeepSpeed": ("Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.",),
+    "transformers.configuration_utils": ("`torch_dtype` is deprecated! Use `dtype` instead!",),
+    "transformers.modeling_utils": ("`torch_dtype` is deprecated! Use `dtype` instead!",),
+}
+
+
+def _silence() -> None:
+    for message in PYTHON_WARNINGS:
+        warnings.filterwarnings("ignore", message=f"{re.escape(message)}$")
+    for name, messages in LOGGED.items():
+        logging.getLogger(name).addFilter(lambda record, messages=messages: record.getMessage() not in messages)
+
+
+_silence()
