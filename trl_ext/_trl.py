@@ -74,6 +74,8 @@ BORROWED = {
     ),
     "trl.trainer.dpo_trainer:DPOTrainer.predict": ("self", "test_dataset", "ignore_keys", "metric_key_prefix"),
     "trl.trainer.dpo_trainer:DPOTrainer.log": ("self", "logs", "start_time"),
+    # overridden in `resumable.py`
+    "trl.trainer.dpo_trainer:DPOTrainer.create_model_card": ("self", "model_name", "dataset_name", "tags"),
     # overridden, inherited by TRL from transformers.Trainer
     "trl.trainer.dpo_trainer:DPOTrainer._get_train_sampler": ("self", "train_dataset"),
     "trl.trainer.dpo_trainer:DPOTrainer._get_eval_sampler": ("self", "eval_dataset"),

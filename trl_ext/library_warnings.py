@@ -7,12 +7,17 @@ import logging
 import re
 import warnings
 
+# TRL has the old names, whatever the user says
+RENAMED = (
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "is_gradient_checkpointing",
+    "gradient_checkpointing_enable", "gradient_checkpointing_disable",
+)  # fmt: skip
 PYTHON_WARNINGS = (  # whole messages
-    # TRL's configs have the old name
-    "`gradient_checkpointing` is deprecated and will be removed in v6. Use `activation_checkpointing` instead.",
+    *(f"`{old}` is deprecated and will be removed in v6. Use `{old.replace('gradient', 'activation')}` instead."
+      for old in RENAMED),
     # transformers' default
     "'pin_memory' argument is set as true but no accelerator is found, then device pinned memory won't be used.",
-)
+)  # fmt: skip
 LOGGED = {  # logger: whole messages
     "DeepSpeed": ("Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.",),
     "transformers.configuration_utils": ("`torch_dtype` is deprecated! Use `dtype` instead!",),

@@ -488,7 +488,7 @@ class Rounds:
         names = {name: names.get(name, f"{method} {name.replace('-', ' ')}") for name in self.figures}
         answers = {name: {one["number"]: one for one in self.answers(name)} for name in names}
         first, console = answers["start"], Console(width=110)
-        table = Table(title=f"{len(first)} watched prompts, one answer each at temperature 1", title_justify="left")
+        table = Table(title=f"{len(first)} held-out prompts, one answer each at temperature 1", title_justify="left")
         for heading in ("", *names.values()):
             table.add_column(heading, justify="right" if heading else "left")
 
