@@ -80,7 +80,7 @@ def test_after_self_play(model_dir, tmp_path, monkeypatch):
 def test_after_one_training(model_dir, tmp_path, monkeypatch):
     write_jsonl(tmp_path / "rows.jsonl", PAIRS)
     data = ["--model_name_or_path", model_dir, "--dataset_name", str(tmp_path / "rows.jsonl")]
-    script_args = SimpleNamespace(dataset_name=data[-1], dataset_config=None)
+    script_args = SimpleNamespace(dataset_name=data[-1], dataset_config=None, dataset_train_split="train")
     for recipe, number in (("rrhf.py", 3), ("dpo.py", 3), ("reward.py", 1)):
         called(monkeypatch, recipe, *data, "--beta=0.1", "--learning_rate", "1e-5")
         found = next_commands.after_training(script_args, model_dir, model_dir, ["prompt", "chosen", "rejected"])

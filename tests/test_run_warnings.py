@@ -90,6 +90,11 @@ DPOConfig("x", bf16=False, report_to="none")
 next(iter(DataLoader([1], pin_memory=True)))
 logger = logging.getLogger("DeepSpeed")
 logger.warning(silenced.LOGGED["DeepSpeed"][0])
+from accelerate.logging import get_logger
+from accelerate import PartialState
+PartialState(cpu=True)
+orpo = "trl.experimental.orpo.orpo_trainer"
+get_logger(orpo).warning(silenced.LOGGED[orpo][0])
 logger.warning("another message")
 warnings.warn(silenced.PYTHON_WARNINGS[0] + " And more.")
 """

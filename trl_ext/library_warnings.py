@@ -20,6 +20,10 @@ PYTHON_WARNINGS = (  # whole messages
 )  # fmt: skip
 LOGGED = {  # logger: whole messages
     "DeepSpeed": ("Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.",),
+    "trl.experimental.orpo.orpo_trainer": (
+        "When using DPODataCollatorWithPadding, you should set `remove_unused_columns=False` in your "
+        "TrainingArguments we have set it for you, but you should do it yourself in the future.",
+    ),
     "transformers.configuration_utils": ("`torch_dtype` is deprecated! Use `dtype` instead!",),
     "transformers.modeling_utils": ("`torch_dtype` is deprecated! Use `dtype` instead!",),
 }
@@ -29,7 +33,12 @@ def _silence() -> None:
     for message in PYTHON_WARNINGS:
         warnings.filterwarnings("ignore", message=f"{re.escape(message)}$")
     for name, messages in LOGGED.items():
-        logging.getLogger(name).addFilter(lambda record, messages=messages: record.getMessage() not in messages)
+        logging.getLogger(name).addFilter(lambda record, messages=messages: _without_rank(record) not in messages)
+
+
+def _without_rank(record: logging.LogRecord) -> str:
+    """A message without what Accelerate puts in front."""
+    return re.sub(r"^\[RANK \d+\] ", "", record.getMessage())
 
 
 _silence()

@@ -154,7 +154,12 @@ def after_training(script_args: Any, model: str, output_dir: str, columns: Seque
     """
     if not is_recipe():
         return []
-    data = {"dataset_name": script_args.dataset_name, "dataset_config": script_args.dataset_config}
+    split = script_args.dataset_train_split
+    data = {
+        "dataset_name": script_args.dataset_name,
+        "dataset_config": script_args.dataset_config,
+        "dataset_train_split": None if split == "train" else split,
+    }
     commands: Commands = []
     if recipe_name() == "reward":
         if Path(output_dir, "adapter_config.json").is_file():  # has to be merged before it is a reward
