@@ -119,7 +119,7 @@ def test_sft_beside_spin_goes_on_in_the_data(model_dir, tmp_path, monkeypatch):
         seen.append((trainer.train_dataset["prompt"][:], trainer.state.epoch, trainer.state.global_step))
         return result
 
-    def stage(name, function, *, inputs, shards_models, **arguments):
+    def stage(name, function, *, inputs, shards_models, title, **arguments):
         function(tmp_path / name, **inputs, **arguments)
 
     monkeypatch.setattr(SFTTrainer, "train", keep)

@@ -232,7 +232,7 @@ def built(monkeypatch):
         trainers.append(trainer)
         raise BuiltError
 
-    def stage(run, name, function, *, inputs=None, shards_models=False, **arguments):
+    def stage(run, name, function, *, inputs=None, shards_models=False, title=None, **arguments):
         folder = run.path(name)
         folder.mkdir(parents=True, exist_ok=True)
         figures = function(folder, **(inputs or {}), **arguments)

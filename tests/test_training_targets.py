@@ -50,7 +50,7 @@ def trained_on(recipe, data, model_dir, tmp_path, tokenizer, monkeypatch, *words
 def in_this_process(monkeypatch):
     """One round without evaluations; its stages are run here."""
 
-    def stage(run, name, function, *, inputs=None, shards_models=False, **arguments):
+    def stage(run, name, function, *, inputs=None, shards_models=False, title=None, **arguments):
         run.path(name).mkdir(parents=True, exist_ok=True)
         return function(run.path(name), **(inputs or {}), **arguments)
 
