@@ -18,6 +18,7 @@ import yaml
 
 from tests import warm
 from tests.conftest import REPOSITORY
+from tests.processes import stages_are_numbered
 from tests.test_printed_commands import RUN, recipe_module
 from trl_ext.cli import given_options, parse_recipe_args
 from trl_ext.comparison import OneSeed, parse_comparison_args
@@ -109,7 +110,11 @@ def begin(recipe, *arguments):
         OneSeed(parsed, REPOSITORY / "recipes", 1, given_options(arguments, module.PLAYGROUND_CONFIG))
         return
     is_round = recipe not in ("rl", "reward")
-    rounds = start_rounds(parsed, rows=ROWS.get(recipe, RowOptions())) if is_round else start_playground(parsed)
+    rounds = (
+        start_rounds(parsed, rows=ROWS.get(recipe, RowOptions()))
+        if is_round
+        else start_playground(parsed, num_stages=7)
+    )
     if recipe in ("train_click", "rrhf"):  # likewise, and another reward; fewer candidates
         return
     if recipe != "reward":
@@ -141,7 +146,8 @@ def test_playgrounds_as_the_readme_has_them(recipe, first_playground, tmp_path, 
     assert list(models) == MODELS.get(recipe, ["start", "round-1"])
     last = list(models.values())[-1]
     assert last["reward"] > models["start"]["reward"] and last["num_answers"] == last["num_prompts"] == 1000
-    assert "watched prompts, one answer each at temperature 1" in printed and (folder / "rounds.png").is_file()
+    assert "held-out prompts, one answer each at temperature 1" in printed and stages_are_numbered(printed)
+    assert "\nNext:\n#" in printed and (folder / "rounds.png").is_file()
     assert not figures.out_of_bounds(recipe, figures.rows_of(folder))
     if recipe == "rrhf":
         assert models["round-1"]["reward"] > models["best-of-n"]["reward"]
