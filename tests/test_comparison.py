@@ -477,7 +477,7 @@ def test_two_processes(model_dir, prompts_file, tmp_path):
     results = []
     for processes, batch in ((1, 4), (2, 2)):
         output = tmp_path / str(processes)
-        words = command(model_dir, prompts_file, output, "slic_direct", "dpo", "rl", "kto",
+        words = command(model_dir, prompts_file, output, "slic_direct", "rl",
                         per_device_train_batch_size=batch)  # fmt: skip
         cpu = str(REPOSITORY / "accelerate_configs" / "cpu.yaml")
         run(words, "--config_file", cpu, "--num_processes", str(processes))

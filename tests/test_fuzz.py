@@ -357,6 +357,12 @@ ODD_VALUES = (
 )  # fmt: skip
 
 
+OF_EACH_KIND = (
+    None, True, -1, 1.5, math.nan, 10**400, "", "auto", "a\x00b", "\ud800", "{", "[1", "x" * 3000, b"x", {1.5}, [None],
+    {"a": {"b": [None]}},
+)  # fmt: skip
+
+
 def make(config, values):
     if config in (RankingConfig, SampleAndRankConfig):
         config(**{"rewards": ["a:b"], **values}).check()
@@ -378,11 +384,11 @@ def expected_names(config, names):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
 def test_each_setting_takes_or_refuses_each_odd_value(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    taken = refusals = 0
+    taken, refusals, of_others = 0, 0, theirs(config)
     for name in OWN[config]:
         if name in OF_DPO and config is not SLiCConfig:
             continue  # most configs have them
-        for value in ODD_VALUES:
+        for value in OF_EACH_KIND if name in of_others else ODD_VALUES:
             with refused(*expected_names(config, [name])) as errors:
                 make(config, {name: value})
             taken += not errors

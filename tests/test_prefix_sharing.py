@@ -271,6 +271,7 @@ def test_settings_under_which_nothing_is_rearranged(strong_model_dir, settings, 
         )
 
 
+@pytest.mark.slow
 def test_dropout_is_drawn_in_either_layout(strong_model_dir, settings, long_prompts):
     # not the same draws, but the same loss on average: at learning rate 0, over many draws
     lora = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.3, init_lora_weights=False)

@@ -52,11 +52,18 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def finished(model_dir, tmp_path_factory):
+    """The folder of two rounds on one process, and what they printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    return folder / "whole", run(command("rrhf.py", model_dir, folder / "prompts.jsonl", folder / "whole"))
+
+
 @pytest.mark.slow
-def test_killed_rounds_go_on_to_the_same_model(model_dir, prompts_file, tmp_path):
+def test_killed_rounds_go_on_to_the_same_model(finished, model_dir, prompts_file, tmp_path):
     """kill -9 while round 2 trains; then the same command with resume. Finished stages are left as they are."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    printed = run(command("rrhf.py", model_dir, prompts_file, whole))
+    (whole, printed), broken = finished, tmp_path / "broken"
     assert "wins over the first" in printed and "sampled 60 candidates" in printed and stages_are_numbered(printed)
     report = json.loads((whole / "rounds.json").read_text())
     assert list(report["models"]) == ["start", "round-1", "round-2"] and report["stopped"] is None
@@ -114,9 +121,8 @@ def test_a_failing_reward_loses_no_candidates(model_dir, prompts_file, tmp_path,
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(model_dir, prompts_file, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    run(command("rrhf.py", model_dir, prompts_file, one))
+def test_two_processes_equal_one(finished, model_dir, prompts_file, tmp_path):
+    one, two = finished[0], tmp_path / "two"
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     run(command("rrhf.py", model_dir, prompts_file, two, launcher, per_device_train_batch_size=1))
     name = "round-1/ranked/ranked.jsonl"
@@ -130,10 +136,9 @@ def test_two_processes_equal_one(model_dir, prompts_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_zero3_trains_and_samples_in_turn(model_dir, prompts_file, tmp_path):
+def test_zero3_trains_and_samples_in_turn(finished, model_dir, prompts_file, tmp_path):
     pytest.importorskip("deepspeed", reason="needs the extra trl_ext[deepspeed]")
-    one, two = tmp_path / "one", tmp_path / "two"
-    run(command("rrhf.py", model_dir, prompts_file, one, num_rounds=1))
+    one, two = finished[0], tmp_path / "two"
     config = str(REPOSITORY / "accelerate_configs" / "zero3.yaml")
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2")
     run(command("rrhf.py", model_dir, prompts_file, two, launcher, num_rounds=1, per_device_train_batch_size=1))

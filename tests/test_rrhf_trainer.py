@@ -68,19 +68,25 @@ def build(model, tokenizer, dataset, config_kwargs, **settings):
 # The loss
 
 
+OFFICIAL = {"arithmetic": "official", "length_penalty": 0.5, "rank_weight": 10.0}
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("form", "settings"),
     [
-        {},
-        {"length_penalty": 0.0},
-        {"length_penalty": 0.5, "sft_reduction": "mean"},
-        {"rank_weight": 3.0, "sft_weight": 0.25},
-        {"sft_weight": 0.0},
-        {"arithmetic": "official"},
-        {"arithmetic": "official", "length_penalty": 0.5, "rank_weight": 10.0},
+        ("pairs", {}),
+        ("pairs", OFFICIAL),
+        ("chat pairs", {}),
+        ("chat pairs", OFFICIAL),
+        ("lists", {}),
+        ("lists", {"length_penalty": 0.0}),
+        ("lists", {"length_penalty": 0.5, "sft_reduction": "mean"}),
+        ("lists", {"rank_weight": 3.0, "sft_weight": 0.25}),
+        ("lists", {"sft_weight": 0.0}),
+        ("lists", {"arithmetic": "official"}),
+        ("lists", OFFICIAL),
     ],
 )
-@pytest.mark.parametrize("form", ["lists", "pairs", "chat pairs"])
 def test_compute_loss_equals_slow_reference(form, settings, model, tokenizer, lists, pairs, chat_pairs, config_kwargs):
     rows = {"lists": lists, "pairs": pairs, "chat pairs": chat_pairs}[form]
     trainer = build(model, tokenizer, rows, config_kwargs, **settings)
@@ -170,9 +176,9 @@ def run(model_dir, tokenizer, rows, config_kwargs, **settings):
 
 @pytest.mark.parametrize("settings", [{}, {"arithmetic": "official"}, {"rank_weight": 0.0}])
 def test_any_split_into_micro_batches_gives_the_same_training(settings, model_dir, tokenizer, lists, config_kwargs):
-    """1 x 8 = 8 x 1 = 2 x 4 with rows of 1 to 8 candidates, and in 3 x 3 the last micro-batch is smaller."""
+    """1 x 8 = 8 x 1 with rows of 1 to 8 candidates, and in 3 x 3 the last micro-batch is smaller."""
     runs = []
-    for batch_size, accumulation in ((8, 1), (1, 8), (2, 4), (3, 3)):
+    for batch_size, accumulation in ((8, 1), (1, 8), (3, 3)):
         kwargs = {**config_kwargs, **SGD, "per_device_train_batch_size": batch_size, "num_train_epochs": 3}
         runs.append(run(model_dir, tokenizer, lists, kwargs, gradient_accumulation_steps=accumulation, **settings))
     start = weights(build(model_dir, tokenizer, lists, config_kwargs))

@@ -89,9 +89,18 @@ def dataset_of(form, pairs, chat_pairs, ranked):
 # The loss
 
 
-@pytest.mark.parametrize("form", ["plain", "plain+reference", "chat", "chat+reference", "ranked"])
-@pytest.mark.parametrize("reg_type", ["cross_entropy", "kl"])
-@pytest.mark.parametrize("calibration", CALIBRATIONS)
+FORMS = ["plain", "plain+reference", "chat", "chat+reference", "ranked"]
+REGULARISERS = ["cross_entropy", "kl"]
+
+
+@pytest.mark.parametrize(
+    ("calibration", "reg_type", "form"),
+    [  # any two values meet
+        (calibration, REGULARISERS[(row + column) % 2], form)
+        for row, calibration in enumerate(CALIBRATIONS)
+        for column, form in enumerate(FORMS)
+    ],
+)
 def test_compute_loss_equals_slow_reference(
     calibration, reg_type, form, model, tokenizer, pairs, chat_pairs, ranked, config_kwargs
 ):
@@ -252,7 +261,7 @@ def test_any_split_into_micro_batches_gives_the_same_training(num_rows, model_di
     """1 x 8 = 8 x 1, and with 7 rows the last micro-batch of 3 x 3 is smaller than the others."""
     rows = pairs.select(range(num_rows))
     runs = []
-    for batch_size, accumulation in ((8, 1), (1, 8), (3, 3), (2, 4)):
+    for batch_size, accumulation in ((8, 1), (1, 8), (3, 3)):
         kwargs = {**config_kwargs, **SGD, "per_device_train_batch_size": batch_size}
         runs.append(
             run(model_dir, tokenizer, rows, kwargs, gradient_accumulation_steps=accumulation, num_train_epochs=3)

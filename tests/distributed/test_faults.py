@@ -117,7 +117,6 @@ def untouched(request, model_dir, tmp_path_factory):
 
 KILLS = {
     "in the forward pass": {"where": "forward", "step": 5},
-    "while its random state is written": {"where": "save", "step": 6, "file": "rng_state"},
     "while the optimiser is written": {"where": "save", "step": 6, "file": "optimizer", "process": 0},
 }
 

@@ -134,7 +134,6 @@ def data(tmp_path):
     rows = {
         "pairs": PAIRS,
         "ranked": (ROWS["ranked"] * 2)[:8],
-        "sft": [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS],
     }
     for name, each in rows.items():
         Dataset.from_list(each).to_json(tmp_path / f"{name}.jsonl")
@@ -181,7 +180,6 @@ def test_slic_on_two_processes_of_a_cpu(model_dir, data):
     ("config", "recipe", "rows", "arguments"),
     [
         ("ddp.yaml", "rrhf.py", "ranked", ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]),
-        ("zero1.yaml", "rrhf.py", "ranked", []),
         ("zero2.yaml", "train_click.py", "pairs", []),
         ("zero3.yaml", "spin.py", "pairs", ["--beta", "1.0"]),
         ("zero3_offload.yaml", "slic.py", "pairs", []),
@@ -211,17 +209,6 @@ def test_candidates_are_sampled_by_two_processes_of_a_cpu(model_dir, data):
         max_new_tokens=4, rewards=reward,
     )  # fmt: skip
     assert len(read_jsonl(output / "candidates.jsonl")) == 8
-
-
-@without_accelerator
-@pytest.mark.slow
-def test_spin_plays_on_two_processes_of_a_cpu(model_dir, data):
-    _, output = start(
-        "cpu.yaml", "spin.py", model_dir, data, dataset_name=data / "sft.jsonl", report_to="none", num_iterations=1,
-        num_watched_prompts=2, max_new_tokens=4, per_device_train_batch_size=1,
-    )  # fmt: skip
-    report = json.loads((output / "spin.json").read_text())
-    assert report["training"]["iteration-0"]["steps"] > 0
 
 
 @without_accelerator

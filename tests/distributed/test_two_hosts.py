@@ -93,26 +93,51 @@ def has_tokenised(done):
     return ["Tokenizing train dataset: 100%" in one.stdout for one in done]
 
 
+def assert_refused(done, checkpoint):
+    """On all hosts, as one of them has no whole checkpoint."""
+    for one in done:
+        assert one.returncode != 0
+        assert f"Process 1 (beta) does not see {checkpoint}" in one.stdout
+        assert "Every machine needs the whole checkpoint" in one.stdout
+
+
 @pytest.mark.slow
 def test_ddp_over_two_hosts_without_a_shared_folder(hosts, data, model_dir, tmp_path):
-    """Lists of 1, 2, 4, 2 equal and 5 candidates; neither the output folder nor the datasets cache is shared."""
+    """
+    Lists of 1, 2, 4, 2 equal and 5 candidates; neither the output folder nor the datasets cache is shared. A
+    checkpoint that the main host alone has is resumed once it is copied.
+    """
     on_one_host(*recipe("rrhf", model_dir, data["ragged"], tmp_path / "one"))
     two, cache = tmp_path / "two", tmp_path / "cache"
     main, other = (host.unshare(two) for host in hosts)
     for host in hosts:
         host.unshare(cache)
-    done = launch_on(
-        hosts, "multi_node_ddp", *recipe("rrhf", model_dir, data["ragged"], two), HF_DATASETS_CACHE=str(cache)
-    )
+    command = recipe("rrhf", model_dir, data["ragged"], two, save_strategy="steps", save_steps=5)
+    done = launch_on(hosts, "multi_node_ddp", *command, HF_DATASETS_CACHE=str(cache))
     assert_ended(done)
     assert_same(tmp_path / "one", main)
-    assert not list(two.iterdir()) and not list(other.iterdir()), "the main host has the model, and only it"
+    assert not list(two.iterdir()) and {path.name for path in other.iterdir()} <= {"checkpoint-5", "checkpoint-9"}
     assert has_tokenised(done) == [True, True]
     assert all("Prefix sharing rearranged" in one.stdout for one in done[:1])
+
+    expected = load_file(main / "model.safetensors")
+    for folder in (main, other):
+        shutil.rmtree(folder / "checkpoint-9")
+    (main / "model.safetensors").unlink()
+    command += ["--resume_from_checkpoint", "true"]
+    assert_refused(launch_on(hosts, "multi_node_ddp", *command, HF_DATASETS_CACHE=str(cache)), two / "checkpoint-5")
+    shutil.copytree(main / "checkpoint-5", other / "checkpoint-5", dirs_exist_ok=True)
+    done = launch_on(hosts, "multi_node_ddp", *command, HF_DATASETS_CACHE=str(cache))
+    assert_ended(done)
+    assert done[0].stdout.count("{'loss'") == 4, "5 of 9 steps were done before"
+    assert not (other / "model.safetensors").exists()
+    for name, weight in load_file(main / "model.safetensors").items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.slow
 def test_zero_3_over_two_hosts_and_resuming(hosts, data, model_dir, tmp_path):
+    """In a shared folder. Where each host has its share of a checkpoint alone, it is refused."""
     pytest.importorskip("deepspeed", reason="needs the extra trl_ext[deepspeed]")
     saving = {"save_strategy": "steps", "save_steps": 5}
     on_one_host(*recipe("slic", model_dir, data["ranked"], tmp_path / "one"))
@@ -135,6 +160,21 @@ def test_zero_3_over_two_hosts_and_resuming(hosts, data, model_dir, tmp_path):
     assert done[0].stdout.count("{'loss'") == 4, "5 of 9 steps were done before"
     assert_same(tmp_path / "one", tmp_path / "two", rtol=1e-3, atol=1e-4)
 
+    parts, whole = tmp_path / "parts", tmp_path / "two" / "checkpoint-5"
+    main, other = (host.unshare(parts) for host in hosts)
+    sealed = json.loads((whole / SEAL).read_text())
+    of_other = {name for name in sealed["files"] if "rank_1_" in name or name == "rng_state_1.pth"}
+    for folder, names in ((main, set(sealed["files"]) - of_other), (other, of_other)):
+        for name in names:
+            (folder / "checkpoint-5" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(whole / name, folder / "checkpoint-5" / name)
+        own = {**sealed, "files": {name: sealed["files"][name] for name in names}}
+        (folder / "checkpoint-5" / SEAL).write_text(json.dumps(own))
+    assert len(of_other) > 2
+    command = recipe("slic", model_dir, data["ranked"], parts, **saving)
+    done = launch_on(hosts, "multi_node_zero3", *command, "--resume_from_checkpoint", "true")
+    assert_refused(done, parts / "checkpoint-5")
+
 
 @pytest.mark.slow
 def test_spin_on_pairs_over_two_hosts(hosts, data, model_dir, tmp_path):
@@ -144,36 +184,6 @@ def test_spin_on_pairs_over_two_hosts(hosts, data, model_dir, tmp_path):
     assert_ended(launch_on(hosts, "multi_node_ddp", *recipe("spin", model_dir, data["pairs"], tmp_path / "two")))
     assert_same(tmp_path / "one", main)
     assert (main / "reference_train.npz").is_file()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
-def test_resuming_without_a_shared_folder(strategy, hosts, data, model_dir, tmp_path):
-    """Refused on all hosts, as a checkpoint is on the main host alone or in parts; copied together it is resumed."""
-    if strategy == "zero3":
-        pytest.importorskip("deepspeed", reason="needs the extra trl_ext[deepspeed]")
-    config, two = f"multi_node_{strategy}", tmp_path / "two"
-    main, other = (host.unshare(two) for host in hosts)
-    command = recipe("slic", model_dir, data["pairs"], two, save_strategy="steps", save_steps=8, eval_strategy="no")
-    assert_ended(launch_on(hosts, config, *command))
-    expected = load_file(main / "model.safetensors")
-    for folder in (main, other):
-        shutil.rmtree(folder / "checkpoint-12")
-    (main / "model.safetensors").unlink()
-
-    command += ["--resume_from_checkpoint", "true"]
-    for one in launch_on(hosts, config, *command):
-        assert one.returncode != 0
-        assert f"Process 1 (beta) does not see {two}/checkpoint-8" in one.stdout
-        assert "Every machine needs the whole checkpoint" in one.stdout
-
-    shutil.copytree(main / "checkpoint-8", other / "checkpoint-8", dirs_exist_ok=True)
-    done = launch_on(hosts, config, *command)
-    assert_ended(done)
-    assert done[0].stdout.count("{'loss'") == 4, "8 of 12 steps were done before"
-    assert not (other / "model.safetensors").exists()
-    for name, weight in load_file(main / "model.safetensors").items():
-        torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.slow
@@ -272,15 +282,13 @@ def test_batch_script_told_to_stop_and_requeued(hosts, slurm, data, model_dir, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("cache_is_shared", "times"), [(True, [1, 0]), (False, [1, 1])])
-def test_rows_are_tokenised_once_for_each_cache(cache_is_shared, times, hosts, data, model_dir, tmp_path):
-    """Two processes on each host."""
+def test_rows_are_tokenised_once_for_each_cache(hosts, data, model_dir, tmp_path):
+    """Two processes on each host, each of which has a cache; `test_zero_3_over_two_hosts_and_resuming` shares one."""
     cache = tmp_path / "cache"
-    if not cache_is_shared:
-        for host in hosts:
-            host.unshare(cache)
+    for host in hosts:
+        host.unshare(cache)
     script = [REPOSITORY / "tests" / "distributed" / "prepare.py", model_dir, data["pairs"]]
     done = launch_on(hosts, "multi_node_ddp", *script, num_processes=4, HF_DATASETS_CACHE=str(cache))
     assert_ended(done)
-    assert [one.stdout.count("Caching processed dataset at") for one in done] == times
+    assert [one.stdout.count("Caching processed dataset at") for one in done] == [1, 1]
     assert [one.stdout.count("has its rows") for one in done] == [2, 2]
