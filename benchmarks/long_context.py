@@ -34,7 +34,7 @@ from pathlib import Path
 from common import MODELS, RESULTS, append, circumstances, make_model
 
 FRESH = multiprocessing.get_context("forkserver")
-PRELOADED = ["deepspeed", "trl_ext.slic_trainer", "trl_ext.rrhf_trainer"]
+PRELOADED = ["deepspeed", "trl_ext.methods.slic.trainer", "trl_ext.methods.rrhf.trainer"]
 WAYS = ("padded", "scored head", "shared")
 LENGTH_STEP = 32
 TOLERANCE = 0.1
@@ -65,7 +65,7 @@ def measure(job: dict, result, log: str) -> None:
 
     from trl_ext import RRHFConfig, RRHFTrainer, SLiCConfig, SLiCTrainer
     from trl_ext.execution.cost import CostModel
-    from trl_ext.playground import byte_level_tokenizer
+    from trl_ext.playground.model import byte_level_tokenizer
 
     if job["way"] == "scored head":
         CostModel.pays = lambda *_: False

@@ -122,7 +122,7 @@ def _rewards(folder: Path) -> dict[int, float]:
 
 def _over(rewards: dict[int, float], first: dict[int, float]) -> dict[str, Any]:
     """Gain and wins over the first model."""
-    from trl_ext.intervals import paired_difference, wins
+    from trl_ext.runs.intervals import paired_difference, wins
 
     both = sorted(rewards.keys() & first.keys())
     scores, others = [rewards[number] for number in both], [first[number] for number in both]
@@ -223,7 +223,7 @@ def run_recipe(recipe: str, seed: int, folder: Path) -> None:
     """Run a recipe with its shipped config in this process, but for the SFT model, which is shared."""
     from playground import shared_sft  # stages find it under this name
 
-    from trl_ext.stages import Run
+    from trl_ext.runs.run import Run
 
     stage = Run.stage
 
@@ -240,7 +240,7 @@ def run_recipe(recipe: str, seed: int, folder: Path) -> None:
 
 def shared_sft(folder: Path, *, playground: Any) -> dict[str, float]:
     """The playground's SFT model, trained where it was not; a stage."""
-    from trl_ext.playground import sft_stage
+    from trl_ext.playground.stages import sft_stage
 
     name = f"sft-{playground.seed}" + ("" if playground.with_tone else "-without-tone")
     kept = RUNS / name

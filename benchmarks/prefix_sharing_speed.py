@@ -36,7 +36,7 @@ from trl_ext import enable_prefix_sharing
 from trl_ext._trl import add_fused_lm_head
 from trl_ext.execution.cost import CostModel
 from trl_ext.execution.sharing import PrefixSharing
-from trl_ext.playground import byte_level_tokenizer
+from trl_ext.playground.model import byte_level_tokenizer
 
 SHAPES = [
     Shape("TL;DR", (300, 400), (25, 50), 2, 2),

@@ -40,8 +40,9 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    from trl_ext.playground import byte_level_tokenizer
-    from trl_ext.sampling import SamplingConfig, sample_candidates
+    from trl_ext.playground.model import byte_level_tokenizer
+    from trl_ext.sampling.candidates import sample_candidates
+    from trl_ext.sampling.config import SamplingConfig
 
     logging.disable_progress_bar()
     directory = tempfile.TemporaryDirectory()

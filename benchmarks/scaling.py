@@ -45,7 +45,6 @@ Not in it: the CUDA context, buckets of DDP and DeepSpeed, fragmentation, the LM
 
 import argparse
 import contextlib
-import csv
 import json
 import os
 import shlex
@@ -54,112 +53,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-from common import MODELS, REPOSITORY, RESULTS, Shape, append, circumstances, make_model
-
-GPU_MEMORY = 80e9
-# Left for what the model leaves out.
-HEADROOM = 8e9
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
-NAMES = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3, FSDP2", "offload": "ZeRO-3, offloaded"}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A Llama: its sizes, with heads of 128."""
-
-    name: str
-    parameters: float
-    hidden: int
-    mlp: int
-    heads: int
-    key_value_heads: int
-    layers: int
-    vocabulary: int = 32000
-
-    @property
-    def lora(self) -> float:
-        """Parameters of a LoRA of rank 16 on all linear layers."""
-        hidden, key_value = self.hidden, 128 * self.key_value_heads
-        return 16 * self.layers * (2 * 2 * hidden + 2 * (hidden + key_value) + 3 * (hidden + self.mlp))
-
-    @property
-    def recomputed(self) -> float:
-        """Parameters that activation checkpointing runs again: of each layer all but its last matrix."""
-        key_value = 128 * self.key_value_heads
-        return self.layers * 2 * self.hidden * (self.hidden + key_value + self.mlp)
-
-    @property
-    def gathered(self) -> float:
-        """Bytes of weights in use at a time where they are split: two layers or the embedding, bf16."""
-        embedding = self.vocabulary * self.hidden
-        return 2 * max(embedding, 2 * (self.parameters - 2 * embedding) / self.layers)
-
-    def activations(self, tokens: int, row_length: int, *, checkpointing: bool, shared: bool) -> float:
-        """Bytes that autograd keeps for a batch of `tokens` in rows of `row_length`, and the mask if it is shared."""
-        layer = 24 * self.hidden + 8 * self.mlp + 4 * self.heads + 8
-        kept = 2 * self.hidden * self.layers + layer if checkpointing else layer * self.layers
-        return tokens * kept + (2 * row_length**2 if shared else 0)
-
-
-ARCHITECTURES = (
-    Architecture("7B", 6.74e9, 4096, 11008, 32, 32, 32),
-    Architecture("70B", 68.98e9, 8192, 28672, 64, 8, 80),
+from common import REPOSITORY, RESULTS, Shape, append, circumstances, make_model
+from scaling_model import (
+    BASE,
+    STRATEGIES,
 )
-
-# one prompt on each GPU: tokens of the prompt, tokens of each answer, answers
-BATCHES = ((2048, 512, 2), (2048, 512, 6))
-
-
-def states(strategy: str, parameters: float, trained: float, processes: int) -> float:
-    """
-    Bytes of weights, gradients and optimiser states on each process; frozen weights are bf16.
-
-    Args:
-        strategy (`str`): `"ddp"`, `"zero1"`, `"zero2"`, `"zero3"` (also FSDP2) or `"offload"`.
-        parameters, trained (`float`): of the model, and those that are trained.
-        processes (`int`): N.
-    """
-    kept, split = {"ddp": (16, 0), "zero1": (4, 12), "zero2": (2, 14), "zero3": (0, 16), "offload": (0, 0)}[strategy]
-    frozen = parameters - trained
-    return trained * (kept + split / processes) + frozen * frozen_bytes(strategy, processes)
-
-
-def frozen_bytes(strategy: str, processes: int) -> float:
-    """Bytes on each process for each parameter that is not trained, a reference model's for instance."""
-    return {"zero3": 2 / processes, "offload": 0.0}.get(strategy, 2.0)
-
-
-def communication(
-    strategy: str,
-    parameters: float,
-    trained: float,
-    *,
-    bytes_each: int = 2,
-    recomputed: float = 0,
-    parts: int = 1,
-    frozen_embedding: float = 0,
-    keeps_weights: bool = False,
-) -> float:
-    """
-    Volume in bytes for one forward and backward of one optimiser step.
-
-    Args:
-        strategy, parameters, trained: as in [`states`].
-        bytes_each (`int`): of a weight or gradient on the wire.
-        recomputed (`float`): parameters of what is run again for the backward.
-        parts (`int`): in which `max_completions_per_forward` runs a batch.
-        frozen_embedding (`float`): parameters of an input embedding that is not trained, which no backward needs.
-        keeps_weights (`bool`): ZeRO-3 keeps what it gathered till the backward, as DeepSpeed does by default with
-            models of less than `stage3_max_live_parameters`, 10^9.
-    """
-    if strategy in ("ddp", "zero1", "zero2"):
-        return (2 if strategy == "ddp" else 3) * bytes_each * trained
-    gathered = parameters if keeps_weights else parts * (2 * parameters - frozen_embedding + recomputed)
-    return bytes_each * (gathered + trained)
-
+from scaling_tables import (
+    activations_table,
+    communication_table,
+    expected,
+    largest_on_a_node,
+    measured_table,
+    memory_table,
+    share_table,
+)
 
 # Measuring
 
@@ -208,7 +117,7 @@ def measure(job: dict) -> None:
     from transformers import TrainerCallback
 
     from trl_ext import RRHFConfig, RRHFTrainer, SLiCConfig, SLiCTrainer
-    from trl_ext.playground import byte_level_tokenizer
+    from trl_ext.playground.model import byte_level_tokenizer
 
     torch.set_num_threads(1)
     seen, marks, times = [], [], []
@@ -294,20 +203,6 @@ def launch(job: dict) -> dict:
         return json.loads(Path(folder, "found.json").read_text())
 
 
-BASE = {
-    "model": "39M",
-    "prompt": 96,
-    "answer": 32,
-    "k": 2,
-    "lora": False,
-    "way": "shared",
-    "checkpointing": False,
-    "max_completions_per_forward": None,
-    "keeps_weights": True,
-    "processes": 2,
-}
-
-
 def jobs() -> list[dict]:
     spread = {"strategy": "zero3", "keeps_weights": False}
     changes = [
@@ -329,26 +224,6 @@ def jobs() -> list[dict]:
         {**spread, "k": 6, "max_completions_per_forward": 2},
     ]
     return [{**BASE, "count": True, "steps": 2, **change} for change in changes]
-
-
-def expected(row: dict) -> float:
-    """[`communication`] for a row of `scaling.csv`."""
-    hidden, layers, _, _, mlp, _ = MODELS[BASE["model"]]
-    embedding = 32000 * hidden
-    most = row["max_completions_per_forward"]
-    recomputed = layers * (4 * hidden**2 + 2 * hidden * mlp) if str(row["checkpointing"]) == "True" else 0
-    if most:  # the layers; and of the head, as large as the embedding, one gathering less was counted
-        recomputed += int(row["parameters"]) - 3 * embedding
-    return communication(
-        row["strategy"],
-        int(row["parameters"]),
-        int(row["trained"]),
-        bytes_each=4,
-        recomputed=recomputed,
-        parts=-(-int(row["k"]) // int(most)) if most else 1,
-        frozen_embedding=embedding if str(row["lora"]) == "True" else 0,
-        keeps_weights=str(row["keeps_weights"]) == "True",
-    )
 
 
 def count(options) -> None:
@@ -409,155 +284,6 @@ def time_steps(options) -> None:
             }
             append(RESULTS / "scaling_time.csv", [row])
             print(f"{strategy:<6} {way:<7} {one:.2f} s on 1, {two:.2f} s on 2: {row['times_as_fast']:.2f}", flush=True)
-
-
-# Tables
-
-
-def tokens_of(batch: tuple[int, int, int], shared: bool) -> tuple[int, int]:
-    """Tokens computed for a prompt with its answers, and the length of their rows."""
-    prompt, answer, k = batch
-    return (prompt + k * answer,) * 2 if shared else (k * (prompt + answer), prompt + answer)
-
-
-def table(head: list[str], rows: list[list]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def gigabytes(value: float) -> str:
-    text = f"{value / 1e9:,.1f}" if value < 99.5e9 else f"{value / 1e9:,.0f}"
-    return f"**{text}**" if 0 <= value <= GPU_MEMORY - HEADROOM else text
-
-
-def memory_table() -> str:
-    head = ["computed, GB per GPU", *(f"{m.name}, {n} GPU{'s' * (n > 1)}" for m in ARCHITECTURES for n in (1, 8, 64))]
-    rows = []
-    for lora in (False, True):
-        for strategy, name in NAMES.items():
-            cells = []
-            for model in ARCHITECTURES:
-                adapters = model.lora if lora else 0
-                for processes in (1, 8, 64):
-                    held = states(strategy, model.parameters + adapters, adapters or model.parameters, processes)
-                    held += model.gathered if strategy == "offload" or (strategy == "zero3" and processes > 1) else 0
-                    tokens, length = tokens_of(BATCHES[0], shared=True)
-                    held += model.activations(tokens, length, checkpointing=True, shared=True)
-                    cells.append(gigabytes(held))
-            rows.append([f"{'LoRA' if lora else 'full'}, {name}", *cells])
-    for strategy in ("ddp", "zero3"):
-        cells = [
-            f"+ {2 * m.parameters / 1e9:.1f}" if strategy == "ddp" else f"+ {2 * m.parameters / n / 1e9:.1f}"
-            for m in ARCHITECTURES
-            for n in (1, 8, 64)
-        ]
-        names = "DDP, ZeRO-1, ZeRO-2" if strategy == "ddp" else "ZeRO-3, FSDP2"
-        rows.append([f"a reference model (none here), {names}", *cells])
-    return table(head, rows)
-
-
-def largest_on_a_node() -> str:
-    """The largest model whose states fit on 8 GPUs; the activations and gathered layers of the 7B scaled along."""
-    rows = []
-    model = ARCHITECTURES[0]
-    tokens, length = tokens_of(BATCHES[0], shared=True)
-    for strategy, name in NAMES.items():
-        if strategy == "offload":
-            continue
-        cells = []
-        for adapters in (0, model.lora / model.parameters):
-            each = states(strategy, 1.0 + adapters, adapters or 1.0, 8)
-            working = model.gathered if strategy == "zero3" else 0
-            working += model.activations(tokens, length, checkpointing=True, shared=True)
-            cells.append(f"{(GPU_MEMORY - HEADROOM) / (each + working / model.parameters) / 1e9:.0f} B")
-        rows.append([name, *cells])
-    return table(["computed, largest model on 8 GPUs of 80 GB", "full", "LoRA"], rows)
-
-
-def activations_table() -> str:
-    rows = []
-    for batch in BATCHES:
-        for checkpointing in (False, True):
-            cells = []
-            for model in ARCHITECTURES:
-                for shared in (False, True):
-                    tokens, length = tokens_of(batch, shared)
-                    cells.append(
-                        gigabytes(model.activations(tokens, length, checkpointing=checkpointing, shared=shared))
-                    )
-            padded, shared = (tokens_of(batch, way)[0] for way in (False, True))
-            rows.append([f"K = {batch[2]}", "on" if checkpointing else "off", f"{padded} / {shared}", *cells])
-    head = ["computed, GB of activations", "checkpointing", "tokens padded / shared"]
-    return table(head + [f"{m.name}, {way}" for m in ARCHITECTURES for way in ("padded", "shared")], rows)
-
-
-def communication_table() -> str:
-    head = ["computed, GB per step", *(f"{m.name}, {t}" for m in ARCHITECTURES for t in ("full", "LoRA"))]
-    rows = []
-    for strategy, checkpointing, name in (
-        ("ddp", False, "DDP"),
-        ("zero2", False, "ZeRO-1, ZeRO-2"),
-        ("zero3", False, "ZeRO-3, FSDP2"),
-        ("zero3", True, "ZeRO-3, FSDP2, checkpointing"),
-    ):
-        cells = []
-        for model in ARCHITECTURES:
-            for adapters in (0, model.lora):
-                sent = communication(
-                    strategy,
-                    model.parameters + adapters,
-                    adapters or model.parameters,
-                    recomputed=model.recomputed if checkpointing else 0,
-                    frozen_embedding=model.vocabulary * model.hidden if adapters else 0,
-                )
-                cells.append(f"{sent / 1e9:,.1f}")
-        rows.append([name, *cells])
-    return table(head, rows)
-
-
-def share_table(flops: float = 400e12, bandwidth: float = 50e9) -> str:
-    """Communication's part of a step if nothing overlapped: 8 FLOPs per weight and token (with recomputing)."""
-    model = ARCHITECTURES[0]
-    rows = []
-    for batch in BATCHES:
-        cells = []
-        for strategy in ("ddp", "zero3"):
-            sent = communication(strategy, model.parameters, model.parameters, recomputed=model.recomputed) / bandwidth
-            for shared in (False, True):
-                computing = 8 * model.parameters * tokens_of(batch, shared)[0] / flops
-                cells.append(f"{sent / (sent + computing):.0%}")
-        rows.append([f"K = {batch[2]}", *cells])
-    head = ["computed, communication / (communication + computing)"]
-    return table(head + [f"{s}, {way}" for s in ("DDP", "ZeRO-3") for way in ("padded", "shared")], rows)
-
-
-def measured_table(path: Path) -> str:
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
-    lines = []
-    for row in rows:
-        is_spread = row["strategy"] == "zero3" and row["keeps_weights"] == "False"
-        parts = [f"K = {row['k']}", row["way"]]
-        parts += ["checkpointing"] * (row["checkpointing"] == "True")
-        if row["max_completions_per_forward"]:
-            parts.append(f"{row['max_completions_per_forward']} completions per forward")
-        trained = float(row["trained"]) * 4
-        whole = float(row["parameters"]) * 4
-        unit = whole if row["strategy"] == "zero3" else trained
-        lines.append(
-            [
-                {"zero3": "ZeRO-3"}.get(row["strategy"], NAMES[row["strategy"]]) + ", as a large model" * is_spread,
-                "LoRA" if row["lora"] == "True" else "full",
-                ", ".join(parts),
-                row["collectives"],
-                f"{float(row['volume_bytes']) / 1e6:,.1f}",
-                f"{float(row['volume_bytes']) / unit:.2f} {'Ψ' if row['strategy'] == 'zero3' else 'Ψₜ'}",
-                f"{expected(row) / unit:.2f}",
-                f"{row['other_collectives']}, {float(row['other_bytes']) / 1e3:.1f} kB",
-            ]
-        )
-    head = ["measured", "", "batch", "collectives", "MB", "in parameters", "model", "besides"]
-    return table(head, lines)
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ def make_model(directory: str, shape: str) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from trl_ext.playground import byte_level_tokenizer
+    from trl_ext.playground.model import byte_level_tokenizer
 
     hidden_size, num_layers = SHAPES[shape]
     config = LlamaConfig(

@@ -28,27 +28,27 @@ from trl_ext.cli import parse_recipe_args, run_recipe, train_and_save
 
 DATACLASSES = (
     "trl.ScriptArguments",
-    "trl_ext.trl_configs.BestOfNConfig",
+    "trl_ext.methods.best_of_n.config.BestOfNConfig",
     "trl.ModelConfig",
     "trl.DatasetMixtureConfig",
-    "trl_ext.sampling.SamplingConfig",
-    "trl_ext.rounds.RoundsConfig",
+    "trl_ext.sampling.config.SamplingConfig",
+    "trl_ext.runs.config.RoundsConfig",
 )
 PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "best_of_n_playground.yaml"
 
 
 def train(arguments, **stage):
     """Train once: on what the arguments say, or, in rounds, on the round's model, data and folder."""
-    from trl_ext.plots import SFT_PANELS
-    from trl_ext.trl_trainers import BestOfNTrainer
+    from trl_ext.methods.best_of_n.trainer import BestOfNTrainer
+    from trl_ext.runs.curves import SFT_PANELS
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
     return train_and_save(BestOfNTrainer, parsed, panels=SFT_PANELS, **stage)
 
 
 def main(arguments):
+    from trl_ext.cli import in_rounds, start_rounds
     from trl_ext.data import RowOptions
-    from trl_ext.rounds import in_rounds, start_rounds
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
     if not in_rounds(parsed):

@@ -22,21 +22,24 @@ interruption, or to add methods: the same command and `--resume_from_checkpoint 
 import sys
 from pathlib import Path
 
-from trl_ext.cli import given_options, is_playground, run_recipe
+from trl_ext.cli import given_options, run_recipe
+from trl_ext.runs.settings import is_playground
 
 DATACLASSES = (
     "trl.ScriptArguments",
-    "trl_ext.comparison_config.ComparisonConfig",
+    "trl_ext.comparison.config.ComparisonConfig",
     "trl.ModelConfig",
     "trl.DatasetMixtureConfig",
-    "trl_ext.sampling.SamplingConfig",
-    "trl_ext.comparison_config.ComparedRoundsConfig",
+    "trl_ext.sampling.config.SamplingConfig",
+    "trl_ext.comparison.config.ComparedRoundsConfig",
 )
 PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "compare_playground.yaml"
 
 
 def main(arguments):
-    from trl_ext.comparison import compare, has_failed, parse_comparison_args
+    from trl_ext.comparison.arguments import parse_comparison_args
+    from trl_ext.comparison.compare import compare
+    from trl_ext.comparison.one_seed import has_failed
 
     parsed = parse_comparison_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
     given = given_options(arguments, PLAYGROUND_CONFIG if is_playground(*parsed) else None)

@@ -28,27 +28,27 @@ from trl_ext.cli import parse_recipe_args, run_recipe, train_and_save
 
 DATACLASSES = (
     "trl.ScriptArguments",
-    "trl_ext.orpo_config.ORPOConfig",
+    "trl_ext.methods.orpo.config.ORPOConfig",
     "trl.ModelConfig",
     "trl.DatasetMixtureConfig",
-    "trl_ext.sampling.SamplingConfig",
-    "trl_ext.rounds.RoundsConfig",
+    "trl_ext.sampling.config.SamplingConfig",
+    "trl_ext.runs.config.RoundsConfig",
 )
 PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "orpo_playground.yaml"
 
 
 def train(arguments, **stage):
     """Train once: on what the arguments say, or, in rounds, on the round's model, data and folder."""
-    from trl_ext.orpo_trainer import ORPOTrainer
-    from trl_ext.plots import ORPO_PANELS
+    from trl_ext.methods.orpo.trainer import ORPOTrainer
+    from trl_ext.runs.curves import ORPO_PANELS
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
     return train_and_save(ORPOTrainer, parsed, panels=ORPO_PANELS, **stage)
 
 
 def main(arguments):
+    from trl_ext.cli import in_rounds, start_rounds
     from trl_ext.data import RowOptions
-    from trl_ext.rounds import in_rounds, start_rounds
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
     if not in_rounds(parsed):

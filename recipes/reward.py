@@ -20,11 +20,12 @@ The model goes wherever rewards are named: `--rewards runs/reward`. LoRA: `--use
 
 from pathlib import Path
 
-from trl_ext.cli import is_playground, parse_recipe_args, run_recipe, train_and_save
+from trl_ext.cli import parse_recipe_args, run_recipe, train_and_save
+from trl_ext.runs.settings import is_playground
 
 DATACLASSES = (
     "trl.ScriptArguments",
-    "trl_ext.trl_configs.RewardConfig",
+    "trl_ext.methods.reward.config.RewardConfig",
     "trl.ModelConfig",
     "trl.DatasetMixtureConfig",
 )
@@ -33,8 +34,8 @@ PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "reward_playground.yaml"
 
 def train(arguments, **stage):
     """Train once: on what the arguments say, or, on the playground, on the stage's model, data and folder."""
-    from trl_ext.plots import REWARD_PANELS
-    from trl_ext.trl_trainers import RewardTrainer
+    from trl_ext.methods.reward.trainer import RewardTrainer
+    from trl_ext.runs.curves import REWARD_PANELS
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
     return train_and_save(RewardTrainer, parsed, panels=REWARD_PANELS, **stage)
@@ -42,7 +43,8 @@ def train(arguments, **stage):
 
 def play_on_the_playground(parsed, arguments):
     """A reward model of ranked answers, and how often it tells the better one of others."""
-    from trl_ext.playground_rounds import pair_accuracy, start_playground
+    from trl_ext.cli import start_playground
+    from trl_ext.playground.stages import pair_accuracy
 
     if parsed[2].use_peft:
         raise ValueError(

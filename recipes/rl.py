@@ -20,11 +20,12 @@ values of a run in one file: `--config recipes/configs/rl_tldr.yaml`.
 
 from pathlib import Path
 
-from trl_ext.cli import is_playground, parse_recipe_args, run_recipe, train_and_save
+from trl_ext.cli import parse_recipe_args, run_recipe, train_and_save
+from trl_ext.runs.settings import is_playground
 
 DATACLASSES = (
     "trl.ScriptArguments",
-    "trl_ext.trl_configs.RLOOConfig",
+    "trl_ext.methods.rloo.config.RLOOConfig",
     "trl.ModelConfig",
     "trl.DatasetMixtureConfig",
 )
@@ -33,8 +34,8 @@ PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "rl_playground.yaml"
 
 def train(arguments, **stage):
     """Train once: on what the arguments say, or, on the playground, on the stage's model, data and folder."""
-    from trl_ext.plots import RL_PANELS
-    from trl_ext.trl_trainers import RLOOTrainer
+    from trl_ext.methods.rloo.trainer import RLOOTrainer
+    from trl_ext.runs.curves import RL_PANELS
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
     return train_and_save(RLOOTrainer, parsed, panels=RL_PANELS, **stage)
@@ -42,7 +43,8 @@ def train(arguments, **stage):
 
 def play_on_the_playground(parsed, arguments):
     """A reward model of ranked answers, and RLOO towards it, or towards the `rewards` that are given."""
-    from trl_ext.playground_rounds import reward_stage, start_playground
+    from trl_ext.cli import start_playground
+    from trl_ext.playground.stages import reward_stage
 
     rewards = parsed[1].rewards
     rounds = start_playground(parsed, num_stages=4 if rewards else 7)

@@ -22,15 +22,16 @@ and `--resume_from_checkpoint true`. All values of a run in one file: `--config 
 
 from pathlib import Path
 
-from trl_ext.cli import is_playground, parse_recipe_args, run_recipe, train_and_save
+from trl_ext.cli import parse_recipe_args, run_recipe, train_and_save
+from trl_ext.runs.settings import is_playground
 
 DATACLASSES = (
     "trl.ScriptArguments",
     "trl_ext.RRHFConfig",
     "trl.ModelConfig",
     "trl.DatasetMixtureConfig",
-    "trl_ext.sampling.SamplingConfig",
-    "trl_ext.rounds.RoundsConfig",
+    "trl_ext.sampling.config.SamplingConfig",
+    "trl_ext.runs.config.RoundsConfig",
 )
 PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "rrhf_playground.yaml"
 
@@ -38,15 +39,15 @@ PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "rrhf_playground.yaml"
 def train(arguments, **stage):
     """Train once: on what the arguments say, or, in rounds, on the round's model, data and folder."""
     from trl_ext import RRHFTrainer
-    from trl_ext.plots import RRHF_PANELS
+    from trl_ext.runs.curves import RRHF_PANELS
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
     return train_and_save(RRHFTrainer, parsed, panels=RRHF_PANELS, **stage)
 
 
 def main(arguments):
+    from trl_ext.cli import in_rounds, start_rounds
     from trl_ext.data import RowOptions
-    from trl_ext.rounds import in_rounds, start_rounds
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
     if not in_rounds(parsed):

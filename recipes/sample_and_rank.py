@@ -15,21 +15,17 @@ join in with `--mix_in chosen rejected`. Of TRL's options those are refused that
 
 from pathlib import Path
 
-from trl_ext.cli import (
-    local_model,
-    parse_args,
-    refuse_all_but,
-    run_recipe,
-    with_config_apart,
-)
-from trl_ext.load import load_prompts
+from trl_ext.cli import parse_args, refuse_all_but, run_recipe
+from trl_ext.cli.arguments import with_config_apart
+from trl_ext.data.load import load_prompts
+from trl_ext.runs.settings import local_model
 
 DATACLASSES = (
     "trl.ScriptArguments",
-    "trl_ext.sample_and_rank_config.SampleAndRankConfig",
-    "trl_ext.sample_and_rank_config.WholeModelConfig",
+    "trl_ext.cli.sample_and_rank_config.SampleAndRankConfig",
+    "trl_ext.cli.sample_and_rank_config.WholeModelConfig",
     "trl.DatasetMixtureConfig",
-    "trl_ext.sampling.SamplingConfig",
+    "trl_ext.sampling.config.SamplingConfig",
 )
 MADE = ("ranked.jsonl", "pairs.jsonl")
 # of TRL's arguments, what has a meaning here
@@ -40,10 +36,10 @@ USED = (
 
 
 def main(arguments):
-    from trl_ext.next_commands import after_ranking, print_next
-    from trl_ext.rounds import rank_stage, sample_stage
-    from trl_ext.run_lock import hold_folder
-    from trl_ext.stages import all_processes
+    from trl_ext.runs.next_commands import after_ranking, print_next
+    from trl_ext.runs.run import all_processes
+    from trl_ext.runs.stages import rank_stage, sample_stage
+    from trl_ext.runtime.run_lock import hold_folder
 
     parsed = parse_args(DATACLASSES, with_config_apart(arguments))
     script_args, config, model_args, dataset_args, sampling = parsed

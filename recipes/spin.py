@@ -21,8 +21,9 @@ LoRA: `--use_peft`, one adapter per iteration, merged after it. To go on after a
 
 from pathlib import Path
 
-from trl_ext.cli import is_playground, parse_recipe_args, run_recipe, train_and_save
-from trl_ext.load import load_datasets
+from trl_ext.cli import parse_recipe_args, run_recipe, train_and_save
+from trl_ext.data.load import load_datasets
+from trl_ext.runs.settings import is_playground
 
 DATACLASSES = (
     "trl.ScriptArguments",
@@ -38,7 +39,7 @@ PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "spin_playground.yaml"
 def train(arguments, **stage):
     """One iteration, on pairs of a real and a generated answer."""
     from trl_ext import SPINTrainer
-    from trl_ext.plots import SPIN_PANELS
+    from trl_ext.runs.curves import SPIN_PANELS
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
     return train_and_save(SPINTrainer, parsed, panels=SPIN_PANELS, **stage)
@@ -47,8 +48,8 @@ def train(arguments, **stage):
 def play_on_the_playground(parsed):
     """Three iterations, and SFT going on for as many updates as they have had."""
     from trl_ext import SPINTrainer
-    from trl_ext.playground import continue_sft
-    from trl_ext.self_play import start_self_play
+    from trl_ext.cli import start_self_play
+    from trl_ext.playground.stages import continue_sft
 
     game = start_self_play(parsed, SPINTrainer, more_stages=2 * parsed[1].num_iterations)
     game.play()
@@ -57,7 +58,8 @@ def play_on_the_playground(parsed):
 
 def main(arguments):
     from trl_ext import SPINTrainer
-    from trl_ext.self_play import is_sft_data, start_self_play
+    from trl_ext.cli import start_self_play
+    from trl_ext.methods.spin.rows import is_sft_data
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
     if is_playground(*parsed):

@@ -33,8 +33,8 @@ DATACLASSES = (
     "trl_ext.CLICKConfig",
     "trl.ModelConfig",
     "trl.DatasetMixtureConfig",
-    "trl_ext.sampling.SamplingConfig",
-    "trl_ext.rounds.RoundsConfig",
+    "trl_ext.sampling.config.SamplingConfig",
+    "trl_ext.runs.config.RoundsConfig",
 )
 PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "click_playground.yaml"
 
@@ -42,15 +42,15 @@ PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "click_playground.yaml"
 def train(arguments, **stage):
     """Train once: on what the arguments say, or, in rounds, on the round's model, data and folder."""
     from trl_ext import CLICKTrainer
-    from trl_ext.plots import CLICK_PANELS
+    from trl_ext.runs.curves import CLICK_PANELS
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
     return train_and_save(CLICKTrainer, parsed, panels=CLICK_PANELS, **stage)
 
 
 def main(arguments):
+    from trl_ext.cli import in_rounds, start_rounds
     from trl_ext.data import RowOptions
-    from trl_ext.rounds import in_rounds, start_rounds
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
     if not in_rounds(parsed):

@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from trl_ext.playground import save_byte_level_model
+from trl_ext.playground.model import save_byte_level_model
 
 disable_progress_bars()
 # read from files again at every step of a trainer, by accelerate

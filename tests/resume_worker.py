@@ -14,7 +14,7 @@ sys.path.insert(0, str(REPOSITORY / "recipes"))
 
 import slic  # noqa: E402
 
-from trl_ext.cli import run_recipe  # noqa: E402
+from trl_ext.cli.run import run_recipe  # noqa: E402
 
 SETTINGS = {
     "per_device_train_batch_size": 1,

@@ -15,8 +15,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from trl_ext.sampling import SamplingConfig, sample_candidates
-from trl_ext.stages import SHARDING_VARIABLES, Run
+from trl_ext.runs.process import SHARDING_VARIABLES
+from trl_ext.runs.run import Run
+from trl_ext.sampling.candidates import sample_candidates
+from trl_ext.sampling.config import SamplingConfig
 
 CALLS = []  # of this process
 

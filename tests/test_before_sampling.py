@@ -8,12 +8,12 @@ from peft import LoraConfig
 
 from tests.conftest import REPOSITORY
 from trl_ext import SPINConfig, SPINTrainer
-from trl_ext.cli import parse_recipe_args
-from trl_ext.data import RowOptions
-from trl_ext.load import load_datasets
-from trl_ext.recipe_help import recipe_dataclasses
-from trl_ext.rounds import start_rounds
-from trl_ext.self_play import start_self_play
+from trl_ext.cli.help import recipe_dataclasses
+from trl_ext.cli.parse import parse_recipe_args
+from trl_ext.cli.start import start_rounds
+from trl_ext.cli.start_spin import start_self_play
+from trl_ext.data.load import load_datasets
+from trl_ext.data.rows import RowOptions
 
 LONG = "a word or two more than it has places"
 TOO_LONG = r"dataset has a row of \d\d tokens, and .* has 24 positions \(max_length=1024\). Set max_length=24 or less"

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from tests.conftest import PAIRS
 from trl_ext import SLiCConfig, SLiCTrainer
-from trl_ext.checkpoints import SEAL, UNFINISHED, DiskFullError, checkpoint_to_resume, naming_a_full_disk, seal
+from trl_ext.runtime.checkpoints import SEAL, UNFINISHED, DiskFullError, checkpoint_to_resume, naming_a_full_disk, seal
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_whole(trained, tmp_path, 
         seen.append(sorted(path.parent.name for path in tmp_path.glob(f"checkpoint-*/{SEAL}")))
         seal(checkpoint, args)
 
-    monkeypatch.setattr("trl_ext.resumable.seal", look)
+    monkeypatch.setattr("trl_ext.runtime.checkpoints.seal", look)
     trainer(tmp_path, save_total_limit=1).train()
     assert seen == [[], ["checkpoint-1"], ["checkpoint-2"], ["checkpoint-3"]]
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]

@@ -29,12 +29,19 @@ from trl_ext import (
     SPINConfig,
     SPINTrainer,
 )
-from trl_ext.orpo_config import ORPOConfig
-from trl_ext.orpo_trainer import ORPOTrainer
-from trl_ext.pretrained import _downloaded_adapter, merge_adapter, repair_generation_config
-from trl_ext.sampling import SamplingConfig, sample_candidates
-from trl_ext.trl_configs import BestOfNConfig, DPOConfig, KTOConfig, RewardConfig
-from trl_ext.trl_trainers import BestOfNTrainer, DPOTrainer, KTOTrainer, RewardTrainer
+from trl_ext.methods.best_of_n.config import BestOfNConfig
+from trl_ext.methods.best_of_n.trainer import BestOfNTrainer
+from trl_ext.methods.dpo.config import DPOConfig
+from trl_ext.methods.dpo.trainer import DPOTrainer
+from trl_ext.methods.kto.config import KTOConfig
+from trl_ext.methods.kto.trainer import KTOTrainer
+from trl_ext.methods.orpo.config import ORPOConfig
+from trl_ext.methods.orpo.trainer import ORPOTrainer
+from trl_ext.methods.reward.config import RewardConfig
+from trl_ext.methods.reward.trainer import RewardTrainer
+from trl_ext.runtime.models import _downloaded_adapter, merge_adapter, repair_generation_config
+from trl_ext.sampling.candidates import sample_candidates
+from trl_ext.sampling.config import SamplingConfig
 
 TRAINERS = [
     (SLiCTrainer, SLiCConfig), (RRHFTrainer, RRHFConfig), (CLICKTrainer, CLICKConfig), (IPOTrainer, IPOConfig),

@@ -25,7 +25,7 @@ from trl_ext._trl import add_fused_lm_head
 from trl_ext.execution import chunking
 from trl_ext.execution.chunking import add_chunking, chunk_sizes
 from trl_ext.execution.sharing import PrefixSharing
-from trl_ext.playground import save_byte_level_model
+from trl_ext.playground.model import save_byte_level_model
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 

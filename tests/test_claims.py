@@ -15,10 +15,11 @@ from scipy.optimize import minimize
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import REPOSITORY
-from trl_ext.comparison import parse_comparison_args
-from trl_ext.evaluation import answer_logps
-from trl_ext.playground import Playground, save_byte_level_model
-from trl_ext.recipe_help import recipe_dataclasses
+from trl_ext.cli.help import recipe_dataclasses
+from trl_ext.comparison.arguments import parse_comparison_args
+from trl_ext.playground.model import save_byte_level_model
+from trl_ext.playground.task import Playground
+from trl_ext.runs.evaluation import answer_logps
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks" / "claims"))
 

@@ -23,19 +23,33 @@ from trl_ext import (
     SPINTrainer,
     share_prefixes,
 )
-from trl_ext.columns import as_given, without_nulls
-from trl_ext.data import RowOptions, prepare_dataset, prepare_row
-from trl_ext.evaluation import answer_logps
-from trl_ext.load import load_prompts
-from trl_ext.orpo_config import ORPOConfig
-from trl_ext.orpo_trainer import ORPOTrainer
-from trl_ext.ranking import pair_rows
-from trl_ext.sampling import SamplingConfig, prompt_token_ids, sample_candidates
-from trl_ext.scoring import FunctionScorer, PairwiseScorer, RewardModelScorer, score_rows
-from trl_ext.self_play import as_dataset, sft_rows
-from trl_ext.tokens import num_repeated_start_tokens, text_ids, without_repeated_start
-from trl_ext.trl_configs import BestOfNConfig, DPOConfig, KTOConfig, RewardConfig, RLOOConfig
-from trl_ext.trl_trainers import BestOfNTrainer, DPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer
+from trl_ext.data.columns import as_given, without_nulls
+from trl_ext.data.load import load_prompts
+from trl_ext.data.prepare import prepare_dataset, prepare_row
+from trl_ext.data.prompts import prompt_token_ids
+from trl_ext.data.rows import RowOptions
+from trl_ext.data.tokens import num_repeated_start_tokens, text_ids, without_repeated_start
+from trl_ext.methods.best_of_n.config import BestOfNConfig
+from trl_ext.methods.best_of_n.trainer import BestOfNTrainer
+from trl_ext.methods.dpo.config import DPOConfig
+from trl_ext.methods.dpo.trainer import DPOTrainer
+from trl_ext.methods.kto.config import KTOConfig
+from trl_ext.methods.kto.trainer import KTOTrainer
+from trl_ext.methods.orpo.config import ORPOConfig
+from trl_ext.methods.orpo.trainer import ORPOTrainer
+from trl_ext.methods.reward.config import RewardConfig
+from trl_ext.methods.reward.trainer import RewardTrainer
+from trl_ext.methods.rloo.config import RLOOConfig
+from trl_ext.methods.rloo.trainer import RLOOTrainer
+from trl_ext.methods.spin.rows import as_dataset, sft_rows
+from trl_ext.runs.evaluation import answer_logps
+from trl_ext.sampling.candidates import sample_candidates
+from trl_ext.sampling.config import SamplingConfig
+from trl_ext.scoring.functions import FunctionScorer
+from trl_ext.scoring.models import RewardModelScorer
+from trl_ext.scoring.pairs import pair_rows
+from trl_ext.scoring.score import score_rows
+from trl_ext.scoring.tournament import PairwiseScorer
 
 # shows everything that reaches it
 TEMPLATE = (

@@ -15,24 +15,22 @@ from tests import warm
 from tests.conftest import PAIRS, REPOSITORY, read_jsonl
 from tests.processes import stages_are_numbered
 from trl_ext import CLICKTrainer, IPOTrainer, RRHFTrainer, SLiCConfig, SLiCTrainer, SPINTrainer
-from trl_ext.cli import given_options, parse_recipe_args
-from trl_ext.comparison import (
-    REWARD_MODEL,
-    OneSeed,
-    _with_labels_of_now,
-    compare,
-    models_resident,
-    pairs_stage,
-    parse_comparison_args,
-    shared_settings,
-)
-from trl_ext.comparison_config import METHODS, ComparisonConfig
-from trl_ext.comparison_results import ComparisonResults, MethodResult
-from trl_ext.orpo_trainer import ORPOTrainer
-from trl_ext.playground import Playground, preference_rows, read_answer
-from trl_ext.recipe_help import recipe_dataclasses
-from trl_ext.rounds import write_jsonl
-from trl_ext.trl_trainers import BestOfNTrainer, DPOTrainer, KTOTrainer, RLOOTrainer
+from trl_ext.cli.help import recipe_dataclasses
+from trl_ext.cli.parse import given_options, parse_recipe_args
+from trl_ext.comparison.arguments import parse_comparison_args, shared_settings
+from trl_ext.comparison.compare import _with_labels_of_now, compare
+from trl_ext.comparison.config import ComparisonConfig
+from trl_ext.comparison.methods import METHODS
+from trl_ext.comparison.one_seed import REWARD_MODEL, OneSeed, models_resident
+from trl_ext.comparison.results import ComparisonResults, MethodResult
+from trl_ext.comparison.stages import pairs_stage
+from trl_ext.methods.best_of_n.trainer import BestOfNTrainer
+from trl_ext.methods.dpo.trainer import DPOTrainer
+from trl_ext.methods.kto.trainer import KTOTrainer
+from trl_ext.methods.orpo.trainer import ORPOTrainer
+from trl_ext.methods.rloo.trainer import RLOOTrainer
+from trl_ext.playground.task import Playground, preference_rows, read_answer
+from trl_ext.runtime.jsonl import write_jsonl
 
 RECIPES = REPOSITORY / "recipes"
 RECIPE = RECIPES / "compare.py"

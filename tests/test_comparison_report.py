@@ -17,24 +17,22 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq, minimize
 
 from tests import browser
-from trl_ext.comparison_plots import path_plot
-from trl_ext.comparison_report import CSV_COLUMNS, THEMES, write_report
-from trl_ext.comparison_results import ComparisonResults, MethodResult
-from trl_ext.comparison_statistics import (
+from trl_ext.comparison.figures import path_plot
+from trl_ext.comparison.html import THEMES
+from trl_ext.comparison.page import write_report
+from trl_ext.comparison.results import ComparisonResults, MethodResult
+from trl_ext.comparison.statistics import (
     RIDGE,
     Estimate,
-    MethodSummary,
     length_controlled_win_rate,
-    mean_curve,
     mean_interval,
     perplexity_interval,
     perplexity_ratio_interval,
-    results_by_method,
-    summarize,
     win_rate,
-    win_rate_matrix,
 )
-from trl_ext.evaluation import perplexity
+from trl_ext.comparison.summary import MethodSummary, mean_curve, results_by_method, summarize, win_rate_matrix
+from trl_ext.comparison.text import CSV_COLUMNS
+from trl_ext.runs.evaluation import perplexity
 
 # method -> label, invented: chance of a reward, of the judge's approval, tokens, KL, nats per token, chosen logp's way
 INVENTED = {

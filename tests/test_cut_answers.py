@@ -20,19 +20,31 @@ from trl_ext import (
     SPINConfig,
     SPINTrainer,
 )
-from trl_ext.comparison import pairs_stage
-from trl_ext.data import RowOptions, prepare_row
-from trl_ext.evaluation_stage import evaluation_stage
-from trl_ext.jsonl import read_jsonl, write_jsonl
-from trl_ext.orpo_config import ORPOConfig
-from trl_ext.orpo_trainer import ORPOTrainer
-from trl_ext.ranking import PAIR_RULES, make_pairs, pair_rows, rank_rows
-from trl_ext.rounds import RankingConfig, rank_stage, sample_stage
-from trl_ext.sampling import SamplingConfig, load_tokenizer, prompt_token_ids, sample_candidates
-from trl_ext.scoring import reward_functions
-from trl_ext.spin_pairs import spin_pairs
-from trl_ext.trl_configs import BestOfNConfig, DPOConfig, KTOConfig, RewardConfig
-from trl_ext.trl_trainers import BestOfNTrainer, DPOTrainer, KTOTrainer, RewardTrainer
+from trl_ext.comparison.stages import pairs_stage
+from trl_ext.data.prepare import prepare_row
+from trl_ext.data.prompts import prompt_token_ids
+from trl_ext.data.rows import RowOptions
+from trl_ext.methods.best_of_n.config import BestOfNConfig
+from trl_ext.methods.best_of_n.trainer import BestOfNTrainer
+from trl_ext.methods.dpo.config import DPOConfig
+from trl_ext.methods.dpo.trainer import DPOTrainer
+from trl_ext.methods.kto.config import KTOConfig
+from trl_ext.methods.kto.trainer import KTOTrainer
+from trl_ext.methods.orpo.config import ORPOConfig
+from trl_ext.methods.orpo.trainer import ORPOTrainer
+from trl_ext.methods.reward.config import RewardConfig
+from trl_ext.methods.reward.trainer import RewardTrainer
+from trl_ext.methods.spin.pairs import spin_pairs
+from trl_ext.runs.config import RankingConfig
+from trl_ext.runs.evaluation_stage import evaluation_stage
+from trl_ext.runs.stages import rank_stage, sample_stage
+from trl_ext.runtime.jsonl import read_jsonl, write_jsonl
+from trl_ext.runtime.models import load_tokenizer
+from trl_ext.sampling.candidates import sample_candidates
+from trl_ext.sampling.config import SamplingConfig
+from trl_ext.scoring.lists import rank_rows
+from trl_ext.scoring.pairs import PAIR_RULES, make_pairs, pair_rows
+from trl_ext.scoring.rewards_of_trl import reward_functions
 
 # one of each kind in each half, best first
 SCORED = {

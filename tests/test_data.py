@@ -10,15 +10,11 @@ from transformers import AddedToken
 from trl import DPOConfig, DPOTrainer, extract_prompt
 
 from tests.conftest import PAIRS, read_jsonl, real_data
-from trl_ext.data import (
-    RowError,
-    RowOptions,
-    extract_shared_prompt,
-    prepare_dataset,
-    prepare_row,
-    tokenize_candidates,
-    without_end,
-)
+from trl_ext.data.messages import extract_shared_prompt
+from trl_ext.data.prepare import prepare_dataset, prepare_row
+from trl_ext.data.row_error import RowError
+from trl_ext.data.rows import RowOptions
+from trl_ext.data.tokens import tokenize_candidates, without_end
 
 
 def prepare(rows, tokenizer, options=None, **kwargs):
@@ -306,7 +302,7 @@ def test_tensor_formats_do_not_change_the_ids(tokenizer, ranked):
 
 
 def test_another_version_does_not_use_what_this_one_cached(tokenizer, tmp_path, monkeypatch):
-    from trl_ext import data
+    from trl_ext.data import prepare as preparing
 
     path = tmp_path / "rows.jsonl"
     Dataset.from_list(PAIRS).to_json(path)
@@ -317,7 +313,7 @@ def test_another_version_does_not_use_what_this_one_cached(tokenizer, tmp_path, 
 
     first = cache_files()
     assert first == cache_files()
-    monkeypatch.setattr(data, "PREPARED_BY", "another version")
+    monkeypatch.setattr(preparing, "PREPARED_BY", "another version")
     assert not first & cache_files()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import reference
-from trl_ext.evaluation import answer_logps, distinct_n, perplexity
+from trl_ext.runs.evaluation import answer_logps, distinct_n, perplexity
 
 
 def likelihoods(model, tokenizer, rows):

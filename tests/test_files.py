@@ -10,7 +10,7 @@ from datasets import Dataset, load_dataset
 from trl import DatasetMixtureConfig, ScriptArguments
 
 from tests.conftest import PAIRS
-from trl_ext.cli import load_datasets, load_prompts
+from trl_ext.data.load import load_datasets, load_prompts
 
 JSON_LINES = "".join(json.dumps(row) + "\n" for row in PAIRS).encode()
 

@@ -23,23 +23,32 @@ from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments
 from tests.conftest import REPOSITORY
 from tests.stage_functions import look_around
 from trl_ext import CLICKConfig, RRHFConfig, SLiCConfig, SPINConfig
-from trl_ext.checks import Limits
-from trl_ext.cli import parse_recipe_args
-from trl_ext.comparison import parse_comparison_args
-from trl_ext.comparison_config import ComparisonConfig
-from trl_ext.data import RowError, RowOptions, parse_row, prepare_dataset, prepare_row
-from trl_ext.ipo_config import IPOConfig
-from trl_ext.load import load_prompts
-from trl_ext.orpo_config import ORPOConfig
-from trl_ext.ranking import PAIR_RULES, pair_rows, rank_rows, score_report
-from trl_ext.recipe_help import recipe_dataclasses
-from trl_ext.rounds import RankingConfig, RoundsConfig, check_prompts
-from trl_ext.sample_and_rank_config import SampleAndRankConfig
-from trl_ext.sampling import SamplingConfig
-from trl_ext.scoring import FunctionScorer, score_rows
-from trl_ext.self_play import sft_rows
-from trl_ext.stages import Run
-from trl_ext.trl_configs import BestOfNConfig, KTOConfig, RewardConfig, RLOOConfig
+from trl_ext.cli.help import recipe_dataclasses
+from trl_ext.cli.parse import parse_recipe_args
+from trl_ext.cli.sample_and_rank_config import SampleAndRankConfig
+from trl_ext.comparison.arguments import parse_comparison_args
+from trl_ext.comparison.config import ComparisonConfig
+from trl_ext.data.limits import Limits
+from trl_ext.data.load import load_prompts
+from trl_ext.data.prepare import prepare_dataset, prepare_row
+from trl_ext.data.prompts import check_prompts
+from trl_ext.data.row_error import RowError
+from trl_ext.data.rows import RowOptions, parse_row
+from trl_ext.methods.best_of_n.config import BestOfNConfig
+from trl_ext.methods.ipo.config import IPOConfig
+from trl_ext.methods.kto.config import KTOConfig
+from trl_ext.methods.orpo.config import ORPOConfig
+from trl_ext.methods.reward.config import RewardConfig
+from trl_ext.methods.rloo.config import RLOOConfig
+from trl_ext.methods.spin.rows import sft_rows
+from trl_ext.runs.config import RankingConfig, RoundsConfig
+from trl_ext.runs.run import Run
+from trl_ext.sampling.config import SamplingConfig
+from trl_ext.scoring.functions import FunctionScorer
+from trl_ext.scoring.lists import rank_rows
+from trl_ext.scoring.pairs import PAIR_RULES, pair_rows
+from trl_ext.scoring.score import score_rows
+from trl_ext.scoring.score_report import score_report
 
 EXPECTED = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotImplementedError, RuntimeError, ImportError)
 # kinds of these that say nothing to somebody who has only made a mistake

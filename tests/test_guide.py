@@ -20,16 +20,22 @@ from trl import DatasetMixtureConfig, ScriptArguments
 from tests.conftest import REPOSITORY
 from tests.reference import sequence_logp
 from trl_ext import CLICKTrainer, IPOTrainer, RRHFTrainer, SLiCTrainer, SPINTrainer
-from trl_ext.checks import Limits
-from trl_ext.cli import imported
-from trl_ext.data import RowOptions
-from trl_ext.load import load_datasets, load_prompts
-from trl_ext.orpo_trainer import ORPOTrainer
-from trl_ext.recipe_help import recipe_dataclasses
-from trl_ext.rounds import check_prompts
-from trl_ext.scoring import build_scorers, score_rows
-from trl_ext.self_play import is_sft_data, sft_rows
-from trl_ext.trl_trainers import BestOfNTrainer, DPOTrainer, KTOTrainer, OurRows, RewardTrainer, _usable_prompts
+from trl_ext.cli.help import recipe_dataclasses
+from trl_ext.cli.parse import imported
+from trl_ext.data.limits import Limits
+from trl_ext.data.load import load_datasets, load_prompts
+from trl_ext.data.prompts import check_prompts
+from trl_ext.data.rows import RowOptions
+from trl_ext.methods.best_of_n.trainer import BestOfNTrainer
+from trl_ext.methods.dpo.trainer import DPOTrainer
+from trl_ext.methods.kto.trainer import KTOTrainer
+from trl_ext.methods.orpo.trainer import ORPOTrainer
+from trl_ext.methods.reward.trainer import RewardTrainer
+from trl_ext.methods.rloo.trainer import _usable_prompts
+from trl_ext.methods.spin.rows import is_sft_data, sft_rows
+from trl_ext.scoring.build import build_scorers
+from trl_ext.scoring.score import score_rows
+from trl_ext.trainers.prepared_rows import OurRows
 
 GUIDE = REPOSITORY / "recipes" / "README.md"
 PAGES = ["README.md", "recipes/README.md", "recipes/OPTIONS.md", "accelerate_configs/README.md",
@@ -189,7 +195,7 @@ def test_an_adapter_of_a_reward_model_is_merged_as_the_guide_does_it(model_dir, 
 
 def test_the_memory_of_lora_is_what_the_model_computes(monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    scaling = import_module("scaling")
+    scaling = import_module("scaling_tables")
     model = scaling.ARCHITECTURES[0]
     held = scaling.states("ddp", model.parameters + model.lora, model.lora, 1)
     rows = re.findall(r"^\| K = (\d), (\w+) \| (.+) \|$", section("Hardware"), re.M)

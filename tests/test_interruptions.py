@@ -19,12 +19,14 @@ from tests.conftest import PAIRS, REPOSITORY
 from tests.processes import ended_after, wait_until
 from tests.test_rounds import command as recipe_command
 from trl_ext import SLiCConfig, SLiCTrainer
-from trl_ext.checkpoints import checkpoint_to_resume
-from trl_ext.run_lock import hold_folder, release_folder
-from trl_ext.signals import RESUME_HINT
-from trl_ext.stages import PRELOADED, Run, start_afresh
-from trl_ext.trl_configs import BestOfNConfig
-from trl_ext.trl_trainers import BestOfNTrainer
+from trl_ext.methods.best_of_n.config import BestOfNConfig
+from trl_ext.methods.best_of_n.trainer import BestOfNTrainer
+from trl_ext.runs.manifest import start_afresh
+from trl_ext.runs.process import PRELOADED
+from trl_ext.runs.run import Run
+from trl_ext.runtime.checkpoints import checkpoint_to_resume
+from trl_ext.runtime.run_lock import hold_folder, release_folder
+from trl_ext.runtime.signals import RESUME_HINT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals as on Linux")
 
@@ -111,7 +113,7 @@ def test_a_second_ctrl_c_ends_at_once():
     """What the launcher passes on right after the first one is none."""
     code = (
         "import time\n"
-        "from trl_ext.signals import on_stop, watch_signals_and_launcher\n"
+        "from trl_ext.runtime.signals import on_stop, watch_signals_and_launcher\n"
         "with on_stop(lambda number: print('noted', int(number), flush=True)):\n"
         "    watch_signals_and_launcher()\n"
         "    print('ready', flush=True)\n"

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from trl_ext.comparison_statistics import win_rate
-from trl_ext.intervals import Mean, Wins, mean, outcomes, paired_difference, wins
-from trl_ext.rounds import change, wins_over
+from trl_ext.comparison.statistics import win_rate
+from trl_ext.runs.intervals import Mean, Wins, mean, outcomes, paired_difference, wins
+from trl_ext.runs.watch import change, wins_over
 
 
 def test_mean_by_hand():

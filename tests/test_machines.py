@@ -4,12 +4,7 @@ import threading
 
 import pytest
 
-from trl_ext.machines import (
-    blind_processes,
-    first_lacking,
-    read_when_there,
-    refuse_unless_all_see_checkpoint,
-)
+from trl_ext.runtime.processes import blind_processes, first_lacking, read_when_there, refuse_unless_all_see_checkpoint
 
 MODEL = ["model.safetensors", "optimizer.pt", "trainer_state.json"]
 

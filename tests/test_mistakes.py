@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import PAIRS, REPOSITORY
-from trl_ext.cli import parse_recipe_args
-from trl_ext.mistakes import is_known
-from trl_ext.preflight import check_before_imports
-from trl_ext.recipe_help import recipe_dataclasses
+from trl_ext.cli.help import recipe_dataclasses
+from trl_ext.cli.mistakes import is_known
+from trl_ext.cli.parse import parse_recipe_args
+from trl_ext.cli.preflight import check_before_imports
 
 RECIPES = {file.stem: file for file in sorted((REPOSITORY / "recipes").glob("*.py"))}
 DATACLASSES = {name: recipe_dataclasses(file) for name, file in RECIPES.items()}
@@ -140,7 +140,7 @@ def test_what_the_real_parser_refuses_is_one_sentence_too(tmp_path):
 
 def test_faults_are_not_mistakes():
     from trl_ext.losses import rrhf_loss
-    from trl_ext.safety import has_type
+    from trl_ext.runtime.settings import has_type
 
     for fault in (lambda: rrhf_loss(None), lambda: has_type(1, None)()):  # TypeErrors that nobody raises by statement
         with pytest.raises(TypeError) as raised:

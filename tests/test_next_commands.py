@@ -9,9 +9,9 @@ import pytest
 
 from tests.conftest import PAIRS, REPOSITORY
 from tests.test_mistakes import DATACLASSES
-from trl_ext import next_commands
-from trl_ext.jsonl import write_jsonl
-from trl_ext.preflight import check_before_imports
+from trl_ext.cli.preflight import check_before_imports
+from trl_ext.runs import next_commands
+from trl_ext.runtime.jsonl import write_jsonl
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from trl import DPOConfig, DPOTrainer
 from tests import warm
 from tests.conftest import REPOSITORY
 from trl_ext import RRHFConfig, RRHFTrainer, SLiCConfig, SLiCTrainer, enable_prefix_sharing
-from trl_ext.playground import byte_level_tokenizer
+from trl_ext.playground.model import byte_level_tokenizer
 
 IN_THE_TRAINER = {
     "cp": ({"parallelism_config": ParallelismConfig(cp_size=2)}, r"cp_size=2 \(parallelism_config\)"),

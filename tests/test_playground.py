@@ -6,20 +6,19 @@ import pytest
 from transformers import AutoTokenizer
 from trl import SFTTrainer
 
-from trl_ext.evaluation import answer_logps
-from trl_ext.playground import (
+from trl_ext.playground.model import byte_level_tokenizer, save_byte_level_model
+from trl_ext.playground.stages import continue_sft
+from trl_ext.playground.task import (
     TONE_SHARES,
     TONES,
     Playground,
     accuracy,
-    byte_level_tokenizer,
-    continue_sft,
     friendly_number_reward,
     is_polite,
     number_to_words,
     read_answer,
-    save_byte_level_model,
 )
+from trl_ext.runs.evaluation import answer_logps
 
 TINY = {"num_sft": 256, "num_prompts": 24, "num_held_out": 16, "max_digits": 3}
 

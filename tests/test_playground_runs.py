@@ -20,14 +20,14 @@ from tests import warm
 from tests.conftest import REPOSITORY
 from tests.processes import stages_are_numbered
 from tests.test_printed_commands import RUN, recipe_module
-from trl_ext.cli import given_options, parse_recipe_args
-from trl_ext.comparison import OneSeed, parse_comparison_args
-from trl_ext.comparison_results import ComparisonResults
-from trl_ext.data import RowOptions
-from trl_ext.playground_rounds import start_playground
-from trl_ext.rounds import start_rounds
-from trl_ext.run_lock import release_folder
-from trl_ext.stages import Run
+from trl_ext.cli.parse import given_options, parse_recipe_args
+from trl_ext.cli.start import start_playground, start_rounds
+from trl_ext.comparison.arguments import parse_comparison_args
+from trl_ext.comparison.one_seed import OneSeed
+from trl_ext.comparison.results import ComparisonResults
+from trl_ext.data.rows import RowOptions
+from trl_ext.runs.run import Run
+from trl_ext.runtime.run_lock import release_folder
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 sys.path.insert(0, str(REPOSITORY / "benchmarks" / "claims"))

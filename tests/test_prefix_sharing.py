@@ -13,7 +13,7 @@ from tests.conftest import read_jsonl, real_data
 from tests.equivalence.baseline import padded_dpo_trainer
 from tests.equivalence.small_models import make
 from trl_ext import SLiCConfig, SLiCTrainer, enable_prefix_sharing, share_prefixes
-from trl_ext.playground import byte_level_tokenizer
+from trl_ext.playground.model import byte_level_tokenizer
 
 LOSS_TYPES = [
     "sigmoid",

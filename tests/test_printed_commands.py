@@ -28,9 +28,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.conftest import PAIRS, REPOSITORY, read_jsonl
 from tests.printed_commands import commands_of, printed_commands
-from trl_ext.cli import parse_recipe_args
-from trl_ext.recipe_help import options_of, read_dataclass, recipe_dataclasses
-from trl_ext.stages import Run
+from trl_ext.cli.help import options_of, read_dataclass, recipe_dataclasses
+from trl_ext.cli.parse import parse_recipe_args
+from trl_ext.runs.run import Run
 
 PRINTED = printed_commands()
 RUNS = "tests/test_playground_runs.py::"
@@ -60,7 +60,7 @@ RUN = {
     "python -m trl_ext.playground tiny-model": HERE + "test_a_small_model",
     # TRL's own script, called as its launcher does; with `bf16: false` and `max_steps: 1` in the file
     "trl reward --config reward.yaml": HERE + "test_trls_reward_script",
-    "python -m trl_ext.recipe_options recipes > recipes/OPTIONS.md": HERE + "test_pages_that_are_made",
+    "python -m trl_ext.cli.options_page recipes > recipes/OPTIONS.md": HERE + "test_pages_that_are_made",
     "python benchmarks/claims/summary.py": HERE + "test_pages_that_are_made",
     "python benchmarks/plot.py FOLDER": HERE + "test_committed_measurements_are_drawn_and_printed",
     "python benchmarks/scaling.py": HERE + "test_committed_measurements_are_drawn_and_printed",
@@ -352,7 +352,7 @@ def test_pages_that_are_made(tmp_path):
     shutil.copytree(REPOSITORY / "recipes", tmp_path / "recipes")
     shutil.copytree(REPOSITORY / "benchmarks" / "claims", tmp_path / "benchmarks" / "claims")
     for command, page in (
-        ("python -m trl_ext.recipe_options recipes > recipes/OPTIONS.md", "recipes/OPTIONS.md"),
+        ("python -m trl_ext.cli.options_page recipes > recipes/OPTIONS.md", "recipes/OPTIONS.md"),
         ("python benchmarks/claims/summary.py", "benchmarks/claims/README.md"),
     ):
         (tmp_path / page).write_text("")

@@ -12,9 +12,14 @@ from rich.console import Console
 
 from tests.conftest import read_jsonl, real_data
 from tests.test_scoring import CANDIDATES, chat
-from trl_ext.data import RowOptions, prepare_dataset
-from trl_ext.ranking import PAIR_RULES, check_pair_rule, make_pairs, pair_rows, rank_rows, score_report
-from trl_ext.scoring import FunctionScorer, PairwiseScorer, score_rows
+from trl_ext.data.prepare import prepare_dataset
+from trl_ext.data.rows import RowOptions
+from trl_ext.scoring.functions import FunctionScorer
+from trl_ext.scoring.lists import rank_rows
+from trl_ext.scoring.pairs import PAIR_RULES, check_pair_rule, make_pairs, pair_rows
+from trl_ext.scoring.score import score_rows
+from trl_ext.scoring.score_report import score_report
+from trl_ext.scoring.tournament import PairwiseScorer
 
 
 def row_of(scores, completions=None, **columns):

@@ -16,8 +16,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from tests.conftest import REPOSITORY
-from trl_ext.cli import asks_for_help, imported
-from trl_ext.recipe_help import (
+from trl_ext.cli.help import (
     AsWritten,
     groups,
     options_of,
@@ -27,7 +26,9 @@ from trl_ext.recipe_help import (
     refused_options,
     unused_fields,
 )
-from trl_ext.recipe_options import options_page
+from trl_ext.cli.options_page import options_page
+from trl_ext.cli.parse import imported
+from trl_ext.cli.run import asks_for_help
 
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.py"))
 PATHS = sorted({path for file in RECIPES for path in recipe_dataclasses(file)})
@@ -143,7 +144,7 @@ def test_help_is_printed_once_and_its_reader_may_leave():
 def test_options_page_is_up_to_date():
     page = (REPOSITORY / "recipes" / "OPTIONS.md").read_text()
     assert page == options_page(REPOSITORY / "recipes"), (
-        "run `python -m trl_ext.recipe_options recipes > recipes/OPTIONS.md`"
+        "run `python -m trl_ext.cli.options_page recipes > recipes/OPTIONS.md`"
     )
     links = set(re.findall(r"\]\(#([^)]+)\)", page))
     headings = {re.sub(r"[^\w-]", "", title.lower()) for title in re.findall(r"^## (\S+)$", page, flags=re.M)}

@@ -19,13 +19,14 @@ from trl import DatasetMixtureConfig, ScriptArguments
 
 from tests import warm
 from tests.conftest import PAIRS, REPOSITORY, read_jsonl, real_data
-from trl_ext.cli import parse_recipe_args
-from trl_ext.data import RowOptions
-from trl_ext.load import load_datasets, load_prompts
-from trl_ext.plots import plot_training_curves
-from trl_ext.recipe_help import recipe_dataclasses
-from trl_ext.rounds import check_prompts, in_rounds, start_rounds
-from trl_ext.stages import Run
+from trl_ext.cli.help import recipe_dataclasses
+from trl_ext.cli.parse import parse_recipe_args
+from trl_ext.cli.start import in_rounds, start_rounds
+from trl_ext.data.load import load_datasets, load_prompts
+from trl_ext.data.prompts import check_prompts
+from trl_ext.data.rows import RowOptions
+from trl_ext.runs.curves import plot_training_curves
+from trl_ext.runs.run import Run
 
 RECIPE = REPOSITORY / "recipes" / "slic.py"
 PLAYGROUND = REPOSITORY / "recipes" / "configs" / "slic_playground.yaml"
@@ -412,7 +413,7 @@ def test_a_process_of_several_ends_before_the_interpreter_is_torn_down(fails, pr
     """Exit handlers and threads of the recipe still come to their end, and a failed recipe has failed."""
     script = (
         "import atexit, threading, time\n"
-        "from trl_ext.cli import run_recipe\n"
+        "from trl_ext.cli.run import run_recipe\n"
         "class Last:\n"
         "    def __del__(self): print('torn down', flush=True)\n"
         "def main(arguments):\n"

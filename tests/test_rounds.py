@@ -16,7 +16,10 @@ from transformers import AutoModelForCausalLM
 from tests import warm
 from tests.conftest import PAIRS, REPOSITORY
 from tests.processes import stages_are_numbered
-from trl_ext.rounds import RoundsConfig, read_jsonl, reward_hacking, set_apart
+from trl_ext.data.prompts import set_apart
+from trl_ext.runs.config import RoundsConfig
+from trl_ext.runs.watch import reward_hacking
+from trl_ext.runtime.jsonl import read_jsonl
 
 REWARDS = REPOSITORY / "tests" / "rewards.py"
 PROMPTS = [{"prompt": f"{row['prompt']}{number} "} for number in range(3) for row in PAIRS]

@@ -25,7 +25,7 @@ from tests.test_slic_trainer import (
     weights,
 )
 from trl_ext import RRHFConfig, RRHFTrainer
-from trl_ext.playground import save_byte_level_model
+from trl_ext.playground.model import save_byte_level_model
 
 WORDS = ["no", "yes it is", "42", "perhaps so", "certainly not", "ask again", "x", "a rather long answer"]
 # one row for each K from 1 to 8: all different, with ties, and all equal
@@ -491,7 +491,8 @@ def test_it_is_imported_from_the_package_on_first_use(tmp_path):
         "import sys\n"
         "for name in [name for name in sys.modules if name.startswith('trl_ext')]: del sys.modules[name]\n"
         "import trl_ext\n"
-        "assert 'trl_ext.rrhf_trainer' not in sys.modules and {'RRHFTrainer', 'RRHFConfig'} <= set(dir(trl_ext))\n"
+        "assert 'trl_ext.methods.rrhf.trainer' not in sys.modules\n"
+        "assert {'RRHFTrainer', 'RRHFConfig'} <= set(dir(trl_ext))\n"
         "from trl_ext import RRHFConfig, RRHFTrainer\n"
         "assert RRHFTrainer.config_class is RRHFConfig\n"
     )

@@ -9,8 +9,8 @@ from datasets import Dataset
 
 from tests.conftest import PAIRS
 from trl_ext import RRHFConfig, RRHFTrainer
-from trl_ext.headings import Headings, count
-from trl_ext.run_warnings import ToldApart, cut_answers, unequal_terms
+from trl_ext.runtime.headings import Headings, count
+from trl_ext.runtime.run_warnings import ToldApart, cut_answers, unequal_terms
 
 RRHF = {"loss/rank": ("rank_weight", 1.0), "loss/sft": ("sft_weight", 1.0)}
 

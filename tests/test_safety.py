@@ -21,16 +21,24 @@ from tests import warm
 from tests.conftest import PAIRS, REPOSITORY
 from tests.stage_functions import look_around
 from trl_ext import SLiCConfig, SLiCTrainer, SPINConfig, SPINTrainer
-from trl_ext.checkpoints import SEAL
-from trl_ext.cli import local_model, parse_recipe_args
-from trl_ext.evaluation import answer_logps
-from trl_ext.load import load_datasets, load_prompts
-from trl_ext.rounds import RoundsConfig, merge_stage
-from trl_ext.safety import UnsafeFileError, has_type, refuse_code_in_deepspeed, weights_only
-from trl_ext.sampling import SamplingConfig, context_window, load_causal_lm, load_tokenizer, sample_candidates
-from trl_ext.scoring import FunctionScorer, build_scorers, check_scorers, score_rows
-from trl_ext.self_play import sft_rows
-from trl_ext.stages import ManifestError, Run, read_manifest
+from trl_ext.cli.parse import parse_recipe_args
+from trl_ext.data.load import load_datasets, load_prompts
+from trl_ext.methods.spin.rows import sft_rows
+from trl_ext.runs.config import RoundsConfig
+from trl_ext.runs.evaluation import answer_logps
+from trl_ext.runs.manifest import ManifestError, read_manifest
+from trl_ext.runs.run import Run
+from trl_ext.runs.settings import local_model
+from trl_ext.runs.stages import merge_stage
+from trl_ext.runtime.checkpoints import SEAL
+from trl_ext.runtime.models import context_window, load_causal_lm, load_tokenizer
+from trl_ext.runtime.settings import has_type
+from trl_ext.runtime.trust import UnsafeFileError, refuse_code_in_deepspeed, weights_only
+from trl_ext.sampling.candidates import sample_candidates
+from trl_ext.sampling.config import SamplingConfig
+from trl_ext.scoring.build import build_scorers, check_scorers
+from trl_ext.scoring.functions import FunctionScorer
+from trl_ext.scoring.score import score_rows
 
 PROMPTS = [{"prompt": "a? "}, {"prompt": "b? "}]
 SFT = [{"prompt": f"{number}? ", "completion": str(number)} for number in range(8)]
@@ -357,7 +365,7 @@ def test_a_cache_of_reference_values_cannot_run_code(model_dir, tmp_path, marker
 LOAD = """
 import sys
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-from trl_ext.safety import weights_only
+from trl_ext.runtime.trust import weights_only
 if sys.argv[2] == "safely":
     with weights_only():
         TorchCheckpointEngine().load(sys.argv[1])
@@ -559,7 +567,8 @@ def test_a_dataset_with_code_or_pickles_runs_none(tmp_path, marker):
 
 def test_what_a_row_says_is_never_a_template_or_a_file(tokenizer, tmp_path, marker):
     """Text of rows goes to the chat template as values."""
-    from trl_ext.data import RowOptions, prepare_row
+    from trl_ext.data.prepare import prepare_row
+    from trl_ext.data.rows import RowOptions
 
     code = "{{ ''.__class__.__mro__[1].__subclasses__() }}{% for x in (1).__class__.__base__.__subclasses__() %}"
     row = {"prompt": [{"role": "user", "content": code}], "chosen": [{"role": "assistant", "content": code}],
@@ -574,7 +583,8 @@ def test_what_a_row_says_is_never_a_template_or_a_file(tokenizer, tmp_path, mark
 
 
 def test_files_that_rows_name_are_not_opened(tmp_path, tokenizer):
-    from trl_ext.data import RowOptions, prepare_dataset
+    from trl_ext.data.prepare import prepare_dataset
+    from trl_ext.data.rows import RowOptions
 
     (tmp_path / "seen.png").write_text("no image")
     rows = Dataset.from_list([{**row, "seen": str(tmp_path / "seen.png")} for row in PAIRS])
@@ -669,7 +679,7 @@ def test_foreign_and_tampered_manifests_are_refused(what, run_folder, finished):
 
 
 def test_a_manifest_whose_digest_was_forged_is_refused_by_its_form(run_folder):
-    from trl_ext.sampling import sealed
+    from trl_ext.runtime.files import sealed
 
     file = run_folder / "one" / "manifest.json"
     content = {k: v for k, v in json.loads(file.read_text()).items() if k != "digest"}

@@ -34,26 +34,20 @@ from transformers import (
 
 from tests import warm
 from tests.conftest import REPOSITORY
-from trl_ext.data import tokenize_candidates
-from trl_ext.playground import byte_level_tokenizer
-from trl_ext.sampling import (
-    Generated,
-    SamplingConfig,
-    TransformersEngine,
-    _default_shard_size,
-    _seal,
-    _shard,
-    candidate_seed,
-    decode,
-    decode_behind,
-    keeps_keys_and_values,
-    model_fingerprint,
-    prompt_token_ids,
-    sample_candidates,
-    sampling_dtype,
-    template_kwargs,
-)
-from trl_ext.stages import PRELOADED
+from trl_ext.data.messages import template_kwargs
+from trl_ext.data.prompts import prompt_token_ids
+from trl_ext.data.tokens import tokenize_candidates
+from trl_ext.playground.model import byte_level_tokenizer
+from trl_ext.runs.process import PRELOADED
+from trl_ext.runtime.files import checksum
+from trl_ext.runtime.fingerprints import model_fingerprint
+from trl_ext.runtime.models import sampling_dtype
+from trl_ext.sampling.candidates import candidate_seed, sample_candidates
+from trl_ext.sampling.config import SamplingConfig
+from trl_ext.sampling.decoding import decode, decode_behind
+from trl_ext.sampling.engine import Generated
+from trl_ext.sampling.shards import _default_shard_size, _shard
+from trl_ext.sampling.transformers_engine import TransformersEngine, keeps_keys_and_values
 
 TEXTS = [
     "a", "What is 2 + 2? ", "Capital of France: ", "Say yes. ", "b", "Opposite of up? ", "Go on: one, two, three, ",
@@ -406,7 +400,7 @@ def test_shares_and_duplicates_by_hand(sampler_dir, tmp_path):
         sample_candidates(sampler_dir, PROMPTS[:4], config, folder)
         made_of = json.loads((folder / "sampling.json").read_text())
         del made_of["digest"]
-        (folder / "shards" / "00000.jsonl").write_text(_shard(records, _seal(made_of)))
+        (folder / "shards" / "00000.jsonl").write_text(_shard(records, checksum(made_of)))
         return sample_candidates(sampler_dir, PROMPTS[:4], config, folder, **how)
 
     records = [
@@ -489,7 +483,7 @@ class Scripted:
 def sample_scripted(folder, monkeypatch, tokenizer, row, answers, **settings):
     LlamaConfig(max_position_embeddings=512, eos_token_id=2).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    monkeypatch.setattr("trl_ext.sampling._open_engine", lambda *arguments: Scripted(answers))
+    monkeypatch.setattr("trl_ext.sampling.candidates._open_engine", lambda *arguments: Scripted(answers))
     config = SamplingConfig(num_candidates=len(answers), keep_duplicates=True, **settings)
     rows, _ = sample_candidates(folder / "model", [row], config, folder / "candidates", keep_empty=True)
     return rows[0]
@@ -654,7 +648,7 @@ class FakeVllm:
 
 @pytest.fixture
 def fake_vllm(monkeypatch):
-    monkeypatch.setattr("trl_ext.vllm_engine.VllmEngine", FakeVllm)
+    monkeypatch.setattr("trl_ext.sampling.vllm_engine.VllmEngine", FakeVllm)
     monkeypatch.setattr(FakeVllm, "started", [])
     kwargs = {"sampling_engine": "vllm", "vllm_python": "python", "num_candidates": 2, "max_new_tokens": 28}
 
@@ -696,7 +690,7 @@ def test_the_dtype_is_the_same_for_all_engines_and_said(sampler_dir, tmp_path, m
         assert report.dtype == name and f"candidates in {name}, " in str(report)
     with pytest.raises(FileExistsError, match="something else: dtype was 'bfloat16' and is 'float32'. Go on"):
         sample_candidates(half, PROMPTS[:2], config, tmp_path / "bfloat16")
-    monkeypatch.setattr("trl_ext.sampling.process_state", lambda: SimpleNamespace(device=torch.device("cuda")))
+    monkeypatch.setattr("trl_ext.runtime.models.process_state", lambda: SimpleNamespace(device=torch.device("cuda")))
     assert [sampling_dtype(model) for model in (half, sampler_dir)] == ["bfloat16", "float32"]
 
 

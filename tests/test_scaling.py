@@ -13,6 +13,8 @@ from tests.conftest import REPOSITORY
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 import scaling
+import scaling_model
+import scaling_tables
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 
@@ -21,13 +23,13 @@ def test_the_figures_of_the_zero_paper():
     """Its figure 1: 7.5 billion parameters on 64 GPUs (https://huggingface.co/papers/1910.02054)."""
     published = {"ddp": 120.0, "zero1": 31.4, "zero2": 16.6, "zero3": 1.9}
     for strategy, gigabytes in published.items():
-        assert scaling.states(strategy, 7.5e9, 7.5e9, 64) / 1e9 == pytest.approx(gigabytes, abs=0.05), strategy
+        assert scaling_model.states(strategy, 7.5e9, 7.5e9, 64) / 1e9 == pytest.approx(gigabytes, abs=0.05), strategy
 
 
 def test_only_what_is_trained_takes_more_than_its_weights():
-    assert scaling.states("ddp", 100.0, 0.0, 8) == 200
-    assert scaling.states("zero2", 100.0, 10.0, 8) == 90 * 2 + 10 * (2 + 14 / 8)
-    assert scaling.states("zero3", 100.0, 0.0, 8) == scaling.frozen_bytes("zero3", 8) * 100 == 25
+    assert scaling_model.states("ddp", 100.0, 0.0, 8) == 200
+    assert scaling_model.states("zero2", 100.0, 10.0, 8) == 90 * 2 + 10 * (2 + 14 / 8)
+    assert scaling_model.states("zero3", 100.0, 0.0, 8) == scaling_model.frozen_bytes("zero3", 8) * 100 == 25
 
 
 @functools.cache
@@ -60,7 +62,7 @@ def test_activations_are_what_autograd_keeps(sizes):
 
     counted = (of_a_layer(96) - of_a_layer(32)) / 64  # tokens * tokens stands in the mask alone, which layers share
     hidden, mlp, heads = sizes
-    model = scaling.Architecture("", 0, hidden, mlp, heads, heads // 2, layers=5)
+    model = scaling_model.Architecture("", 0, hidden, mlp, heads, heads // 2, layers=5)
     without = model.activations(10, 10, checkpointing=False, shared=False)
     assert without == 10 * 5 * counted
     assert model.activations(10, 10, checkpointing=True, shared=True) == 10 * (5 * 2 * hidden + counted) + 2 * 10**2
@@ -73,12 +75,12 @@ def test_the_measured_rows_are_those_of_the_model():
     """
     with (RESULTS / "scaling.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert {row["strategy"] for row in rows} == set(scaling.STRATEGIES)
+    assert {row["strategy"] for row in rows} == set(scaling_model.STRATEGIES)
     for row in rows:
         tolerance = 2e-4 if row["strategy"] == "ddp" else 0.03
-        assert int(row["volume_bytes"]) == pytest.approx(scaling.expected(row), rel=tolerance), row
+        assert int(row["volume_bytes"]) == pytest.approx(scaling_tables.expected(row), rel=tolerance), row
         assert int(row["other_bytes"]) < 2000  # the number of prompts, and the metrics once
-    for strategy in scaling.STRATEGIES:
+    for strategy in scaling_model.STRATEGIES:
         plain = {"strategy": strategy, "lora": "False", "checkpointing": "False", "max_completions_per_forward": ""}
         for keeps_weights in {row["keeps_weights"] for row in rows if row["strategy"] == strategy}:
             alike = [row for row in rows if row.items() >= {**plain, "keeps_weights": keeps_weights}.items()]
@@ -88,9 +90,9 @@ def test_the_measured_rows_are_those_of_the_model():
 
 @pytest.mark.slow
 def test_what_two_processes_send():
-    found = scaling.launch({**scaling.BASE, "strategy": "ddp", "count": True, "steps": 2, "model": "30M"})
+    found = scaling.launch({**scaling_model.BASE, "strategy": "ddp", "count": True, "steps": 2, "model": "30M"})
     volume = sum(volume for inside, _, _, volume in found["calls"] if inside)
-    expected = scaling.communication("ddp", found["parameters"], found["trained"], bytes_each=4)
+    expected = scaling_model.communication("ddp", found["parameters"], found["trained"], bytes_each=4)
     assert volume == pytest.approx(expected, rel=2e-4)
     others = [name for inside, name, _, _ in found["calls"] if not inside]
     assert 1 <= len(others) <= 5

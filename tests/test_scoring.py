@@ -22,24 +22,15 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForS
 
 from tests import warm
 from tests.conftest import REPOSITORY
-from trl_ext.playground import byte_level_tokenizer
-from trl_ext.ranking import make_pairs
-from trl_ext.scoring import (
-    FunctionScorer,
-    PairwiseScorer,
-    RankerModelJudge,
-    RewardModelScorer,
-    ScorerConfig,
-    ScoringError,
-    as_text,
-    build_scorers,
-    check_scorers,
-    combine,
-    load_judge,
-    load_reward_function,
-    score_rows,
-    tournament_scores,
-)
+from trl_ext.data.messages import as_text
+from trl_ext.playground.model import byte_level_tokenizer
+from trl_ext.scoring.build import build_scorers, check_scorers, load_judge
+from trl_ext.scoring.config import ScorerConfig
+from trl_ext.scoring.functions import FunctionScorer, ScoringError, load_reward_function
+from trl_ext.scoring.models import RankerModelJudge, RewardModelScorer
+from trl_ext.scoring.pairs import make_pairs
+from trl_ext.scoring.score import combine, score_rows
+from trl_ext.scoring.tournament import PairwiseScorer, tournament_scores
 
 
 def length_reward(completions, **kwargs):
@@ -278,7 +269,7 @@ def test_too_long_texts_lose_their_beginning(reward_model_dir, caplog):
 
 
 def test_a_begin_token_survives_the_cut(reward_model_dir):
-    from trl_ext.scoring import _cut_left
+    from trl_ext.scoring.models import _cut_left
 
     tokenizer = AutoTokenizer.from_pretrained(reward_model_dir)
     assert _cut_left([9, 1, 2, 3], 3, tokenizer) == [1, 2, 3]

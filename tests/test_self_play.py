@@ -22,10 +22,11 @@ from tests import reference, warm
 from tests.conftest import PAIRS, REPOSITORY, real_data
 from tests.processes import stages_are_numbered
 from trl_ext import SPINConfig, SPINTrainer
-from trl_ext.rounds import read_jsonl
-from trl_ext.sampling import model_fingerprint
-from trl_ext.self_play import SelfPlay, as_dataset, is_sft_data, sft_rows
-from trl_ext.stages import Run
+from trl_ext.methods.spin.rows import as_dataset, is_sft_data, sft_rows
+from trl_ext.methods.spin.self_play import SelfPlay
+from trl_ext.runs.run import Run
+from trl_ext.runtime.fingerprints import model_fingerprint
+from trl_ext.runtime.jsonl import read_jsonl
 
 ROWS = [
     {"prompt": f"{row['prompt']}{number} ", "completion": row["chosen"], "note": number}
@@ -291,7 +292,7 @@ import json, sys
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from trl_ext import SPINConfig, SPINTrainer
-from trl_ext.cli import run_recipe
+from trl_ext.cli.run import run_recipe
 
 def main(arguments):
     model, data, output = arguments

@@ -18,7 +18,7 @@ from tests import reference
 from tests.conftest import PAIRS
 from tests.same_training import SGD, assert_same_movement
 from trl_ext import CandidateCollator, SLiCConfig, SLiCTrainer, checks
-from trl_ext.slic_config import CALIBRATIONS
+from trl_ext.methods.slic.config import CALIBRATIONS
 
 BF16_LOSS, BF16_GRADIENT = 0.001, 0.07  # measured: at most 0.00033 and 0.033
 REFERENCES = ["four", PAIRS[1]["rejected"], "It is down.", "yes", "nay", "word", "ta ta", "forty-two"]
@@ -690,11 +690,11 @@ def test_invalid_rows_can_be_dropped(model_dir, tokenizer, config_kwargs):
 def test_docstring_example_of_the_collator_is_what_it_prints():
     import doctest
 
-    import trl_ext.collators
+    import trl_ext.data.collator
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        failures, tried = doctest.testmod(trl_ext.collators, optionflags=doctest.NORMALIZE_WHITESPACE)[:2]
+        failures, tried = doctest.testmod(trl_ext.data.collator, optionflags=doctest.NORMALIZE_WHITESPACE)[:2]
     assert tried and not failures
 
 

@@ -17,7 +17,7 @@ from tests.same_training import SGD, assert_same_movement
 from tests.test_slic_trainer import Losses, assert_same_gradients, gradients, perturbed, weights
 from trl_ext import SPINConfig, SPINTrainer
 from trl_ext.losses import spin_loss
-from trl_ext.reference import refuse_fsdp
+from trl_ext.trainers.reference import refuse_fsdp
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 START = {"sigmoid": math.log(2), "hinge": 1.0}

@@ -17,8 +17,10 @@ from accelerate import PartialState
 from tests.conftest import REPOSITORY
 from tests.stage_functions import CALLS, end_early, look_around, run_a_sleeping_stage, sample
 from tests.test_sampling import PROMPTS, SETTINGS, by_number, sampler_dir, torchrun, unlimited  # noqa: F401
-from trl_ext.sampling import SamplingConfig
-from trl_ext.stages import PRELOADED, Run, fingerprint, installed_versions, read_manifest, settings_of, start_afresh
+from trl_ext.runs.manifest import fingerprint, installed_versions, read_manifest, settings_of, start_afresh
+from trl_ext.runs.process import PRELOADED
+from trl_ext.runs.run import Run
+from trl_ext.sampling.config import SamplingConfig
 
 
 def times_called(folder):

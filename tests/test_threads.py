@@ -14,7 +14,7 @@ LAUNCHER = """
 import os, subprocess, sys
 script = '''
 import os, sys
-from trl_ext.threads import settle_threads
+from trl_ext.runtime.threads import settle_threads
 settle_threads()
 print(settle_threads(), os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"], "torch" in sys.modules)
 '''

@@ -6,10 +6,12 @@ import pytest
 from transformers import Trainer
 
 from tests.conftest import PAIRS, REPOSITORY, read_jsonl
-from trl_ext import comparison
-from trl_ext.comparison_config import METHODS
-from trl_ext.rounds import Rounds, write_jsonl
-from trl_ext.stages import Run
+from trl_ext.comparison.config import ComparisonConfig
+from trl_ext.comparison.methods import METHODS
+from trl_ext.comparison.one_seed import OneSeed
+from trl_ext.runs.rounds import Rounds
+from trl_ext.runs.run import Run
+from trl_ext.runtime.jsonl import write_jsonl
 
 TASK = "the task's own"  # never sampled
 ROWS = [{**row, "prompt": f"{row['prompt']}{n} ", "reference": f"{TASK} {n}"} for n in range(2) for row in PAIRS]
@@ -110,9 +112,9 @@ def test_the_task_of_a_comparison_reaches_those_that_train_on_it(tmp_path, in_th
     ]  # fmt: skip
     write_jsonl(tmp_path / "scored.jsonl", scored)
     write_jsonl(tmp_path / "prompts.jsonl", ROWS)
-    game = comparison.OneSeed.__new__(comparison.OneSeed)
+    game = OneSeed.__new__(OneSeed)
     run = Run(tmp_path / "run", {}, resume=False)
-    game.seed, game.on_playground, game.config = 1, False, comparison.ComparisonConfig(str(tmp_path))
+    game.seed, game.on_playground, game.config = 1, False, ComparisonConfig(str(tmp_path))
     game.rounds = type("Rounds", (), {"run": run, "prompts": tmp_path / "prompts.jsonl"})
     game._candidates = lambda: tmp_path / "scored.jsonl"
     game._num_sampled = lambda name: 0

@@ -1,14 +1,17 @@
 """One readable failure on the day TRL changes something this package borrows."""
 
 import inspect
+import pkgutil
 import sys
+from importlib import import_module
 
 import pytest
 import trl.trainer.dpo_trainer
 from trl.experimental.orpo import ORPOTrainer
 
 from tests import warm
-from trl_ext import _trl, candidate_trainer, resumable
+from trl_ext import _trl, methods
+from trl_ext.trainers import candidate_trainer, logged_metrics, resumable
 
 
 @pytest.mark.parametrize("path", _trl.BORROWED)
@@ -20,12 +23,34 @@ def test_borrowed_name_is_there_with_the_parameters_it_was_read_with(path, monke
 def test_every_overridden_private_method_is_listed():
     overridden = {
         name
-        for base in (candidate_trainer.CandidateTrainer, resumable.ResumableTrainer)
+        for base in (candidate_trainer.CandidateTrainer, logged_metrics.LoggedMetrics, resumable.ResumableTrainer)
         for name, value in vars(base).items()
         if inspect.isfunction(value) and hasattr(trl.DPOTrainer, name) and name not in ("__init__",)
     }
     listed = {path.rpartition("DPOTrainer.")[2] for path in _trl.BORROWED if "DPOTrainer." in path}
     assert overridden == listed
+
+
+def overridden(trainer):
+    """Each method of TRL's classes that a trainer of this package overrides, by its path, with its parameters."""
+    ours = [base for base in trainer.__mro__ if base.__module__.startswith("trl_ext.")]
+    return {
+        f"{base.__module__}:{base.__qualname__}.{name}": tuple(inspect.signature(value).parameters)
+        for base in trainer.__mro__
+        if base.__module__.startswith("trl.")
+        for name, value in vars(base).items()
+        if inspect.isfunction(value) and name != "__init__" and any(name in vars(one) for one in ours)
+    }
+
+
+def test_what_any_trainer_overrides_is_listed_with_the_parameters_it_was_read_with():
+    found = {}
+    for entry in pkgutil.walk_packages(methods.__path__, "trl_ext.methods."):
+        module = import_module(entry.name)
+        for value in vars(module).values():
+            if inspect.isclass(value) and value.__module__ == entry.name and hasattr(value, "train"):
+                found |= overridden(value)
+    assert {name: of for name, of in found.items() if name not in _trl.BORROWED} == _trl.OVERRIDDEN
 
 
 def test_attributes_of_the_parent_that_are_read():

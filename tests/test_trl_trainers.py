@@ -7,15 +7,25 @@ import torch
 import trl
 from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from trl.experimental.orpo import ORPOConfig as TRLORPOConfig
+from trl.experimental.orpo import ORPOTrainer as TRLORPOTrainer
 
 from tests.conftest import PAIRS
+from trl_ext.data.trl_columns import for_dpo, for_kto, with_mismatched
 from trl_ext.losses import bradley_terry_loss
-from trl_ext.orpo_config import ORPOConfig, TRLORPOConfig
-from trl_ext.orpo_trainer import ORPOTrainer, TRLORPOTrainer
-from trl_ext.scoring import RewardModelScorer
-from trl_ext.trl_configs import BestOfNConfig, DPOConfig, KTOConfig, RewardConfig, RLOOConfig
-from trl_ext.trl_data import for_dpo, for_kto, with_mismatched
-from trl_ext.trl_trainers import BestOfNTrainer, DPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer
+from trl_ext.methods.best_of_n.config import BestOfNConfig
+from trl_ext.methods.best_of_n.trainer import BestOfNTrainer
+from trl_ext.methods.dpo.config import DPOConfig
+from trl_ext.methods.dpo.trainer import DPOTrainer
+from trl_ext.methods.kto.config import KTOConfig
+from trl_ext.methods.kto.trainer import KTOTrainer
+from trl_ext.methods.orpo.config import ORPOConfig
+from trl_ext.methods.orpo.trainer import ORPOTrainer
+from trl_ext.methods.reward.config import RewardConfig
+from trl_ext.methods.reward.trainer import RewardTrainer
+from trl_ext.methods.rloo.config import RLOOConfig
+from trl_ext.methods.rloo.trainer import RLOOTrainer
+from trl_ext.scoring.models import RewardModelScorer
 
 # ours and TRL's: trainer and config
 KINDS = {

@@ -14,9 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from trl_ext.playground import save_byte_level_model
-from trl_ext.sampling import SamplingConfig, sample_candidates
-from trl_ext.vllm_engine import VllmEngine, worker_environment
+from trl_ext.playground.model import save_byte_level_model
+from trl_ext.sampling.candidates import sample_candidates
+from trl_ext.sampling.config import SamplingConfig
+from trl_ext.sampling.vllm_engine import VllmEngine, worker_environment
 
 VLLM_PYTHON = os.environ.get("TRL_EXT_VLLM_PYTHON")
 
@@ -413,7 +414,7 @@ class TestFailures:
         script = tmp_path / "sample.py"
         script.write_text(
             "import json, os, sys, time\n"
-            "from trl_ext.vllm_engine import VllmEngine\n"
+            "from trl_ext.sampling.vllm_engine import VllmEngine\n"
             "model, python, settings = sys.argv[1:]\n"
             "engine = VllmEngine(model, python=python, **json.loads(settings))\n"
             "fork = os.fork()\n"

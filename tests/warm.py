@@ -30,7 +30,7 @@ from multiprocessing import connection, forkserver, resource_tracker
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # what a server has imported, and under which environment
 IMPORTED = (
-    "trl_ext.candidate_trainer trl_ext.rounds trl trl.experimental.orpo peft scipy.stats matplotlib "
+    "trl_ext.trainers.candidate_trainer trl_ext.runs.rounds trl trl.experimental.orpo peft scipy.stats matplotlib "
     "accelerate.commands.launch torch.distributed.run torch.distributed.tensor"
 ).split()
 EXTRAS = ("deepspeed", "bitsandbytes")  # where they are installed

@@ -13,21 +13,21 @@ __version__ = "0.1.0"
 check_trl_version()
 
 _PUBLIC_NAMES = {
-    "CLICKConfig": "click_config",
-    "CLICKTrainer": "click_trainer",
-    "CandidateCollator": "collators",
-    "CandidateConfig": "candidate_config",
-    "CandidateTrainer": "candidate_trainer",
-    "IPOConfig": "ipo_config",
-    "IPOTrainer": "ipo_trainer",
-    "RRHFConfig": "rrhf_config",
-    "RRHFTrainer": "rrhf_trainer",
-    "SLiCConfig": "slic_config",
-    "SLiCTrainer": "slic_trainer",
-    "SPINConfig": "spin_config",
-    "SPINTrainer": "spin_trainer",
-    "enable_prefix_sharing": "prefix_sharing",
-    "share_prefixes": "prefix_sharing",
+    "CLICKConfig": "methods.click.config",
+    "CLICKTrainer": "methods.click.trainer",
+    "CandidateCollator": "data.collator",
+    "CandidateConfig": "trainers.candidate_config",
+    "CandidateTrainer": "trainers.candidate_trainer",
+    "IPOConfig": "methods.ipo.config",
+    "IPOTrainer": "methods.ipo.trainer",
+    "RRHFConfig": "methods.rrhf.config",
+    "RRHFTrainer": "methods.rrhf.trainer",
+    "SLiCConfig": "methods.slic.config",
+    "SLiCTrainer": "methods.slic.trainer",
+    "SPINConfig": "methods.spin.config",
+    "SPINTrainer": "methods.spin.trainer",
+    "enable_prefix_sharing": "execution.prefix_sharing",
+    "share_prefixes": "execution.prefix_sharing",
 }
 __all__ = [
     "CLICKConfig",
@@ -48,20 +48,20 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .candidate_config import CandidateConfig
-    from .candidate_trainer import CandidateTrainer
-    from .click_config import CLICKConfig
-    from .click_trainer import CLICKTrainer
-    from .collators import CandidateCollator
-    from .ipo_config import IPOConfig
-    from .ipo_trainer import IPOTrainer
-    from .prefix_sharing import enable_prefix_sharing, share_prefixes
-    from .rrhf_config import RRHFConfig
-    from .rrhf_trainer import RRHFTrainer
-    from .slic_config import SLiCConfig
-    from .slic_trainer import SLiCTrainer
-    from .spin_config import SPINConfig
-    from .spin_trainer import SPINTrainer
+    from .data.collator import CandidateCollator
+    from .execution.prefix_sharing import enable_prefix_sharing, share_prefixes
+    from .methods.click.config import CLICKConfig
+    from .methods.click.trainer import CLICKTrainer
+    from .methods.ipo.config import IPOConfig
+    from .methods.ipo.trainer import IPOTrainer
+    from .methods.rrhf.config import RRHFConfig
+    from .methods.rrhf.trainer import RRHFTrainer
+    from .methods.slic.config import SLiCConfig
+    from .methods.slic.trainer import SLiCTrainer
+    from .methods.spin.config import SPINConfig
+    from .methods.spin.trainer import SPINTrainer
+    from .trainers.candidate_config import CandidateConfig
+    from .trainers.candidate_trainer import CandidateTrainer
 
 
 def __getattr__(name: str):

@@ -48,7 +48,7 @@ BORROWED = {
     "trl.trainer.dpo_trainer:create_model_from_path": ("model_id", "architecture", "kwargs"),
     # wrapped while a trainer is being constructed (see `after_fused_lm_head`)
     "trl.trainer.dpo_trainer:add_fused_lm_head": ("model", "temperature", "cast_lm_head_to_fp32", "outputs"),
-    # overridden in `candidate_trainer.py`
+    # overridden in `trainers/candidate_trainer.py`
     "trl.trainer.dpo_trainer:DPOTrainer._prepare_dataset": (
         "self",
         "dataset",
@@ -74,7 +74,7 @@ BORROWED = {
     ),
     "trl.trainer.dpo_trainer:DPOTrainer.predict": ("self", "test_dataset", "ignore_keys", "metric_key_prefix"),
     "trl.trainer.dpo_trainer:DPOTrainer.log": ("self", "logs", "start_time"),
-    # overridden in `resumable.py`
+    # overridden in `trainers/resumable.py`
     "trl.trainer.dpo_trainer:DPOTrainer.create_model_card": ("self", "model_name", "dataset_name", "tags"),
     # overridden, inherited by TRL from transformers.Trainer
     "trl.trainer.dpo_trainer:DPOTrainer._get_train_sampler": ("self", "train_dataset"),
@@ -104,6 +104,33 @@ BORROWED = {
         "metric_key_prefix",
     ),
 }
+
+# What trainers of this package override beside that, on any of TRL's trainers: looked at by the canary alone.
+OVERRIDDEN = {
+    "trl.experimental.orpo.orpo_trainer:ORPOTrainer._save_checkpoint": ("self", "model", "trial"),
+    "trl.experimental.orpo.orpo_trainer:ORPOTrainer.tokenize_row": ("self", "feature", "model"),
+    "trl.trainer.base_trainer:_BaseTrainer.create_model_card": ("self", "model_name", "dataset_name", "tags"),
+    "trl.trainer.dpo_trainer:DPOTrainer.evaluate": ("self", "eval_dataset", "ignore_keys", "metric_key_prefix"),
+    "trl.trainer.kto_trainer:KTOTrainer._get_train_sampler": ("self", "train_dataset"),
+    "trl.trainer.kto_trainer:KTOTrainer._prepare_dataset": (
+        "self", "dataset", "processing_class", "args", "dataset_name",
+    ),
+    "trl.trainer.kto_trainer:KTOTrainer._save_checkpoint": ("self", "model", "trial"),
+    "trl.trainer.reward_trainer:RewardTrainer._prepare_dataset": (
+        "self", "dataset", "processing_class", "args", "dataset_name",
+    ),
+    "trl.trainer.reward_trainer:RewardTrainer._save_checkpoint": ("self", "model", "trial"),
+    "trl.trainer.reward_trainer:RewardTrainer.compute_loss": (
+        "self", "model", "inputs", "return_outputs", "num_items_in_batch",
+    ),
+    "trl.trainer.rloo_trainer:RLOOTrainer._save_checkpoint": ("self", "model", "trial"),
+    "trl.trainer.rloo_trainer:RLOOTrainer.get_eval_dataloader": ("self", "eval_dataset"),
+    "trl.trainer.rloo_trainer:RLOOTrainer.get_train_dataloader": ("self",),
+    "trl.trainer.sft_trainer:SFTTrainer._prepare_dataset": (
+        "self", "dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name",
+    ),
+    "trl.trainer.sft_trainer:SFTTrainer._save_checkpoint": ("self", "model", "trial"),
+}  # fmt: skip
 
 
 def check_trl_version() -> None:

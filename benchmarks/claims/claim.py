@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import REPOSITORY, circumstances
 from summary import CAME_TRUE, DID_NOT, OPEN
 
-from trl_ext.intervals import mean
-from trl_ext.sampling import write_atomically
+from trl_ext.runs.intervals import mean
+from trl_ext.runtime.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = REPOSITORY / "runs" / "claims"

@@ -27,11 +27,12 @@ sys.path.insert(0, str(REPOSITORY))
 
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from trl_ext.data import RowOptions, prepare_row
-from trl_ext.playground import preference_rows
-from trl_ext.ranking import pair_rows
-from trl_ext.rounds import read_jsonl
-from trl_ext.sampling import load_tokenizer
+from trl_ext.data.prepare import prepare_row
+from trl_ext.data.rows import RowOptions
+from trl_ext.playground.task import preference_rows
+from trl_ext.runtime.jsonl import read_jsonl
+from trl_ext.runtime.models import load_tokenizer
+from trl_ext.scoring.pairs import pair_rows
 
 KINDS = ["sampled", "dataset"]
 HARD = {"beta": 0.1, "learning_rate": 1e-3}
@@ -149,10 +150,10 @@ def train(name: str, model: Path, pairs: list[dict[str, str]], watch: Watch, see
     from datasets import Dataset
 
     from trl_ext import IPOConfig, IPOTrainer, SLiCConfig, SLiCTrainer
-    from trl_ext.orpo_config import ORPOConfig
-    from trl_ext.orpo_trainer import ORPOTrainer
-    from trl_ext.trl_configs import DPOConfig
-    from trl_ext.trl_trainers import DPOTrainer
+    from trl_ext.methods.dpo.config import DPOConfig
+    from trl_ext.methods.dpo.trainer import DPOTrainer
+    from trl_ext.methods.orpo.config import ORPOConfig
+    from trl_ext.methods.orpo.trainer import ORPOTrainer
 
     trainers = {
         "dpo": (DPOTrainer, DPOConfig),

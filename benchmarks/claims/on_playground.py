@@ -19,12 +19,13 @@ from claim import REPOSITORY, RUNS
 
 sys.path.insert(0, str(REPOSITORY))
 
-from trl_ext.cli import given_options
-from trl_ext.comparison import OneSeed, parse_comparison_args
-from trl_ext.comparison_results import MethodResult
-from trl_ext.intervals import wins
-from trl_ext.playground import TONES
-from trl_ext.recipe_help import recipe_dataclasses
+from trl_ext.cli.help import recipe_dataclasses
+from trl_ext.cli.parse import given_options
+from trl_ext.comparison.arguments import parse_comparison_args
+from trl_ext.comparison.one_seed import OneSeed
+from trl_ext.comparison.results import MethodResult
+from trl_ext.playground.task import TONES
+from trl_ext.runs.intervals import wins
 
 RECIPES = REPOSITORY / "recipes"
 PLAYGROUND = RECIPES / "configs" / "compare_playground.yaml"

@@ -22,11 +22,13 @@ import numpy as np
 from claim import Claim, Expectation, main
 from on_playground import compare, settings
 
-from trl_ext.comparison import OneSeed
-from trl_ext.comparison_config import METHODS
-from trl_ext.evaluation import perplexity
-from trl_ext.playground import preference_rows
-from trl_ext.rounds import as_jsonl, rank_stage, read_jsonl, replaced, sample_stage
+from trl_ext.comparison.methods import METHODS
+from trl_ext.comparison.one_seed import OneSeed
+from trl_ext.playground.task import preference_rows
+from trl_ext.runs.evaluation import perplexity
+from trl_ext.runs.rounds import replaced
+from trl_ext.runs.stages import rank_stage, sample_stage
+from trl_ext.runtime.jsonl import as_jsonl, read_jsonl
 
 # candidates, by name: what the figure calls them, the model they are sampled from and that training starts from, how
 # many are sampled, their temperature, whether the pair joins them, and the set they are taken from instead

@@ -15,8 +15,8 @@ tone. Three runs train from one SFT model, ten updates at a time on the answers 
 
 Each ten updates are a training of their own: Adam and the schedule begin anew. Values are those of the comparison
 (`recipes/configs/compare_playground.yaml`), tried there with another reward and 50 updates at a stretch. After each
-ten the model answers held-out prompts, and the project's guard ([`~trl_ext.rounds.reward_hacking`], with its default
-thresholds) says whether it would have ended the run there.
+ten the model answers held-out prompts, and the project's guard ([`~trl_ext.runs.watch.reward_hacking`], with its
+default thresholds) says whether it would have ended the run there.
 
 Departs from the paper in model, task and reward (LLaMA-7B, dialogues, and a reward model there), in the perplexity
 (under gpt2-medium there, under the SFT model here), in that the paper's candidates have the data set's two answers
@@ -31,14 +31,17 @@ from typing import Any
 from claim import Claim, Expectation, main
 from on_playground import RECIPES, compare, settings
 
-from trl_ext.comparison import train_stage
-from trl_ext.comparison_config import METHODS
-from trl_ext.evaluation import answer_logps
-from trl_ext.evaluation_stage import evaluation_stage
-from trl_ext.jsonl import read_jsonl, write_jsonl
-from trl_ext.playground import TONES, friendly_number_reward
-from trl_ext.rounds import RoundsConfig, rank_stage, replaced, reward_hacking, sample_stage
-from trl_ext.sampling import SamplingConfig
+from trl_ext.comparison.methods import METHODS
+from trl_ext.comparison.stages import train_stage
+from trl_ext.playground.task import TONES, friendly_number_reward
+from trl_ext.runs.config import RoundsConfig
+from trl_ext.runs.evaluation import answer_logps
+from trl_ext.runs.evaluation_stage import evaluation_stage
+from trl_ext.runs.rounds import replaced
+from trl_ext.runs.stages import rank_stage, sample_stage
+from trl_ext.runs.watch import reward_hacking
+from trl_ext.runtime.jsonl import read_jsonl, write_jsonl
+from trl_ext.sampling.config import SamplingConfig
 
 RUNS = {"online": "online", "online_kl": "online with KL", "offline": "offline"}
 REFRESHING = {

@@ -3,7 +3,7 @@ SLiC-HF against the SFT model it starts from, against going on with SFT, and its
 
     python benchmarks/claims/slic_beats_sft.py    # about five minutes a seed on two cores
 
-On the playground (`trl_ext/playground.py`): a model of 0.6 M parameters reads numbers, and is to be friendlier about
+On the playground (`trl_ext/playground/`): a model of 0.6 M parameters reads numbers, and is to be friendlier about
 it. All methods train 50 updates of 32 prompts from the same SFT model, with the values of `compare_playground.yaml`,
 which were chosen by the reward with seed 42. What is trained on:
 
@@ -31,8 +31,8 @@ import on_playground
 from claim import Claim, Expectation, main
 from on_playground import answers_of, broken, compared
 
-from trl_ext.playground import Playground, friendly_number_reward
-from trl_ext.rounds import read_jsonl
+from trl_ext.playground.task import Playground, friendly_number_reward
+from trl_ext.runtime.jsonl import read_jsonl
 
 POSITIVES = "sft_on_positives"
 # method -> its name in the figure, and the paper's share of wins over the human reference and words, table 1

@@ -3,7 +3,7 @@ The weight of SLiC-HF's regulariser, lambda, from 0 to 10: what it costs and wha
 
     python benchmarks/claims/slic_regulariser.py    # about six minutes a seed on two cores
 
-On the playground (`trl_ext/playground.py`), sample-rank: 8 answers of the SFT model to each of 1600 prompts, 50
+On the playground (`trl_ext/playground/`), sample-rank: 8 answers of the SFT model to each of 1600 prompts, 50
 updates of 32 prompts. Only lambda differs. Learning rate and margin (3 nats) are those of `compare_playground.yaml`,
 which were chosen together with lambda = 0.1, by the reward with seed 42; they are not chosen anew for each lambda.
 
@@ -20,7 +20,7 @@ import on_playground
 from claim import Claim, Expectation, main
 from on_playground import answers_of, broken, compared
 
-from trl_ext.comparison_results import MethodResult
+from trl_ext.comparison.results import MethodResult
 
 # lambda -> method; 0.1 is the value of `compare_playground.yaml`
 METHODS = {

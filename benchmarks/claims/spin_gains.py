@@ -24,10 +24,10 @@ from claim import REPOSITORY, RUNS, Claim, Expectation, main
 
 sys.path.insert(0, str(REPOSITORY))
 
-from trl_ext.cli import parse_recipe_args
-from trl_ext.playground import continue_sft
-from trl_ext.recipe_help import recipe_dataclasses
-from trl_ext.rounds import read_jsonl
+from trl_ext.cli.help import recipe_dataclasses
+from trl_ext.cli.parse import parse_recipe_args
+from trl_ext.playground.stages import continue_sft
+from trl_ext.runtime.jsonl import read_jsonl
 
 RECIPE = REPOSITORY / "recipes" / "spin.py"
 PLAYGROUND = REPOSITORY / "recipes" / "configs" / "spin_playground.yaml"
@@ -52,7 +52,8 @@ def run(seed: int, settings: dict[str, Any]) -> dict[str, Any]:
         right answers among those it `sampled`, and `nll` of the right answers per token.
     """
     from trl_ext import SPINTrainer
-    from trl_ext.self_play import start_self_play, train_stage
+    from trl_ext.cli.start_spin import start_self_play
+    from trl_ext.methods.spin.stages import train_stage
 
     folder = RUNS / "spin_playground" / f"seed-{seed}"
     arguments = ["--output_dir", str(folder), "--seed", str(seed), "--resume_from_checkpoint", "true"]

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.distributed.launching import STRATEGIES, run_jobs, strategy_command
-from trl_ext.playground import save_byte_level_model
+from trl_ext.playground.model import save_byte_level_model
 
 
 class Launches:

@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import LlamaModel, TrainerCallback
 
 from trl_ext import SLiCConfig, SLiCTrainer
-from trl_ext.cli import run_recipe
+from trl_ext.cli.run import run_recipe
 
 
 class Steps(TrainerCallback):

@@ -13,8 +13,9 @@ from accelerate import PartialState
 from datasets import load_dataset
 from transformers import AutoTokenizer
 
-from trl_ext.cli import run_recipe
-from trl_ext.data import RowOptions, prepare_dataset
+from trl_ext.cli.run import run_recipe
+from trl_ext.data.prepare import prepare_dataset
+from trl_ext.data.rows import RowOptions
 
 
 def main(model: str, rows: str) -> None:

@@ -19,7 +19,7 @@ from tests.conftest import PAIRS, REPOSITORY
 from tests.distributed.hosts import environment, launch_on, two_hosts
 from tests.distributed.launching import RANKED, ROWS, assert_same_run
 from tests.processes import ended_after, wait_until
-from trl_ext.checkpoints import SEAL
+from trl_ext.runtime.checkpoints import SEAL
 
 
 @pytest.fixture

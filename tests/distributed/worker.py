@@ -36,7 +36,7 @@ from trl_ext import (
     enable_prefix_sharing,
 )
 from trl_ext._trl import after_fused_lm_head, take_down_deepspeed
-from trl_ext.cli import run_recipe
+from trl_ext.cli.run import run_recipe
 
 METHODS = {
     "click": (CLICKTrainer, CLICKConfig),

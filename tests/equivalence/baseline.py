@@ -3,7 +3,7 @@
 from trl import DPOConfig, DPOTrainer
 
 from trl_ext import RRHFConfig, RRHFTrainer, SLiCConfig, SLiCTrainer
-from trl_ext.playground import byte_level_tokenizer
+from trl_ext.playground.model import byte_level_tokenizer
 
 
 def padded_dpo_trainer(model, train_dataset, settings, **arguments) -> DPOTrainer:

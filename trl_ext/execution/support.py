@@ -1,19 +1,18 @@
 """Which models can share prefixes, found out by looking at them, and which launches can run."""
 
 import inspect
-import os
 from dataclasses import dataclass
 
-import torch
 from accelerate.utils import is_peft_model
 from peft import PeftConfig, PeftType
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 from transformers.modeling_flash_attention_utils import flash_attn_supports_top_left_mask
 from transformers.utils.generic import is_flash_attention_requested
 
 # implementations that take a mask; those of FlashAttention take segments instead, see `varlen.py`
 BACKENDS = ("sdpa", "eager", "flex_attention")
+
 
 # `config.model_type`s whose shared and padded log-probabilities and gradients are compared by
 # `tests/equivalence/test_architectures.py`.
@@ -25,6 +24,7 @@ VERIFIED = frozenset(
         "qwen3_moe seed_oss smollm3 stablelm starcoder2"
     ).split()
 )
+
 
 # adapters that treat every token alike, whatever else is in its row
 WEIGHT_ADAPTERS = frozenset(
@@ -148,38 +148,6 @@ def adapter_reason(adapter: PeftConfig) -> str | None:
     if PeftType(adapter.peft_type).value not in WEIGHT_ADAPTERS:
         return f"{PeftType(adapter.peft_type).value} adapters do more than change weights, or are not known here"
     return None
-
-
-def asks_for_fsdp(args: TrainingArguments) -> str | None:
-    """What asks for FSDP, the settings or the launcher; `None` if nothing does."""
-    if args.fsdp:
-        return f"fsdp={args.fsdp!r}"
-    if _is_set("ACCELERATE_USE_FSDP"):
-        return "A launch with FSDP (distributed_type: FSDP)"
-    return None
-
-
-def refuse_sharding_that_would_not_be(args: TrainingArguments) -> None:
-    """
-    Raise `ValueError` where Accelerate would quietly run DDP, in which every process holds the whole model, though
-    sharding is asked for: FSDP on a CPU, and DeepSpeed with ACCELERATE_USE_CPU.
-    """
-    fsdp = asks_for_fsdp(args)
-    if fsdp is not None and (args.use_cpu or not torch.accelerator.is_available()):
-        raise ValueError(
-            f"{fsdp} cannot shard a model on a CPU: Accelerate would quietly run DDP instead, with the whole model on "
-            "every process. Launch with accelerate_configs/cpu.yaml for DDP or zero3.yaml for sharded weights, or run "
-            "it on GPUs."
-        )
-    if _is_set("ACCELERATE_USE_DEEPSPEED") and _is_set("ACCELERATE_USE_CPU"):
-        raise ValueError(
-            "With ACCELERATE_USE_CPU in the environment a launch with DeepSpeed would quietly be one with DDP. Unset "
-            "it; on a machine with an accelerator set `use_cpu=True` and DS_ACCELERATOR=cpu instead."
-        )
-
-
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("true", "1", "yes", "on")
 
 
 def _stateful_layers(model: PreTrainedModel) -> str:

@@ -1,0 +1,1 @@
+"""Methods side by side: the same model, prompts and updates."""

@@ -1,0 +1,109 @@
+"""The methods of a comparison."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    One line of the comparison.
+
+    Args:
+        label (`str`): what readers see.
+        recipe (`str`, *optional*): whose training it is; none for the SFT model as it is.
+        data (`str`): what it is trained on: `"pairs"` (the dataset's `chosen` and `rejected`), `"ranked"` (sampled
+            answers with scores), `"likelihood_near"` (CLICK's pairs of them), `"rounds"` (sampled in two rounds),
+            `"self_play"` (the dataset's `reference` against sampled ones), or `"prompts"`.
+        batch (`Callable`): rows in a batch, of prompts in a batch and answers per prompt.
+        values (`dict`, *optional*): of the recipe's options, where the method is one of its modes.
+        needs (`str`, *optional*): column of the dataset without which there is nothing to train on.
+        note (`str`, *optional*): what readers have to know about its figures.
+    """
+
+    label: str
+    recipe: str | None = None
+    data: str = "ranked"
+    batch: Callable[[int, int], int] = lambda prompts, answers: prompts
+    values: dict[str, Any] = field(default_factory=dict)
+    needs: str | None = None
+    note: str | None = None
+
+
+METHODS = {
+    "sft": Method("SFT"),
+    "best_of_n": Method("best-of-n", "best_of_n"),
+    "slic_direct": Method("SLiC-HF direct", "slic", data="pairs", needs="chosen"),
+    "slic_sample_rank": Method("SLiC-HF sample-rank", "slic"),
+    "rrhf": Method("RRHF", "rrhf"),
+    "rrhf_two_rounds": Method("RRHF, two rounds", "rrhf", data="rounds"),
+    "spin": Method("SPIN", "spin", data="self_play", needs="reference", values={"num_iterations": 1}),
+    "click": Method("CLICK", "train_click", data="likelihood_near", needs="reference"),
+    "dpo": Method("DPO", "dpo"),
+    "ipo": Method("IPO", "ipo"),
+    "orpo": Method("ORPO", "orpo", note="its log-probabilities over training are means per token"),
+    "kto": Method("KTO", "kto", batch=lambda prompts, answers: 2 * prompts),
+    "rl": Method(
+        "RLOO",
+        "rl",
+        data="prompts",
+        batch=lambda prompts, answers: prompts * answers,
+        note="its answers sampled are the candidates that its reward model was trained on and those that it samples "
+        "itself; the sampling time is of the candidates, as its own sampling is part of its training time, which has "
+        "the training of the reward model in it too",
+    ),
+}
+
+
+# that the comparison sets itself, so that the budget is equal and everything lands where it is looked for
+RESERVED = (
+    "output_dir", "seed", "max_steps", "num_train_epochs", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "resume_from_checkpoint", "rewards", "num_rounds", "num_iterations", "save_steps",
+    "save_strategy", "save_total_limit", "eval_strategy", "push_to_hub", "model_name_or_path", "dataset_name",
+    "num_generations", "max_completion_length", "temperature", "top_p", "top_k",
+)  # fmt: skip
+
+
+def refuse_equal_labels(labels: Mapping[str, str]) -> None:
+    """
+    Args:
+        labels (`Mapping[str, str]`): method to what readers see of it.
+
+    Raises:
+        ValueError: two have the same, and no reader could tell them apart.
+    """
+    owners: dict[str, str] = {}
+    for name, label in labels.items():
+        other = owners.setdefault(label, name)
+        if other != name:
+            raise ValueError(
+                f"The methods {other!r} and {name!r} are both called {label!r}, and a report has both. Give one of "
+                "them another `label` in `settings`."
+            )
+
+
+def settings_by_name(settings: Any) -> dict[str, dict[str, Any]]:
+    """
+    `settings`, as they are in a config file or in JSON, in a form that can be looked into.
+
+    Raises:
+        ValueError: it is no JSON, cannot be JSON, or not options by name.
+    """
+    if isinstance(settings, str):
+        try:
+            settings = json.loads(settings)
+        except ValueError as error:
+            raise ValueError(f"settings={settings!r:.80} is not JSON ({error}). Mend it.") from None
+    settings = {} if settings is None else settings
+    if not isinstance(settings, dict):
+        raise ValueError(f"settings={settings!r:.80} has to be options by name of a method. Mend it.")
+    for name, values in settings.items():
+        if not isinstance(values, dict) or not all(isinstance(option, str) for option in values):
+            raise ValueError(f"settings: {name!r} has {values!r:.60}, and it has to be options by name. Mend it.")
+        try:
+            json.dumps(values, default=str)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"settings: {name!r} has values that are none of JSON ({error}). Mend it.") from None
+    return settings

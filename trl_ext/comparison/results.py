@@ -1,0 +1,268 @@
+"""
+What a comparison of methods has measured: one entry per method and seed, written to JSON and read back.
+
+Every method and every seed answered the same held-out prompts, one sampled answer each, in the same order, so that
+the n-th figures of two methods belong to the same prompt. See [`~trl_ext.comparison.page.write_report`] for what is
+made of it.
+"""
+
+import json
+import math
+import numbers
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..runtime.files import write_atomically
+from ..runtime.settings import has_type, shown_hint
+
+VERSION = 2
+STATUSES = ("done", "failed")
+# the scorer that methods train towards
+REWARD = "reward"
+CURVE_KEYS = {
+    "share": float,
+    "updates": int,
+    "reward": float | None,
+    "kl": float | None,
+    "chosen_logps": float | None,
+    "rejected_logps": float | None,
+}
+EXAMPLE_KEYS = ("prompt", "answer", "reward")
+PER_PROMPT = ("lengths", "kl", "nll")
+
+
+@dataclass
+class MethodResult:
+    """
+    What one method came to with one seed.
+
+    Lists have one entry per held-out prompt. A list that was not measured is empty; a single value that was not is
+    NaN, in JSON `null`.
+
+    Attributes:
+        method (`str`): its key. All seeds of a method share it.
+        label (`str`): what readers see; one for each `method`.
+        seed (`int`): of training and sampling.
+        status (`str`): `"done"`, or `"failed"`. What has failed has no figures.
+        error (`str`, *optional*): why it failed.
+        scores (`dict[str, list[float]]`): scorer to scores. `"reward"` is what methods train towards, others are only
+            watched.
+        lengths (`list[int]`): tokens of each answer.
+        kl (`list[float]`): the KL divergence from the SFT model's next-token distributions, added up over the tokens
+            of each of the method's own answers, in nats, at least 0; their mean estimates KL(method || SFT), see
+            [`score_sampled`].
+        nll (`list[float]`): minus the log-likelihood under one fixed model, nats per answer.
+        examples (`list[dict]`): a few answers to read: `prompt`, `answer`, `reward`.
+        curve (`list[dict]`): along training: `share` of it (0 is the SFT model, 1 the end), `updates`, and `reward`,
+            `kl`, `chosen_logps`, `rejected_logps`, each of which may be `None`.
+        updates, completions_sampled (`int`): what it was given.
+        training_prompts (`float`, *optional*): prompts that it trained on, without those that gave it no row; of a
+            method that trains twice, the mean of both.
+        seconds (`float`): training alone.
+        sampling_seconds (`float`): sampling of what it was trained on.
+        tokens_per_second (`float`, *optional*): in training.
+        peak_memory_mib (`float`, *optional*): in training.
+        models_resident (`str`): models in memory during training, such as `"2"` or `"1 + LoRA"`.
+        notes (`list[str]`): what a reader has to know about it.
+        prompts_key (`str`, defaults to `"held-out"`): seeds with the same key answered the same prompts; two methods
+            are compared only where seed and key are the same.
+    """
+
+    method: str
+    label: str
+    seed: int
+    status: str
+    error: str | None = None
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    nll: list[float] = field(default_factory=list)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    updates: int = 0
+    completions_sampled: int = 0
+    training_prompts: float | None = None
+    seconds: float = math.nan
+    sampling_seconds: float = math.nan
+    tokens_per_second: float | None = None
+    peak_memory_mib: float | None = None
+    models_resident: str = ""
+    notes: list[str] = field(default_factory=list)
+    prompts_key: str = "held-out"
+
+
+@dataclass
+class ComparisonResults:
+    """
+    A comparison: what was asked, and what each method came to with each seed.
+
+    Attributes:
+        title (`str`): above the report.
+        base (`str`): `method` that the others are compared with, such as `"sft"`.
+        prompts (`int`): held-out prompts.
+        results (`list[MethodResult]`): in any order; one per method and seed.
+        settings (`dict`): what the comparison was run with, in JSON's types.
+        notes (`list[str]`): what a reader has to know about all of them.
+        command (`str`): that makes it again.
+    """
+
+    title: str
+    base: str
+    prompts: int
+    results: list[MethodResult]
+    settings: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    command: str = ""
+
+    def check(self) -> None:
+        """
+        Refuse what no report can be made of.
+
+        Raises:
+            ValueError: names the entry and what is wrong with it.
+        """
+        _check_types(self, "The comparison", apart_from=("results",))
+        if not self.results:
+            raise ValueError("The comparison has no results, so there is nothing to report. Give one per method.")
+        labels: dict[str, str] = {}
+        keys: dict[int, str] = {}
+        seen = set()
+        for result in self.results:
+            name = f"Method {result.method!r}, seed {result.seed}"
+            _check_types(result, name)
+            if (result.method, result.seed) in seen:
+                raise ValueError(f"{name} is there twice. Give one result per method and seed.")
+            seen.add((result.method, result.seed))
+            if labels.setdefault(result.method, result.label) != result.label:
+                raise ValueError(
+                    f"{name} is called {result.label!r}, and {labels[result.method]!r} with another seed. Give a "
+                    "method one label, and a variant of it a key of its own."
+                )
+            if result.status not in STATUSES:
+                raise ValueError(f"{name} has status {result.status!r}. Set it to one of {', '.join(STATUSES)}.")
+            if result.status == "failed":
+                continue
+            if keys.setdefault(result.seed, result.prompts_key) != result.prompts_key:
+                raise ValueError(
+                    f"{name} answered the prompts {result.prompts_key!r}, other methods with this seed "
+                    f"{keys[result.seed]!r}: their answers make no pairs. Ask all methods the same prompts."
+                )
+            self._check_figures(result, name)
+        if len(set(labels.values())) < len(labels):
+            twice = next(label for label in labels.values() if list(labels.values()).count(label) > 1)
+            raise ValueError(f"Several methods are called {twice!r}. Give each a label of its own.")
+        if self.base not in labels:
+            raise ValueError(
+                f"The base {self.base!r} is not among the methods {', '.join(labels)}. Set `base` to one of them."
+            )
+
+    def _check_figures(self, result: MethodResult, name: str) -> None:
+        lists = {key: getattr(result, key) for key in PER_PROMPT}
+        lists |= {f"scores[{scorer!r}]": values for scorer, values in result.scores.items()}
+        for key, values in lists.items():
+            if not isinstance(values, list) or not all(has_type(value, float) for value in values):
+                raise ValueError(
+                    f"{name} has {values!r:.80} in {key}, and that has to be a list of numbers. Give NaN for a value "
+                    "that is missing."
+                )
+            if values and len(values) != self.prompts:
+                raise ValueError(
+                    f"{name} has {len(values)} values in {key}, and there are {self.prompts} prompts. Give one for "
+                    "each prompt, NaN for a missing one, or none at all."
+                )
+        for point in result.curve:
+            if set(point) != set(CURVE_KEYS) or not all(
+                has_type(point[key], hint) for key, hint in CURVE_KEYS.items()
+            ):
+                wanted = ", ".join(f"{key}: {shown_hint(hint)}" for key, hint in CURVE_KEYS.items())
+                raise ValueError(f"{name} has {point!r:.200} on its curve. A point is {{{wanted}}}.")
+        for example in result.examples:
+            if set(example) != set(EXAMPLE_KEYS):
+                raise ValueError(
+                    f"{name} has an example with {', '.join(example) or 'nothing'}. Give it {', '.join(EXAMPLE_KEYS)}."
+                )
+
+    def save(self, path: str | Path) -> None:
+        """
+        Write it as JSON, whole or not at all. NaN and infinities become `null`.
+
+        Raises:
+            ValueError: see [`~ComparisonResults.check`].
+        """
+        self.check()
+        content = _finite({"version": VERSION, **asdict(self)})
+        write_atomically(Path(path), json.dumps(content, indent=1, allow_nan=False, default=str) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ComparisonResults":
+        """
+        Read what [`~ComparisonResults.save`] wrote.
+
+        Raises:
+            ValueError: it is no such file, of another version, or what it holds makes no report.
+            FileNotFoundError: there is no such file.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path} cannot be read as JSON ({reason}). Give the file of a comparison.") from None
+        version = content.get("version") if isinstance(content, dict) else None
+        if version != VERSION or isinstance(version, bool):
+            raise ValueError(
+                f"{path} has version {version!r:.80}, and this program reads version {VERSION}. Give the file of a "
+                "comparison, read it with the program that wrote it, or run the comparison anew."
+            )
+        del content["version"]
+        rows = content.get("results")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"{path} has no list of results. Give the file of a comparison.")
+        try:
+            results = [_built(MethodResult, _with_nan(row), f"Result {number}") for number, row in enumerate(rows)]
+            comparison = _built(cls, {**content, "results": results}, "The comparison")
+            comparison.check()
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        return comparison
+
+
+def _built(kind: type, content: Mapping[str, Any], name: str) -> Any:
+    wanted = [entry.name for entry in fields(kind)]
+    missing, unknown = [key for key in wanted if key not in content], sorted(set(content) - set(wanted))
+    if missing or unknown:
+        said = [f"lacks {', '.join(missing)}"] if missing else []
+        said += [f"has {', '.join(unknown)}, which is not known"] if unknown else []
+        raise ValueError(f"{name} {' and '.join(said)}. It has {', '.join(wanted)}.")
+    return kind(**content)
+
+
+def _check_types(one: Any, name: str, apart_from: tuple[str, ...] = ()) -> None:
+    for entry in fields(one):
+        value = getattr(one, entry.name)
+        if entry.name not in apart_from and not has_type(value, entry.type):
+            raise ValueError(f"{name} has {entry.name}={value!r:.80}, and it has to be {shown_hint(entry.type)}.")
+
+
+def _finite(value: Any) -> Any:
+    """What JSON can hold: it has no NaN and no infinities."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        number = int(value) if isinstance(value, numbers.Integral) else float(value)  # of NumPy's, too
+        return number if math.isfinite(number) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _with_nan(row: dict[str, Any]) -> dict[str, Any]:
+    """`null` is NaN where a number has to be."""
+
+    def measured(values: Any) -> Any:
+        return [math.nan if value is None else value for value in values] if isinstance(values, list) else values
+
+    row = {**row, **{key: measured(row[key]) for key in ("kl", "nll") if key in row}}
+    row |= {key: math.nan for key in ("seconds", "sampling_seconds") if key in row and row[key] is None}
+    if isinstance(row.get("scores"), dict):
+        row["scores"] = {scorer: measured(values) for scorer, values in row["scores"].items()}
+    return row

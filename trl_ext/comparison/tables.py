@@ -1,0 +1,141 @@
+"""The tables of a comparison: one to compute with (CSV), one to paste (Markdown)."""
+
+import csv
+import io
+import math
+from collections.abc import Callable
+
+from .figures import (
+    direction,
+    format_number,
+    format_share,
+)
+from .findings import Findings
+from .results import REWARD, MethodResult
+from .statistics import MISSING, Estimate
+from .summary import MethodSummary, summarize
+from .text import (
+    CSV_COLUMNS,
+    PLAIN_FIGURES,
+    exact,
+    last_line,
+    markdown_row,
+    markdown_text,
+    signed,
+    with_interval,
+    write_figure,
+)
+
+
+class Tables(Findings):
+    """`comparison.csv`, `comparison.md`, and the rows of the page's table."""
+
+    def csv(self) -> str:
+        opened = io.StringIO()
+        writer = csv.DictWriter(opened, list(CSV_COLUMNS), lineterminator="\n", restval="")
+        writer.writeheader()
+        base = self.by_method[self.comparison.base]
+        for method, results in self.by_method.items():
+            for result in results:
+                self._rows(writer, str(result.seed), [result], [one for one in base if one.seed == result.seed])
+            self._rows(writer, "all", results, base)
+            for scorer, rates in self.rates.items():
+                for (one, other), rate in rates.items():
+                    if one == method and other != self.comparison.base and math.isfinite(rate.value):
+                        about = {"method": one, "label": results[0].label, "seed": "all", "status": "done"}
+                        about |= {"figure": "win_rate", "scorer": scorer, "over": other}
+                        write_figure(writer, about, rate)
+        return opened.getvalue()
+
+    def _rows(self, writer, seed: str, results: list[MethodResult], base: list[MethodResult]) -> None:
+        one, over = summarize(results, base), self.comparison.base
+        about = {"method": one.method, "label": one.label, "seed": seed}
+        if not one.seeds:
+            error = "; ".join(dict.fromkeys(one.failures.values()))
+            writer.writerow({**about, "status": "failed", "error": error})
+            return
+        about["status"] = "done"
+        is_base = one.method == over
+        for scorer, estimate in one.scores.items():
+            write_figure(writer, {**about, "figure": "score", "scorer": scorer}, estimate)
+        if not is_base:
+            for figure, estimates in (
+                ("difference", {key: one.differences[key] for key in one.scores}),
+                ("win_rate", one.win_rates),
+                ("length_controlled_win_rate", one.length_controlled),
+            ):
+                for scorer, estimate in estimates.items():
+                    write_figure(writer, {**about, "figure": figure, "scorer": scorer, "over": over}, estimate)
+            write_figure(writer, {**about, "figure": "perplexity_ratio", "over": over}, one.perplexity_ratio)
+            write_figure(writer, {**about, "figure": "length_difference", "over": over}, one.length_difference)
+        for figure in ("kl", "perplexity", "length"):
+            write_figure(writer, {**about, "figure": figure}, getattr(one, figure))
+        for figure in PLAIN_FIGURES:
+            value = getattr(one, figure)
+            shown = value if isinstance(value, str) else exact(value)
+            writer.writerow({**about, "figure": figure, "value": shown, "seeds": len(one.seeds)})
+
+    def markdown(self) -> str:
+        head, rows = self._table(lambda estimate, shown, way, better: with_interval(estimate, shown))
+        head += ["training, s", "peak MiB", "models"]
+        for row, one in zip(rows, self.summaries, strict=True):
+            row += [format_number(one.seconds), format_number(one.peak_memory_mib), one.models_resident or "–"]
+        setting, points, caution = self.conclusions()
+        lines = [f"**{markdown_text(self.comparison.title)}**", "", markdown_text(setting), ""]
+        lines += [*(f"- {markdown_text(point)}" for point in points), ""]
+        lines += [markdown_text(caution), ""] if caution else []
+        lines += [markdown_row(map(markdown_text, head)), markdown_row(["---"] + ["---:"] * (len(head) - 2) + ["---"])]
+        lines += [markdown_row(map(markdown_text, row)) for row in rows]
+        lines += ["", "In brackets: 95 % intervals.", ""]
+        for one in self.summaries:
+            for seed, error in one.failures.items():
+                lines.append(f"- {markdown_text(f'{one.label}, seed {seed}, failed: {last_line(error)}')}")
+        lines += [f"- {markdown_text(note)}" for note in self.notes()]
+        if self.comparison.command:
+            lines += ["", *("    " + line for line in self.comparison.command.splitlines())]
+        return "\n".join(lines).rstrip() + "\n"
+
+    def _table(
+        self, shown: Callable[[Estimate, Callable[[float], str], int, int], str]
+    ) -> tuple[list[str], list[list[str]]]:
+        """
+        The table of all methods.
+
+        Args:
+            shown (`Callable`): makes a cell of an estimate, what formats a number, whether it is above (1) or below
+                (-1) the base, and whether more is better (1), worse (-1) or neither (0).
+
+        Returns:
+            `tuple`: headings, and a row for each method.
+        """
+        base = self.base.label
+        head = ["method", "seeds", *self.scorers, f"{REWARD} − {base}", f"wins over {base}", "wins at equal length"]
+        head += ["KL, nats", "perplexity", "tokens"]
+        rows = []
+        for one in self.summaries:
+            is_base = one is self.base
+
+            def cell(estimate, how, change=MISSING, equal=0.0, better=1, is_base=is_base):
+                return shown(estimate, how, 0 if is_base else direction(change, equal), better)
+
+            row = [one.label, self._seeds(one)]
+            for scorer in self.scorers:
+                change = one.differences.get(scorer, MISSING)
+                row.append(cell(one.scores.get(scorer, MISSING), format_number, change))
+            for estimates, how, equal in (
+                (one.differences, signed, 0.0),
+                (one.win_rates, format_share, 0.5),
+                (one.length_controlled, format_share, 0.5),
+            ):
+                estimate = MISSING if is_base else estimates.get(REWARD, MISSING)
+                row.append(cell(estimate, how, estimate, equal))
+            row.append(cell(one.kl, format_number))
+            row.append(cell(one.perplexity, format_number, one.perplexity_ratio, 1.0, better=-1))
+            row.append(cell(one.length, format_number, one.length_difference, better=0))
+            rows.append(row)
+        return head, rows
+
+    def _seeds(self, one: MethodSummary) -> str:
+        if not one.failures:
+            return str(len(one.seeds))
+        return f"{len(one.seeds)}, {len(one.failures)} failed" if one.seeds else "failed"

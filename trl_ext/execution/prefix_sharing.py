@@ -1,0 +1,177 @@
+"""Prefix sharing for a trainer: the public switch over `execution/`."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+import transformers
+from accelerate.utils import is_peft_model
+from peft import PeftConfig
+from transformers import PreTrainedModel
+from trl import DPOConfig, DPOTrainer
+
+from .._trl import after_fused_lm_head
+from ..runtime.models import load_config
+from ..runtime.parallelism import refuse_sharding_that_would_not_be, sequence_split
+from .chunking import chunking_outermost
+from .sharing import PrefixSharing, cannot_be_honoured
+from .support import adapter_reason, inspect_model
+
+
+def enable_prefix_sharing(
+    trainer: DPOTrainer, prefix_sharing: str | bool = "auto", *, self_check: bool = False
+) -> PrefixSharing | None:
+    """
+    Make a [`~trl.DPOTrainer`] compute each prompt once for all its completions, with the same results.
+
+    Losses, metrics, sampling order, step counts and checkpoints stay TRL's: a batch is rearranged inside the model's
+    forward, and the per-token outputs are put back where TRL expects them. The reference model, if there is one,
+    is treated the same. Works with every loss type, WPO weighting, `ld_alpha`, PEFT, gradient checkpointing, DDP and
+    DeepSpeed. The trainers of this package do it by themselves (`prefix_sharing` of their configs).
+
+    With dropout (LoRA's, say) the noise is drawn for other shapes, and completions of a prompt share the noise in it.
+
+    What the constructor computes with `precompute_ref_log_probs=True` comes before this call: construct the trainer
+    inside [`share_prefixes`] to have that shared as well.
+
+    Args:
+        trainer ([`~trl.DPOTrainer`]):
+            The trainer, before or between calls of `train` and `evaluate`.
+        prefix_sharing (`str` or `bool`, *optional*, defaults to `"auto"`):
+            `"auto"` rearranges the batches for which that is expected to be faster, and leaves models alone that
+            cannot share, with one warning that says why. `True` rearranges every batch, and what cannot be is an
+            error. `False` undoes an earlier call.
+        self_check (`bool`, *optional*, defaults to `False`):
+            Run two sequences of the first batch that shares anything both ways, compare their per-token
+            log-probabilities and the gradients that reach their embedded tokens, and stop with the difference if they
+            disagree. Not under FSDP.
+
+    Returns:
+        [`PrefixSharing`], also kept as `trainer.prefix_sharing`: `shares` tells whether the model can, `statistics`
+        what was saved, `remove()` undoes this call. `None` with `prefix_sharing=False`.
+
+    Raises:
+        TypeError: not a `DPOTrainer`.
+        ValueError: `prefix_sharing=True` and the model cannot share, or FSDP on a CPU.
+
+    Example:
+    ```python
+    from trl import DPOConfig, DPOTrainer
+    from trl_ext import enable_prefix_sharing
+
+    trainer = DPOTrainer(model="Qwen/Qwen2.5-0.5B-Instruct", train_dataset=dataset)
+    enable_prefix_sharing(trainer)
+    trainer.train()
+    ```
+    """
+    if not isinstance(trainer, DPOTrainer):
+        raise TypeError(
+            f"enable_prefix_sharing got a {type(trainer).__name__}. It knows how `trl.DPOTrainer` calls its models; "
+            "pass one, or a subclass."
+        )
+    if getattr(trainer, "prefix_sharing", None) is not None:
+        trainer.prefix_sharing.remove()
+        trainer.prefix_sharing = None
+    if prefix_sharing is False:
+        return None
+    refuse_sharding_that_would_not_be(trainer.args)
+    sharing = PrefixSharing(prefix_sharing, self_check)
+    try:
+        reason = settings_reason(trainer.args, trainer.model)
+        if reason is not None:
+            sharing.cannot(reason)
+        for model in (trainer.model, trainer.ref_model):
+            if model is not None and reason is None:
+                model = trainer.accelerator.unwrap_model(model)
+                with chunking_outermost(model.get_base_model() if is_peft_model(model) else model):
+                    sharing.install(model)
+    except ValueError:
+        sharing.remove()
+        raise
+    trainer.prefix_sharing = sharing
+    return sharing
+
+
+@contextlib.contextmanager
+def share_prefixes(prefix_sharing: str | bool = "auto", *, self_check: bool = False) -> Iterator[None]:
+    """
+    [`enable_prefix_sharing`] for every [`~trl.DPOTrainer`] constructed inside the block, from its first forward on.
+    Needed only where the constructor itself runs the model, which it does with `precompute_ref_log_probs=True`. The
+    trainers of this package follow their config instead.
+
+    Args:
+        prefix_sharing, self_check:
+            As in [`enable_prefix_sharing`].
+
+    Example:
+    ```python
+    with share_prefixes():
+        trainer = DPOTrainer(model, args=DPOConfig(precompute_ref_log_probs=True), train_dataset=dataset)
+    trainer.train()
+    ```
+    """
+    construct = DPOTrainer.__init__
+
+    @functools.wraps(construct)
+    def construct_sharing(self, *args, **kwargs):
+        if getattr(self, "shares_by_config", False) or prefix_sharing is False:
+            return construct(self, *args, **kwargs)
+        sharing = PrefixSharing(prefix_sharing, self_check)
+        try:
+            with after_fused_lm_head(sharing.install):
+                construct(self, *args, **kwargs)
+        except BaseException:
+            sharing.remove()  # a model that was passed in is left as it was
+            raise
+        self.prefix_sharing = sharing
+        reason = settings_reason(self.args, self.model)
+        if reason is not None:
+            sharing.remove()
+            sharing.cannot(reason)
+
+    DPOTrainer.__init__ = construct_sharing
+    try:
+        yield
+    finally:
+        DPOTrainer.__init__ = construct
+
+
+def settings_reason(args: DPOConfig, model: str | PreTrainedModel) -> str | None:
+    """Why batches cannot be rearranged under these settings; `None` if they can."""
+    split = sequence_split(args, model)
+    if split is not None:
+        return f"with {split} a process does not compute its sequences whole"
+    if args.torch_compile:
+        return "the model is compiled as a whole (torch_compile), and layouts differ from batch to batch"
+    if args.neftune_noise_alpha is not None:
+        return "the noise of `neftune_noise_alpha` depends on the length of a row"
+    return None
+
+
+def refuse_unless_shareable(model: str | PreTrainedModel, args: DPOConfig, peft_config: PeftConfig | None) -> None:
+    """
+    Refuse `prefix_sharing=True` for a model that cannot, before its weights are loaded.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]): name, folder or model.
+        args ([`~trl.DPOConfig`]): the trainer's settings, with what the model will be loaded with.
+        peft_config ([`~peft.PeftConfig`], *optional*): adapter it will get.
+
+    Raises:
+        ValueError: it cannot share prefixes; the message says why and what to set.
+    """
+    reason = settings_reason(args, model)
+    if reason is None and peft_config is not None:
+        reason = adapter_reason(peft_config)
+    if reason is None and isinstance(model, str):
+        config = load_config(model, args)
+        model_class = getattr(transformers, (config.architectures or ["?"])[0], None)
+        if model_class is None:  # code from the Hub, looked at once it is loaded
+            return
+        with torch.device("meta"):  # the modules without weights; not `from_config`, which under ZeRO-3 makes weights
+            model = model_class(config)
+    if reason is None:
+        reason = inspect_model(model).reason
+    if reason is not None:
+        raise ValueError(cannot_be_honoured(reason))

@@ -1,0 +1,27 @@
+"""TRL's DPO on rows prepared here."""
+
+from typing import Any
+
+import trl
+
+from ...data.trl_columns import for_dpo
+from ...execution.prefix_sharing import refuse_unless_shareable, share_prefixes
+from ...trainers.adapter_checks import refuse_drifting_reference
+from ...trainers.prepared_rows import OurRows
+
+
+class DPOTrainer(OurRows, trl.DPOTrainer):
+    """
+    [`~trl.DPOTrainer`] on the best and the worst answer to each prompt, computing each prompt once for both
+    (`args.prefix_sharing`).
+    """
+
+    columns_for = staticmethod(for_dpo)
+
+    def __init__(self, model: Any, *, args: Any, peft_config: Any = None, **kwargs: Any):
+        if args.prefix_sharing is True:
+            refuse_unless_shareable(model, args, peft_config)
+        if kwargs.get("ref_model") is None:
+            refuse_drifting_reference(model, peft_config, "DPO")
+        with share_prefixes(args.prefix_sharing, self_check=args.check_prefix_sharing):
+            super().__init__(model, args=args, peft_config=peft_config, **kwargs)

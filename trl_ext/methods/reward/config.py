@@ -1,0 +1,47 @@
+"""The config of reward models."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import trl
+
+from ...trainers.common_config import CommonConfig
+from ...trainers.trl_config import TOKENISED
+
+
+@dataclass
+class RewardConfig(CommonConfig, trl.RewardConfig):
+    """
+    [`~trl.RewardConfig`] with the fields of [`CommonConfig`], and
+
+    Parameters:
+        difference_penalty (`float`, *optional*, defaults to `0.0`):
+            Weight of the squared difference of the two rewards, which keeps it finite where preferences are certain.
+        max_difference (`float`, *optional*):
+            Largest difference of the two rewards that is still rewarded: beyond it a pair has no gradient.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    unused_fields: ClassVar[dict[str, str]] = {"chat_template_path": TOKENISED, "eos_token": TOKENISED}
+
+    difference_penalty: float = field(
+        default=0.0, metadata={"help": "Weight of the squared difference of the two rewards; 0: none."}
+    )
+    max_difference: float | None = field(
+        default=None, metadata={"help": "Largest difference of the two rewards that the loss still asks for."}
+    )
+
+    def __post_init__(self):
+        self.check_types()
+        if not 0 <= self.difference_penalty < float("inf"):
+            raise ValueError(
+                f"difference_penalty={self.difference_penalty} would drive rewards apart. Set it to 0 (none) or more."
+            )
+        if self.max_difference is not None and not self.max_difference > 0:
+            raise ValueError(
+                f"max_difference={self.max_difference} would end the gradient before a pair is in order. Set it above "
+                "0, or leave it out."
+            )
+        super().__post_init__()

@@ -1,0 +1,247 @@
+"""Settings of SPIN."""
+
+import dataclasses
+import reprlib
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ...runtime.settings import check_field_types
+from ...sampling.config import ENGINES, SamplingConfig
+from ...scoring.config import ScorerConfig
+from ...trainers.candidate_config import UNUSED_DPO_FIELDS, CandidateConfig
+
+LOSSES = ("sigmoid", "hinge")
+REFERENCES = ("previous", "initial")
+# settings with one value for each iteration
+BY_ITERATION = ("beta", "learning_rate")
+EARLY_STOPS = ("none", "nll", "reward")
+_OPPONENT = "the reference is the opponent, which is replaced after each iteration; set `reference`"
+
+
+@dataclass
+class SPINConfig(ScorerConfig, CandidateConfig):
+    r"""
+    Configuration of [`SPINTrainer`]: the fields below, and everything of [`~trl.DPOConfig`] that has a meaning in
+    self-play (https://huggingface.co/papers/2401.01335). What belongs to the loop (history, early stop, generation)
+    means nothing for a single iteration on pairs that were generated before, and is not looked at there.
+
+    Parameters:
+        > The loop
+
+        num_iterations (`int`, *optional*, defaults to `3`):
+            Iterations to play, at least 1. The paper plays 4 and calls them 0 to 3, as the folders are called here.
+        history (`int`, *optional*, defaults to `1`):
+            How many earlier iterations' generated answers are trained on together with this iteration's. 1 is the
+            published setting: iteration t trains on D_{t-1} and D_t.
+        reference (`str`, *optional*, defaults to `"previous"`):
+            `"previous"`: the model that starts the iteration, which has also generated its answers (the paper).
+            `"initial"`: the model that started the first one.
+        early_stop (`str`, *optional*, defaults to `"none"`):
+            End after an iteration that did not improve this held-out figure, and take the model before: `"nll"`, the
+            negative log-likelihood per token of the real answers, or `"reward"`, the mean of `rewards`.
+        num_watched_prompts (`int`, *optional*, defaults to `128`):
+            Rows set apart, never trained on, to evaluate each model with; 0: no evaluation. Without effect if an eval
+            dataset is given, which is then used as a whole.
+        rewards (`list[str]`, *optional*):
+            Scorers of the answers to watched prompts, in the notation of [`RankingConfig`], added up. They are watched
+            and never trained on.
+        first_turn_only (`bool`, *optional*, defaults to `False`):
+            Of `messages`, use the first question with its answer and leave the rest out (the paper). If not, the last
+            message is the answer and everything before it the prompt.
+
+        > The loss: l(beta * h), with h the log-ratio of the real answer less that of the generated one
+
+        beta (`float` or `list[float]`, *optional*, defaults to `0.1`):
+            Above 0; the paper's lambda. One value, or one for each iteration: the paper's is 0.1, and 5.0 at the last.
+        loss (`str`, *optional*, defaults to `"sigmoid"`):
+            `"sigmoid"`: l(t) = log(1 + exp(-t)) (the paper). `"hinge"`: relu(1 - t).
+        learning_rate (`float` or `list[float]`, *optional*, defaults to `1e-6`):
+            At least 0. One value, or one for each iteration: the paper's is 5e-7, and 1e-7 from iteration 2 on.
+
+        > Generation, see [`SamplingConfig`]. The defaults are the paper's
+
+        temperature (`float`, defaults to `1.0`), top_p (`float`, defaults to `1.0`), top_k (`int`, defaults to `0`),
+        max_new_tokens (`int`, defaults to `256`), stop_strings (`list[str]`, *optional*), sampling_seed (`int`,
+        defaults to `42`), sampling_engine (`str`, defaults to `"transformers"`), sampling_batch_size (`int`, defaults
+        to `64`), vllm_python (`str`, *optional*), vllm_args (`dict` or `str`, *optional*).
+
+        > Rows and memory
+
+        on_invalid_row, prefix_sharing, check_prefix_sharing, max_completions_per_forward:
+            See [`CandidateConfig`].
+        precompute_ref_batch_size (`int`, *optional*):
+            Pairs per forward while the reference's log-likelihoods are computed; by default
+            `per_device_eval_batch_size`.
+
+    Raises:
+        ValueError: a value out of its range, a list without one value for each iteration, or a setting of `DPOConfig`
+            that means nothing here, with what to set instead.
+    """
+
+    unused_fields: ClassVar[dict[str, str]] = {
+        **{name: why for name, why in UNUSED_DPO_FIELDS.items() if name not in ("beta", "precompute_ref_batch_size")},
+        "loss_type": "set `loss`",
+        "loss_weights": "there is one loss; set `loss`",
+        "ld_alpha": "answers count with their summed log-likelihood",
+        "f_divergence_type": "the loss is that of the paper; set `loss` and `beta`",
+        "f_alpha_divergence_coef": "the loss is that of the paper; set `loss` and `beta`",
+        "discopop_tau": "set `loss`",
+        "label_smoothing_factor": "leave out the rows you do not trust",
+        "precompute_ref_log_probs": "they always are, at the start of each iteration",
+        "sync_ref_model": _OPPONENT,
+        "ref_model_mixup_alpha": _OPPONENT,
+        "ref_model_sync_steps": _OPPONENT,
+        "disable_dropout": "the reference is the same model without dropout, and the first loss would not be ln 2",
+    }
+
+    beta: list[float] = field(
+        default_factory=lambda: [0.1],
+        metadata={"help": "lambda of the paper, above 0: one value, or one for each iteration."},
+    )
+    learning_rate: list[float] = field(
+        default_factory=lambda: [1e-6], metadata={"help": "One value, or one for each iteration."}
+    )
+    num_iterations: int = field(default=3, metadata={"help": "Iterations of self-play."})
+    loss: str = field(
+        default="sigmoid",
+        metadata={"help": "'sigmoid': log(1 + exp(-t)), the paper. 'hinge': relu(1 - t).", "choices": list(LOSSES)},
+    )
+    history: int = field(
+        default=1,
+        metadata={"help": "How many earlier iterations' generated answers are mixed in; the paper's is 1."},
+    )
+    reference: str = field(
+        default="previous",
+        metadata={
+            "help": "'previous': the model that starts the iteration. 'initial': the one that started the first.",
+            "choices": list(REFERENCES),
+        },
+    )
+    early_stop: str = field(
+        default="none",
+        metadata={
+            "help": "Held-out figure that has to improve for another iteration: 'nll' or 'reward'.",
+            "choices": list(EARLY_STOPS),
+        },
+    )
+    num_watched_prompts: int = field(
+        default=128, metadata={"help": "Rows set apart to evaluate each model with; 0: no evaluation."}
+    )
+    rewards: list[str] | None = field(
+        default=None,
+        metadata={"help": "Scorers of the watched answers: file.py:function, package.module:function, or a model."},
+    )
+    first_turn_only: bool = field(
+        default=False, metadata={"help": "Of `messages`, use the first question with its answer alone."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Of the sampling; 0 is greedy."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling; 1 switches it off."})
+    top_k: int = field(default=0, metadata={"help": "Sample among the k most likely tokens; 0 switches it off."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest generated answer in tokens."})
+    stop_strings: list[str] | None = field(
+        default=None, metadata={"help": "An answer ends before the first of these strings."}
+    )
+    sampling_seed: int = field(default=42, metadata={"help": "Seed of the sampling."})
+    sampling_engine: str = field(
+        default="transformers",
+        metadata={
+            "help": "'transformers', in the processes of the run, or 'vllm', in an environment of its own.",
+            "choices": list(ENGINES),
+        },
+    )
+    sampling_batch_size: int = field(default=64, metadata={"help": "Answers in the making at a time, per process."})
+    vllm_python: str | None = field(
+        default=None, metadata={"help": "Python interpreter of an environment with vLLM, for sampling_engine='vllm'."}
+    )
+    vllm_args: dict | str | None = field(
+        default=None, metadata={"help": "Further arguments of vllm.LLM, as JSON: '{\"gpu_memory_utilization\": 0.8}'."}
+    )
+
+    def check_types(self) -> None:
+        check_field_types(self, apart_from=("prefix_sharing", *BY_ITERATION))  # these are made of text, too
+
+    def __post_init__(self):
+        self.check_types()
+        if self.num_iterations < 1:
+            raise ValueError(f"num_iterations={self.num_iterations} would play nothing. Set it to 1 or more.")
+        if self.history < 0:
+            raise ValueError(
+                f"history={self.history}: set it to 0 (this iteration's answers alone) or more; the paper's is 1."
+            )
+        for name in ("loss", "reference", "early_stop"):
+            allowed = {"loss": LOSSES, "reference": REFERENCES, "early_stop": EARLY_STOPS}[name]
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not known. Set it to one of {', '.join(allowed)}."
+                )
+        for name in BY_ITERATION:
+            setattr(self, name, self._one_or_each(name))
+        for beta in self.beta if isinstance(self.beta, list) else [self.beta]:
+            if not 0 < beta < float("inf"):
+                raise ValueError(f"beta={self.beta} would turn the loss round or flatten it. Set beta > 0.")
+        for rate in self.learning_rate if isinstance(self.learning_rate, list) else [self.learning_rate]:
+            if not 0 <= rate < float("inf"):
+                raise ValueError(f"learning_rate={self.learning_rate} is no step size. Set learning_rate >= 0.")
+        if self.num_watched_prompts < 0:
+            raise ValueError(f"num_watched_prompts={self.num_watched_prompts}: set it to 0 (no evaluation) or more.")
+        if self.early_stop == "reward" and not self.rewards:
+            raise ValueError(
+                "early_stop='reward' watches nothing without `rewards`. Name scorers, or set it to 'nll'."
+            )
+        if self.precompute_ref_batch_size is not None and self.precompute_ref_batch_size < 1:
+            raise ValueError(
+                f"precompute_ref_batch_size={self.precompute_ref_batch_size} would run nothing. Set it to 1 or more."
+            )
+        self.vllm_args = self.sampling().vllm_args  # checks them all
+        super().__post_init__()
+
+    def _one_or_each(self, name: str) -> float | list[float]:
+        given = getattr(self, name)
+        try:
+            values = [float(value) for value in (given if isinstance(given, list | tuple) else [given])]
+        except OverflowError:
+            raise ValueError(f"{name}={reprlib.repr(given)} is too large a number. Lower it.") from None
+        if len(values) == 1:
+            return values[0]
+        if len(values) != self.num_iterations:
+            raise ValueError(
+                f"{name}={given} has {len(values)} values for num_iterations={self.num_iterations}. Give one value, "
+                "or one for each iteration."
+            )
+        return values
+
+    def sampling(self) -> SamplingConfig:
+        """How the opponent answers: one answer to each prompt, whatever it says."""
+        return SamplingConfig(
+            num_candidates=1,
+            keep_duplicates=True,
+            role_markers=None,  # what the opponent says is the opponent's, and not to be mended
+            **{
+                name: getattr(self, name)
+                for name in (
+                    "temperature",
+                    "top_p",
+                    "top_k",
+                    "max_new_tokens",
+                    "stop_strings",
+                    "sampling_seed",
+                    "sampling_engine",
+                    "sampling_batch_size",
+                    "vllm_python",
+                    "vllm_args",
+                )
+            },
+        )
+
+    def for_iteration(self, number: int, **changes) -> "SPINConfig":
+        """
+        The settings of one iteration: `beta` and `learning_rate` are one number each.
+
+        Args:
+            number (`int`): of the iteration, from 0 on.
+            changes: further fields to set, such as `output_dir`.
+        """
+        for name in BY_ITERATION:
+            value = getattr(self, name)
+            changes.setdefault(name, value[number] if isinstance(value, list) else value)
+        return dataclasses.replace(self, **changes)

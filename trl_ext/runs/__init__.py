@@ -1,0 +1,1 @@
+"""Runs of stages, and the loop over rounds."""

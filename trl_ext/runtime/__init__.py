@@ -1,0 +1,1 @@
+"""Torch, accelerate, files and processes; no rows and no losses."""

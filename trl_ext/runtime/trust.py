@@ -1,0 +1,130 @@
+"""Files of others: weights without pickled code, models without remote code unless it is allowed."""
+
+import contextlib
+import json
+import os
+import pickle
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+# Files
+
+
+class UnsafeFileError(ValueError):
+    """A file of a checkpoint or a model that holds more than tensors and plain values."""
+
+
+# What DeepSpeed 0.19 pickles beside tensors: states of its optimisers. They hold values and run nothing.
+_DEEPSPEED_STATES = (
+    "deepspeed.runtime.zero.config:ZeroStageEnum",
+    "deepspeed.runtime.fp16.loss_scaler:LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler",
+    "deepspeed.utils.tensor_fragment:fragment_address",
+)
+
+
+def _allowed() -> list[type]:
+    if "deepspeed" not in sys.modules:
+        return []
+    return [getattr(import_module(module), name) for module, _, name in (n.partition(":") for n in _DEEPSPEED_STATES)]
+
+
+@contextlib.contextmanager
+def weights_only() -> Iterator[None]:
+    """
+    Within, `torch.load` loads tensors and plain values alone, whatever its caller asks for: DeepSpeed 0.19 asks for
+    whole objects, whose unpickling runs any code that a checkpoint names. Any file, wherever it is: links, DeepSpeed's
+    `latest` and the Trainer's state can each lead out of a checkpoint.
+
+    Raises:
+        UnsafeFileError: a file holds something else. It names the file, and what to do.
+    """
+    import torch
+
+    load = torch.load
+
+    def load_weights_only(f, *args, **kwargs):
+        if len(args) > 1 or kwargs.get("pickle_module") is not None:
+            args = args[:1]
+            kwargs.pop("pickle_module", None)
+        try:
+            with torch.serialization.safe_globals(_allowed()):
+                return load(f, *args, **{**kwargs, "weights_only": True})
+        except pickle.UnpicklingError as error:
+            raise UnsafeFileError(f"{f} {_what_is_wrong(error)}") from None
+
+    torch.load = load_weights_only
+    try:
+        yield
+    finally:
+        torch.load = load
+
+
+def _what_is_wrong(error: Exception) -> str:
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    if named is not None:
+        return (
+            f"holds more than tensors and plain values: it names {named[1].rstrip('.,')!r}, and loading that could "
+            "run code that somebody has put there. Nothing of it was run. Go on from another checkpoint or model "
+            "whose origin you know; weights as `.safetensors` cannot hold code."
+        )
+    reason = " ".join(str(error).rpartition("WeightsUnpickler error: ")[2].split("Check the documentation")[0].split())
+    return (
+        f"cannot be loaded as tensors and plain values: {reason[:200].rstrip('. ')}. It is damaged, or holds "
+        "something else, of which nothing was run. Go on from another checkpoint or model."
+    )
+
+
+@contextlib.contextmanager
+def explain_remote_code(setting: str = "trust_remote_code") -> Iterator[None]:
+    """
+    Within, transformers' refusal of a model that brings its own code says what to set.
+
+    Args:
+        setting (`str`): the field, which is also the flag.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if "trust_remote_code" not in str(error) or f"--{setting}" in str(error):
+            raise
+        first = str(error).strip().splitlines()[0].rstrip(". ")
+        raise ValueError(
+            f"{first}. Code that comes with a model is not run by itself. Read it, and if you trust it, set "
+            f"`{setting}=True` (on the command line `--{setting} true`)."
+        ) from error
+
+
+# Settings
+
+
+def refuse_code_in_deepspeed(config: Any) -> None:
+    """
+    Refuse a DeepSpeed config, a dict or a JSON file, that names modules to import (`lower_precision_safe_modules`).
+
+    Raises:
+        ValueError: it does, and they are not torch's.
+    """
+    if isinstance(config, str) and not config.lstrip().startswith("{") and os.path.isfile(config):
+        with contextlib.suppress(ValueError, OSError):  # DeepSpeed says so itself
+            config = Path(config).read_text()
+    config = _as_dict(config)
+    autocast = config.get("torch_autocast")
+    modules = autocast.get("lower_precision_safe_modules") if isinstance(autocast, Mapping) else None
+    for module in modules if isinstance(modules, list) else []:
+        if not str(module).startswith("torch.nn."):
+            raise ValueError(
+                f"deepspeed: `lower_precision_safe_modules` names {module!r}, which DeepSpeed would import. Name "
+                "modules of torch.nn alone."
+            )
+
+
+def _as_dict(value: Any) -> dict:
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    return dict(value) if isinstance(value, Mapping) else {}

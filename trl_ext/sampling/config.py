@@ -1,0 +1,128 @@
+"""The settings of sampling."""
+
+import json
+from dataclasses import dataclass, field
+
+from ..runtime.settings import check_field_types
+
+ENGINES = ("transformers", "vllm")
+
+
+# settings that change how fast it goes and not what comes out; `vllm_args` are looked at one by one
+WITHOUT_EFFECT = ("sampling_batch_size", "vllm_python", "vllm_args")
+
+
+VLLM_ARGS_WITHOUT_EFFECT = (
+    "block_size", "cpu_offload_gb", "disable_custom_all_reduce", "disable_log_stats", "distributed_executor_backend",
+    "download_dir", "enable_chunked_prefill", "enable_prefix_caching", "enforce_eager", "gpu_memory_utilization",
+    "kv_cache_memory_bytes", "max_num_batched_tokens", "max_num_seqs", "num_gpu_blocks_override",
+    "pipeline_parallel_size", "swap_space", "tensor_parallel_size",
+)  # fmt: skip
+
+
+@dataclass
+class SamplingConfig:
+    """
+    How candidates are sampled. Names that would clash with a trainer's begin with `sampling_`.
+
+    Parameters:
+        num_candidates (`int`, *optional*, defaults to `4`):
+            Candidates per prompt. RRHF samples 4 (and adds the two of the dataset), SLiC-HF 8, CLICK 20.
+        temperature (`float`, *optional*, defaults to `0.8`):
+            0 is greedy, and then one candidate is all there is. RRHF 0.8, SLiC-HF 0.7, CLICK 1. Held-out prompts are
+            answered at 1 without `top_p` and `top_k`, whatever these are.
+        top_p (`float`, *optional*, defaults to `1.0`): in (0, 1]; 1 switches it off. CLICK 0.9.
+        top_k (`int`, *optional*, defaults to `0`): 0 switches it off. SLiC-HF 40.
+        max_new_tokens (`int`, *optional*, defaults to `128`): longest answer in tokens, its end token included.
+        stop_strings (`list[str]`, *optional*): an answer ends before the first of them.
+        role_markers (`list[str]`, *optional*):
+            Where the model begins to speak for somebody else; the answer is cut there, and the cut is counted. The
+            default is `"\\n\\nHuman:"` and `"\\n\\nAssistant:"`, the markers of the HH dialogues. RRHF's authors saw
+            models win reward with such text.
+        keep_duplicates (`bool`, *optional*, defaults to `False`): keep equal answers to a prompt.
+        sampling_seed (`int`, *optional*, defaults to `42`): of the random numbers.
+        sampling_engine (`str`, *optional*, defaults to `"transformers"`):
+            `"transformers"`, in the processes of the run; or `"vllm"`, in a process and an environment of its own,
+            for each of them. Both compute each prompt once for all its candidates. Their texts differ: vLLM draws its
+            random numbers in its own way.
+        sampling_batch_size (`int`, *optional*, defaults to `64`): candidates in the making at a time, per process,
+            with `"transformers"`; vLLM decides for itself.
+        vllm_python (`str`, *optional*): the Python interpreter of an environment with vLLM.
+        vllm_args (`dict` or `str`, *optional*): further arguments of `vllm.LLM`, a dict or JSON, such as
+            `gpu_memory_utilization`. With `max_model_len`, prompts are skipped that do not fit into it with an answer.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    num_candidates: int = field(default=4, metadata={"help": "Candidates sampled per prompt."})
+    temperature: float = field(default=0.8, metadata={"help": "Of the sampling; 0 is greedy."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling; 1 switches it off."})
+    top_k: int = field(default=0, metadata={"help": "Sample among the k most likely tokens; 0 switches it off."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest sampled answer in tokens."})
+    stop_strings: list[str] | None = field(
+        default=None, metadata={"help": "An answer ends before the first of these strings."}
+    )
+    role_markers: list[str] | None = field(
+        default_factory=lambda: ["\n\nHuman:", "\n\nAssistant:"],
+        metadata={"help": "An answer is cut where it begins to speak for somebody else, and the cut is counted."},
+    )
+    keep_duplicates: bool = field(default=False, metadata={"help": "Keep equal answers to the same prompt."})
+    sampling_seed: int = field(default=42, metadata={"help": "Seed of the sampling."})
+    sampling_engine: str = field(
+        default="transformers",
+        metadata={
+            "help": "'transformers', in this process, or 'vllm', in a process and environment of its own.",
+            "choices": list(ENGINES),
+        },
+    )
+    sampling_batch_size: int = field(default=64, metadata={"help": "Candidates in the making at a time, per process."})
+    vllm_python: str | None = field(
+        default=None, metadata={"help": "Python interpreter of an environment with vLLM, for sampling_engine='vllm'."}
+    )
+    vllm_args: dict | str | None = field(
+        default=None, metadata={"help": "Further arguments of vllm.LLM, as JSON: '{\"gpu_memory_utilization\": 0.8}'."}
+    )
+
+    def __post_init__(self):
+        check_field_types(self)
+
+        def refuse(name: str, why: str) -> None:
+            raise ValueError(f"{name}={getattr(self, name)!r}: {why}")
+
+        for name in ("stop_strings", "role_markers"):
+            if isinstance(getattr(self, name), str):  # a string is a sequence of strings, of its letters
+                setattr(self, name, [getattr(self, name)])
+        for name in ("num_candidates", "max_new_tokens", "sampling_batch_size"):
+            if getattr(self, name) < 1:
+                refuse(name, "there is nothing to sample. Set it to 1 or more.")
+        if not 0 <= self.temperature < float("inf"):
+            refuse("temperature", "a temperature is 0 (greedy) or positive.")
+        if not 0 < self.top_p <= 1:
+            refuse("top_p", "set it above 0, and at most to 1, which switches it off.")
+        if self.top_k < 0:
+            refuse("top_k", "set it to 1 or more, or to 0, which switches it off.")
+        if self.temperature == 0 and self.num_candidates > 1:
+            refuse("num_candidates", "greedy sampling (temperature 0) gives one answer. Set a temperature, or 1.")
+        if self.sampling_engine not in ENGINES:
+            refuse("sampling_engine", f"not known. Set it to one of {', '.join(ENGINES)}.")
+        if self.sampling_engine == "vllm" and self.vllm_python is None:
+            refuse(
+                "sampling_engine",
+                "vLLM runs in an environment of its own. Set `vllm_python` to the interpreter of one in which "
+                "`pip install vllm` was run.",
+            )
+        if self.sampling_engine != "vllm" and (self.vllm_python or self.vllm_args):
+            raise ValueError("vllm_python and vllm_args would do nothing. Set `sampling_engine` to 'vllm'.")
+        if isinstance(self.vllm_args, str):
+            try:
+                self.vllm_args = json.loads(self.vllm_args)
+            except json.JSONDecodeError as error:
+                refuse("vllm_args", f"not JSON ({error}). Write it like '{{\"gpu_memory_utilization\": 0.8}}'.")
+        if not isinstance(self.vllm_args, dict | None):
+            refuse("vllm_args", "no names. Write it like '{\"gpu_memory_utilization\": 0.8}'.")
+        longest = (self.vllm_args or {}).get("max_model_len")
+        if longest is not None and (not isinstance(longest, int) or longest <= self.max_new_tokens):
+            refuse("vllm_args", "max_model_len holds prompt and answer: a number of tokens above `max_new_tokens`.")
+        if any(not text for text in (*(self.stop_strings or ()), *(self.role_markers or ()))):
+            raise ValueError("An empty string in stop_strings or role_markers would cut every answer to nothing.")
