@@ -82,7 +82,7 @@ def test_warnings_of_libraries_are_silenced_word_by_word():
     """In a process of its own: pytest has warning filters, and here the libraries are imported already."""
     code = """
 import logging, sys, warnings
-import trl_ext.library_warnings as silenced
+import trl_ext.runtime.library_warnings as silenced
 import torch
 from torch.utils.data import DataLoader
 from trl import DPOConfig

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,11 @@ from trl_ext.sampling.config import SamplingConfig
 
 def times_called(folder):
     return len((folder / "calls").read_text())
+
+
+def test_what_the_server_preloads_can_be_imported():
+    """It passes over modules that are not there, and each stage would import them anew."""
+    assert all(find_spec(name) for name in PRELOADED)
 
 
 def test_every_stage_has_a_process_of_its_own(tmp_path, monkeypatch):

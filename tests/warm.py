@@ -207,7 +207,7 @@ def fork_servers():
             os.close(ours)
             with open("/proc/self/comm", "w") as name:
                 name.write("forkserver")
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # as trl_ext.stages starts it
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # as trl_ext.runs.process starts it
             try:
                 forkserver.main(os.dup(listener.fileno()), alive, [])
             finally:

@@ -23,8 +23,8 @@ from .manifest import MARK, _jsonable, installed_versions, outputs_of
 # imported once by the server that the stages' processes are forked from
 PRELOADED = (
     "trl_ext.runtime.library_warnings",
-    "trl_ext.candidate_trainer",
-    "trl_ext.sampling",
+    "trl_ext.trainers.candidate_trainer",
+    "trl_ext.sampling.candidates",
     "trl",
     "scipy.stats",
     "matplotlib",

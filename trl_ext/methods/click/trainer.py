@@ -30,7 +30,7 @@ class CLICKTrainer(CandidateTrainer):
     alone, so that data of the task without samples can be mixed in; it does not make the pairs of others weigh less.
     Without a `reference` the best candidate stands in, if it is better than another, or is the only one and scores
     above 0; any other row without one is invalid, since its best candidate may be what is to be unlearned. What makes
-    CLICK's pairs is the rule `"likelihood_near"` of [`trl_ext.ranking.make_pairs`].
+    CLICK's pairs is the rule `"likelihood_near"` of [`~trl_ext.scoring.pairs.make_pairs`].
 
     Departures from the authors' code:
 
