@@ -446,17 +446,18 @@ def test_every_method_is_compared_and_more_can_be_added(model_dir, prompts_file,
     assert all(result.status == "done" for result in found.results)
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
 
-
-@pytest.mark.slow
-def test_what_rl_costs(model_dir, prompts_file, tmp_path):
-    words = command(model_dir, prompts_file, tmp_path / "out", "rl")[4:]
-    parsed = parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, words)
-    result = {one.method: one for one in OneSeed(parsed, RECIPES, 1, given_options(words)).play()}["rl"]
+    # what reinforcement learning costs
+    result = {one.method: one for one in found.results}["rl"]
     assert result.error is None and result.models_resident == "3"
     candidates = 12 * 4  # prompts that are not held out, and answers to each
     assert result.completions_sampled == candidates + 2 * 2 * 4  # updates, prompts in each, answers to each
-    manifest = tmp_path / "out" / "seed-1" / "candidates" / "candidates" / "manifest.json"
+    manifest = output / "seed-1" / "candidates" / "candidates" / "manifest.json"
     assert result.sampling_seconds == json.loads(manifest.read_text())["seconds"]
+
+    # other options do not pass for those it was trained with
+    again |= {"settings": json.dumps({**further, "slic_direct": {"delta": 2.0}})}
+    printed = run(command(model_dir, prompts_file, output, "slic_direct", **again), code=1)
+    assert "slic_direct is trained, with other options than there are now: delta was None and is 2.0" in printed
 
 
 @pytest.mark.slow
@@ -490,12 +491,3 @@ def test_two_processes(model_dir, prompts_file, tmp_path):
     assert direct[0].nll == pytest.approx(direct[1].nll, rel=1e-3) and direct[0].kl == pytest.approx(
         direct[1].kl, abs=1e-3
     )
-
-
-@pytest.mark.slow
-def test_other_options_do_not_pass_for_those_it_was_trained_with(model_dir, prompts_file, tmp_path):
-    output = tmp_path / "compared"
-    run(command(model_dir, prompts_file, output, "slic_direct"))
-    again = {"settings": json.dumps({"slic_direct": {"delta": 2.0}}), "resume_from_checkpoint": True}
-    printed = run(command(model_dir, prompts_file, output, "slic_direct", **again), code=1)
-    assert "slic_direct is trained, with other options than there are now: delta was None and is 2.0" in printed
