@@ -183,8 +183,8 @@ LABELS = {
 }  # fmt: skip
 
 
-def readme_table(rows: dict[tuple[str, int], list[dict[str, Any]]]) -> str:
-    """The README's table: from the least to the most over the seeds that tuned nothing."""
+def table(rows: dict[tuple[str, int], list[dict[str, Any]]]) -> str:
+    """The table of `docs/playground.md`: from the least to the most over the seeds that tuned nothing."""
 
     def span(of_seeds: list[dict[str, Any]], figure: str, form: str) -> str:
         values = [row[figure] for row in of_seeds]
@@ -287,11 +287,11 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--table", action="store_true", help="print the README's table of the rows, run nothing")
+    parser.add_argument("--table", action="store_true", help="print the table of `docs/playground.md`, run nothing")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # the recipe that this process runs
     options = parser.parse_args()
     if options.table:
-        print(readme_table(read_rows()), end="")
+        print(table(read_rows()), end="")
         return
     RUNS.mkdir(parents=True, exist_ok=True)
     if options.only:

@@ -3,8 +3,8 @@ Draw the committed measurements.
 
     python benchmarks/plot.py FOLDER
 
-Writes `prefix_sharing_speed.png` and `prefix_sharing_memory.png` into the folder. Of rows measured more than once, the
-last ones are drawn.
+Writes `prefix_sharing_speed.png`, `prefix_sharing_memory.png` and `playground.svg`, the README's picture, into the
+folder. Of rows measured more than once, the last ones are drawn.
 """
 
 import argparse
@@ -15,8 +15,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from playground import LABELS, RECIPES, TUNED_WITH, last_model, read_rows
 
 RESULTS = Path(__file__).parent / "results"
+# what the reward is, where it is not half digits and half tone
+OTHER_REWARDS = {"train_click": "share of polite answers", "spin": "share of right digits"}
 COLOURS = {"CPO": "#b0b0b0", "scored head": "#9ecae1", "auto": "#3182bd", "always": "#08519c"}
 
 
@@ -80,6 +83,49 @@ def memory(folder: Path) -> None:
     figure.savefig(folder / "prefix_sharing_memory.png", dpi=130)
 
 
+def rewards_by_recipe() -> dict[str, list[tuple[float, float]]]:
+    """Label of each recipe with rows: for every seed that tuned nothing, the reward before and after training."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    rows = sorted(read_rows().items())
+    for recipe in RECIPES:
+        label = LABELS[recipe] + (f"\n({OTHER_REWARDS[recipe]})" if recipe in OTHER_REWARDS else "")
+        for (name, seed), of_run in rows:
+            if name == recipe and seed != TUNED_WITH and of_run[0]["model"] == "start":
+                found.setdefault(label, []).append((of_run[0]["reward"], last_model(of_run)["reward"]))
+    return found
+
+
+def description(rewards: dict[str, list[tuple[float, float]]]) -> str:
+    """The values of the picture in words."""
+    seeds = {label: ", ".join(f"{a} to {b}" for a, b in of_seeds) for label, of_seeds in rewards.items()}
+    return "; ".join(f"{label}: {values}" for label, values in seeds.items()).replace("\n", " ")
+
+
+def playground(folder: Path) -> None:
+    """Draw the reward before and after training, a point for each seed; the values stand in the file's description."""
+    rewards = rewards_by_recipe()
+    with plt.rc_context({"svg.hashsalt": "playground", "svg.fonttype": "none"}):
+        figure, axis = plt.subplots(figsize=(8, 0.9 + 0.5 * len(rewards)), layout="constrained")
+        for place, seeds in enumerate(rewards.values()):
+            before, after = ([pair[side] for pair in seeds] for side in (0, 1))
+            start, end = sum(before) / len(before), sum(after) / len(after)
+            axis.annotate(
+                "", (end, place), (start, place), arrowprops={"arrowstyle": "->", "color": "#888888", "shrinkB": 7}
+            )
+            named = {} if place else {"label": "SFT model"}, {} if place else {"label": "after training"}
+            axis.plot(before, [place] * len(before), "o", color="#b0b0b0", **named[0])
+            axis.plot(after, [place] * len(after), "o", color=COLOURS["auto"], **named[1])
+        axis.set_yticks(range(len(rewards)), rewards)
+        axis.set_ylim(len(rewards) - 0.5, -0.5)
+        axis.set_xlabel("mean reward of 1000 held-out answers, a point for each seed")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="x", color="#e0e0e0")
+        axis.set_axisbelow(True)
+        axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+        metadata = {"Date": None, "Description": description(rewards)}
+        figure.savefig(folder / "playground.svg", metadata=metadata)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -87,6 +133,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     speed(folder)
     memory(folder)
+    playground(folder)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from tests.conftest import REPOSITORY
 # where commands are printed, as patterns of paths in the repository
 SOURCES = (
     "*.md",
+    "docs/**/*.md",
     "recipes/*.md",
     "recipes/*.py",
     "recipes/configs/*.yaml",
@@ -23,14 +24,14 @@ SOURCES = (
 )
 START = re.compile(
     r"(?:[A-Z_]+=\S+ )*"
-    r"(?:accelerate launch|(?:\S+/)?(?:python3? (?:-m|\S*\.py)|pip install|pytest|sbatch|ruff|trl))(?= |$)"
+    r"(?:accelerate launch|(?:\S+/)?(?:python3? (?:-m|\S*\.py)|pip install|pytest|sbatch|ruff|trl|trl-ext))(?= |$)"
 )
 FENCE = re.compile(r" *```")
 INLINE = re.compile(r"`([^`]+)`")
 CONTINUED = re.compile(r"\s*\\+$")  # two in a docstring
 REMARK = re.compile(r"\s{2,}# .*$")
 # between backticks, what is only named: a program, or a part of a command
-PART = re.compile(r"(accelerate launch|pip install|sbatch|ruff|trl)( \w+| --\w+)?$|.*(\.\.\.|…)")
+PART = re.compile(r"(accelerate launch|pip install|sbatch|ruff|trl|trl-ext)( \w+| --\w+)?$|.*(\.\.\.|…)")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The search behind the README's table of longest prompts, on memory whose longest prompt is known."""
+"""The search behind the table of longest prompts, on memory whose longest prompt is known."""
 
 import sys
 

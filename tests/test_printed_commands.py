@@ -28,7 +28,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.conftest import PAIRS, REPOSITORY, read_jsonl
 from tests.printed_commands import commands_of, printed_commands
+from trl_ext import SPINTrainer
 from trl_ext.cli.help import options_of, read_dataclass, recipe_dataclasses
+from trl_ext.cli.main import recipes, split_options
 from trl_ext.cli.parse import parse_recipe_args
 from trl_ext.runs.run import Run
 
@@ -60,9 +62,10 @@ RUN = {
     "python -m trl_ext.playground tiny-model": HERE + "test_a_small_model",
     # TRL's own script, called as its launcher does; with `bf16: false` and `max_steps: 1` in the file
     "trl reward --config reward.yaml": HERE + "test_trls_reward_script",
-    "python -m trl_ext.cli.options_page recipes > recipes/OPTIONS.md": HERE + "test_pages_that_are_made",
+    "python -m trl_ext.cli.options_page recipes > docs/options.md": HERE + "test_pages_that_are_made",
     "python benchmarks/claims/summary.py": HERE + "test_pages_that_are_made",
     "python benchmarks/plot.py FOLDER": HERE + "test_committed_measurements_are_drawn_and_printed",
+    "python benchmarks/playground.py --table": HERE + "test_committed_measurements_are_drawn_and_printed",
     "python benchmarks/scaling.py": HERE + "test_committed_measurements_are_drawn_and_printed",
 }
 SUITE = "the suite itself; .ci/run runs all of it"
@@ -76,6 +79,7 @@ NOT_RUN = {
     "pytest -m slow tests/distributed/test_faults.py": SUITE,
     "pytest tests/test_safety.py tests/test_fuzz.py": SUITE,
     'pip install -c constraints.txt -e ".[test]"': "downloads packages; .ci/run runs it as printed",
+    'pip install -c constraints.txt -e ".[docs]"': "downloads packages; .ci/run runs it and builds the site",
     "pip install -c constraints.txt -e .": NETWORK,
     'pip install -e ".[quantization]"': NETWORK,
     'pip install "trl_ext[deepspeed]"': NETWORK,
@@ -106,8 +110,19 @@ NOT_RUN |= {f"python benchmarks/claims/{name}.py": MEASURES for name in CLAIMS}
 RECIPE = re.compile(r"recipes/(\w+)\.py(?= |$)(.*)")
 
 
+@functools.cache
+def options_of_recipe(name) -> set[str]:
+    paths = recipe_dataclasses(REPOSITORY / "recipes" / f"{name}.py")
+    return {option for path in paths for option in options_of(read_dataclass(path))}
+
+
 def launched(command: str) -> tuple[str, list[str]] | None:
     """The recipe that a command launches with options, or leaves to the batch script, and these options."""
+    if command.startswith("trl-ext "):
+        _, recipe, *words = shlex.split(command)
+        launcher, words = split_options(words, dict.fromkeys(options_of_recipe(recipes()[recipe].stem)))
+        launch_command_parser().parse_args([*launcher, "recipe.py"])
+        return recipes()[recipe].stem, words
     match = RECIPE.search(command)
     if match is None or not command.startswith(("accelerate launch ", "STRATEGY=")) or not match[2]:
         return None
@@ -144,7 +159,7 @@ CHANGED = {"bf16": "False"}
 CHANGED_WHERE_SAMPLED = {"num_watched_prompts": "2", "max_new_tokens": "4", "seeds": "1"}
 
 MODELS = (
-    "MODEL", "alignment-handbook/zephyr-7b-sft-full", "path/to/alpaca-7b", "gpt2-large",
+    "MODEL", "Qwen/Qwen2.5-0.5B-Instruct", "alignment-handbook/zephyr-7b-sft-full", "path/to/alpaca-7b", "gpt2-large",
     "cleanrl/EleutherAI_pythia-1b-deduped__sft__tldr",
 )  # fmt: skip
 REWARD_MODELS = ("path/to/reward-model", "runs/reward", "cleanrl/EleutherAI_pythia-1b-deduped__reward__tldr")
@@ -252,12 +267,6 @@ def recipe_module(name):
     return module
 
 
-@functools.cache
-def options_of_recipe(name) -> set[str]:
-    paths = recipe_dataclasses(REPOSITORY / "recipes" / f"{name}.py")
-    return {option for path in paths for option in options_of(read_dataclass(path))}
-
-
 def with_changes(recipe: str, words: list[str]) -> list[str]:
     """The words of a command with those of `CHANGED` behind them, which win."""
     config = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text()) if "--config" in words else {}
@@ -284,7 +293,7 @@ def write_rows(name, rows):
     Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@pytest.mark.parametrize("command", BUILT, ids=lambda command: RECIPE.search(command)[0].removeprefix("recipes/"))
+@pytest.mark.parametrize("command", BUILT, ids=lambda command: launched(command)[0])
 def test_printed_recipes_are_read_and_their_trainers_built(command, here, built):
     recipe, words = launched(command)
     if command.startswith("accelerate launch "):
@@ -316,8 +325,37 @@ def test_printed_recipes_are_read_and_their_trainers_built(command, here, built)
                 assert getattr(trainer.args, name) == config[name], name
 
 
+EXAMPLES = {
+    f"{page.stem}-{number}": code
+    for page in [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("**/*.md"))]
+    for number, code in enumerate(re.findall(r"```python\n(.+?)```", page.read_text(), re.S))
+    if "trainer = " in code
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_printed_examples_build_their_trainers(name, here, monkeypatch):
+    code, trainers = EXAMPLES[name], []
+    for one in (Trainer, SPINTrainer):
+        monkeypatch.setattr(one, "train", lambda trainer, **_: trainers.append(trainer))
+    rows = [{"chosen": row["chosen"], "rejected": row["rejected"]} for row in CHATS]
+    if "SPIN" in code:
+        rows = [{"prompt": f"{n}. {row['prompt']}", "completion": row["chosen"]} for n in range(50) for row in ROWS]
+    monkeypatch.setattr("datasets.load_dataset", lambda path, split: Dataset.from_list(rows))
+    # a plain `DPOTrainer` wants a GPU for its default of bfloat16
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: "DPOTrainer(" in code)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    exec(compile(code, name, "exec"), {"__name__": "__main__"})
+    (trainer,) = trainers
+    assert type(trainer).__name__ in code and ("SPIN" in code or len(trainer.train_dataset) > 0)
+
+
+def test_every_example_is_found():
+    assert list(EXAMPLES) == ["README-0", "spin-0", "prefix-sharing-0", "quickstart-0", "quickstart-1"]
+
+
 def test_trls_reward_script(here, monkeypatch):
-    """As the README prints it, on pairs of the format that `sample_and_rank.py` makes."""
+    """As the page on reward models prints it, on pairs of the format that `sample_and_rank.py` makes."""
     from trl.scripts.reward import main, make_parser
 
     file = {
@@ -350,9 +388,10 @@ def in_a_shell(command, folder):
 
 def test_pages_that_are_made(tmp_path):
     shutil.copytree(REPOSITORY / "recipes", tmp_path / "recipes")
+    (tmp_path / "docs").mkdir()
     shutil.copytree(REPOSITORY / "benchmarks" / "claims", tmp_path / "benchmarks" / "claims")
     for command, page in (
-        ("python -m trl_ext.cli.options_page recipes > recipes/OPTIONS.md", "recipes/OPTIONS.md"),
+        ("python -m trl_ext.cli.options_page recipes > docs/options.md", "docs/options.md"),
         ("python benchmarks/claims/summary.py", "benchmarks/claims/README.md"),
     ):
         (tmp_path / page).write_text("")
@@ -364,7 +403,10 @@ def test_committed_measurements_are_drawn_and_printed(tmp_path):
     (tmp_path / "benchmarks").symlink_to(REPOSITORY / "benchmarks")
     in_a_shell("python benchmarks/plot.py FOLDER", tmp_path)
     drawn = {file.name: file.stat().st_size for file in (tmp_path / "FOLDER").iterdir()}
-    assert set(drawn) == {"prefix_sharing_speed.png", "prefix_sharing_memory.png"} and min(drawn.values()) > 5000
+    assert set(drawn) == {"prefix_sharing_speed.png", "prefix_sharing_memory.png", "playground.svg"}
+    assert min(drawn.values()) > 5000
+    table = in_a_shell("python benchmarks/playground.py --table", tmp_path)
+    assert table.count("\n") > 8 and table in (REPOSITORY / "docs" / "playground.md").read_text()
     assert "| full, DDP |" in in_a_shell("python benchmarks/scaling.py", tmp_path)
 
 

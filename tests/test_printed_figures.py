@@ -1,4 +1,4 @@
-"""Figures in the README and the guide are those of the committed rows."""
+"""Figures in the README and in `docs/` are those of the committed rows."""
 
 import csv
 import sys
@@ -33,6 +33,8 @@ def cells(page: str, start: str) -> list[str]:
     return [cell.strip().replace("*", "") for cell in found[0].strip("|").split("|")]
 
 
+SHARING, MEMORY, ROUNDS = (f"docs/{name}.md" for name in ("prefix-sharing", "memory-and-scaling", "rounds"))
+IN_THE_README = ("TL;DR-like", "UltraFeedback-like", "ranked 6", "short prompt, long answers")
 SHAPES = {
     "TL;DR-like": "TL;DR", "long prompt, short answers": "long prompt", "multi-turn HH-like": "multi-turn HH",
     "medium": "medium", "even": "even", "UltraFeedback-like": "UltraFeedback",
@@ -53,7 +55,10 @@ def test_the_table_of_speeds(label):
         for method in ("DPO", "SLiC-HF")
     ]
     expected.append(f"{times['SLiC-HF', 'CPO']:.1f}" if ("SLiC-HF", "CPO") in times else "")
-    assert cells("README.md", f"| {label} |")[5:] == expected
+    whole = cells(SHARING, f"| {label} |")
+    assert whole[5:] == expected
+    if label in IN_THE_README:
+        assert cells("README.md", f"| {label} |") == whole[:4] + whole[5:7]
 
 
 def test_how_far_sharing_is_from_a_plain_language_model():
@@ -69,13 +74,13 @@ def test_how_far_sharing_is_from_a_plain_language_model():
         for way in ("LM, TRL head", "LM, scored")
     )
     even = plain.pop("even")
-    readme = text("README.md")
-    assert f"sharing reaches {min(fused.values()):.0f} to {max(fused.values()):.0f} % of its speed" in readme
+    page = text(SHARING)
+    assert f"sharing reaches {min(fused.values()):.0f} to {max(fused.values()):.0f} % of its speed" in page
     assert (
         f"(HH {fused['multi-turn HH']:.0f} %, TL;DR {fused['TL;DR']:.0f} %, ranked 8 {fused['ranked 8']:.0f} %)"
-        in readme
+        in page
     )
-    assert f"{min(plain.values()):.0f} to {max(plain.values()):.0f} %, and {even:.0f} % where answers are" in readme
+    assert f"{min(plain.values()):.0f} to {max(plain.values()):.0f} %, and {even:.0f} % where answers are" in page
 
 
 def test_the_table_of_peak_memory():
@@ -86,9 +91,9 @@ def test_the_table_of_peak_memory():
     }
     ks = ("2", "4", "6", "8", "16")
     for label, way in (("padded", "padded"), ("shared", "always")):
-        assert f"| {label} | {' | '.join(thousands(found[way, k]) + ' MiB' for k in ks)} |" in text("README.md")
+        assert f"| {label} | {' | '.join(thousands(found[way, k]) + ' MiB' for k in ks)} |" in text(SHARING)
     shares = [int(found["always", k]) / int(found["padded", k]) for k in ks]
-    assert cells("README.md", "| shared / padded |")[1:] == [f"{share:.2f}" for share in shares]
+    assert cells(SHARING, "| shared / padded |")[1:] == [f"{share:.2f}" for share in shares]
 
 
 def test_the_table_of_memory_by_method():
@@ -97,7 +102,7 @@ def test_the_table_of_memory_by_method():
         peaks = {row["trainer"]: row["peak_mib"] for row in found if row["shape"] == shape}
         numbers = [thousands(peaks[name]) + " MiB" for name in ("SLiC-HF", "DPO", "DPO, precomputed reference")]
         saved = int(peaks["DPO"]) - int(peaks["SLiC-HF"])
-        assert f"| {label} | {' | '.join(numbers)} | {saved} MiB;" in text("README.md")
+        assert f"| {label} | {' | '.join(numbers)} | {saved} MiB;" in text(MEMORY)
 
 
 def test_the_table_of_two_processes():
@@ -108,7 +113,7 @@ def test_the_table_of_two_processes():
             for way in ("padded", "shared")
             for column in ("seconds_1", "seconds_2", "times_as_fast")
         ]
-        assert f"| {label} | {' | '.join(numbers)} |" in text("README.md")
+        assert f"| {label} | {' | '.join(numbers)} |" in text(MEMORY)
 
 
 def test_what_is_said_below_the_tables():
@@ -118,15 +123,15 @@ def test_what_is_said_below_the_tables():
         if row["shape"] == "ranked 6" and row["stage"] == "step"
     }
     said = 'RRHF on "ranked 6": {:.1f}, of which the head is {:.1f}.'
-    assert said.format(times["RRHF", "auto"], times["RRHF", "scored head"]) in text("README.md")
+    assert said.format(times["RRHF", "auto"], times["RRHF", "scored head"]) in text(SHARING)
     seconds = {(row["strategy"], row["way"]): float(row["seconds_2"]) for row in rows("results/scaling_time.csv")}
     ratios = [seconds[strategy, "padded"] / seconds[strategy, "shared"] for strategy in ("ddp", "zero2", "zero3")]
-    assert f"it is still {min(ratios):.1f} to {max(ratios):.1f} times as fast" in text("README.md")
+    assert f"it is still {min(ratios):.1f} to {max(ratios):.1f} times as fast" in text(MEMORY)
 
 
 @pytest.mark.parametrize("table", [scaling.memory_table, scaling.largest_on_a_node, scaling.activations_table])
 def test_computed_tables(table):
-    assert table() in (REPOSITORY / "README.md").read_text()
+    assert table() in (REPOSITORY / MEMORY).read_text()
 
 
 def test_the_table_of_longest_prompts():
@@ -138,7 +143,7 @@ def test_the_table_of_longest_prompts():
         ("| K = 2, activation checkpointing |", "2", "True"), ("| K = 6, activation checkpointing |", "6", "True"),
     ):  # fmt: skip
         longest = [thousands(found[k, checkpointing, way]) for way in ("padded", "scored head", "shared")]
-        assert cells("README.md", start)[1:] == longest
+        assert cells(MEMORY, start)[1:] == longest
 
 
 def test_the_speed_of_sampling():
@@ -147,12 +152,10 @@ def test_the_speed_of_sampling():
         "{:.1f} times as fast as a loop over `model.generate` with one answer at a time, {:.1f} times as one with all"
     )
     said = said.format(times["one candidate"], times["one prompt"])
-    assert f"{said} six to a prompt (`num_return_sequences`), and {times['batches']:.1f} times as" in text("README.md")
+    assert f"{said} six to a prompt (`num_return_sequences`), and {times['batches']:.1f} times as" in text(ROUNDS)
 
 
-# The guide, beside the claims' pictures
-
-GUIDE = "recipes/README.md"
+# What a method's page says beside the claims' pictures
 
 
 def of_claim(name: str, key: str) -> dict[tuple[str, str], dict]:
@@ -160,7 +163,7 @@ def of_claim(name: str, key: str) -> dict[tuple[str, str], dict]:
     return {(row["seed"], row[key]): row for row in rows(f"claims/results/{name}.csv")}
 
 
-def test_what_the_guide_says_of_displacement():
+def test_what_is_said_of_displacement():
     changes: dict[tuple[str, str], list[float]] = {}
     for seed in "123":
         for kind in ("sampled", "dataset"):
@@ -173,19 +176,19 @@ def test_what_the_guide_says_of_displacement():
                 changes.setdefault((kind, name), []).append(of_run[-1] - of_run[0])
     mean = {key: fmean(values) for key, values in changes.items()}
     losses = sorted(-mean["dataset", name] for name in ("dpo", "dpo_small", "dpo_hard"))
-    assert f"the chosen answers lost {losses[0]:.0f} to {losses[-1]:.0f} nats" in text(GUIDE)
+    assert f"the chosen answers lost {losses[0]:.0f} to {losses[-1]:.0f} nats" in text("docs/methods/dpo.md")
     assert (
         f"they gained {mean['sampled', 'dpo']:.1f} at β 1, and fell by {-mean['sampled', 'dpo_small']:.1f} at β 0.1, "
         f"by {-mean['sampled', 'dpo_hard']:.1f} with five times the learning rate"
-    ) in text(GUIDE)
+    ) in text("docs/methods/dpo.md")
     with_nll = [one for (_, name), of_seeds in changes.items() for one in of_seeds if name.endswith("_nll")]
     assert min(with_nll) > 0  # "in each case"
 
 
-def test_what_the_guide_says_of_the_regulariser():
+def test_what_is_said_of_the_regulariser():
     found = of_claim("slic_regulariser", "reg_weight")
     broken = [100 * float(found[seed, "0.0"]["broken"]) for seed in "123"]
-    assert f"without it {min(broken):.0f} to {max(broken):.0f} % of the answers had" in text(GUIDE)
+    assert f"without it {min(broken):.0f} to {max(broken):.0f} % of the answers had" in text("docs/methods/slic.md")
     rewards = {weight: [float(found[seed, weight]["reward"]) for seed in "123"] for seed, weight in found}
     assert sum(one < sft for one, sft in zip(rewards["0.0"], rewards["SFT"], strict=True)) == 2  # "two seeds of three"
     means = {weight: fmean(values) for weight, values in rewards.items()}
@@ -193,11 +196,12 @@ def test_what_the_guide_says_of_the_regulariser():
     assert abs(means["1.0"] - means["10.0"]) < 0.005
 
 
-def test_what_the_guide_says_of_slic_against_sft():
+def test_what_is_said_of_slic_against_sft():
     found = of_claim("slic_beats_sft", "method")
     slic = [found[seed, name] for seed in "123" for name in ("slic_direct", "slic_sample_rank")]
     rates = [100 * float(row["win_rate_sft"]) for row in slic]
-    assert f"the win rate over SFT was {min(rates):.0f} to {max(rates):.0f} % (a tie is half a win)" in text(GUIDE)
+    said = f"the win rate over SFT was {min(rates):.0f} to {max(rates):.0f} % (a tie is half a win)"
+    assert said in text("docs/methods/slic.md")
     assert max(rates) < 100 * min(float(found[seed, "best_of_n"]["win_rate_sft"]) for seed in "123")
     assert min(float(row["broken"]) for row in slic) > 0.25  # "a quarter of the words or more"
     for seed in "123":
@@ -205,30 +209,30 @@ def test_what_the_guide_says_of_slic_against_sft():
         assert 0.5 < tokens[1] - tokens[0] < tokens[2] - tokens[0] < 1.5
 
 
-def test_what_the_guide_says_of_hacking():
+def test_what_is_said_of_hacking():
     found = {(row["seed"], row["run"], row["refresh"]): row for row in rows("claims/results/rrhf_online_refresh.csv")}
 
     def mean(run, refresh, figure):
         return fmean(float(found[seed, run, refresh][figure]) for seed in "123")
 
-    guide = text(GUIDE)
-    assert f"from {mean('online', '0', 'proxy'):.1f} to {mean('online', '10', 'proxy'):.1f} and ended in one" in guide
+    page = text("docs/methods/rrhf.md")
+    assert f"from {mean('online', '0', 'proxy'):.1f} to {mean('online', '10', 'proxy'):.1f} and ended in one" in page
     best = fmean(max(float(found[seed, "online", str(n)]["true_reward"]) for n in range(11)) for seed in "123")
     start, end = (mean("online", refresh, "true_reward") for refresh in ("0", "10"))
-    assert f"down from {best:.1f} ({start:.1f} before training) to {end:.1f}" in guide
+    assert f"down from {best:.1f} ({start:.1f} before training) to {end:.1f}" in page
     gain = mean("offline", "10", "true_reward") - mean("offline", "0", "true_reward")
     digits = [100 * mean("offline", refresh, "accuracy") for refresh in ("0", "10")]
-    assert f"the reward gained {gain:.2f} at the price of digits ({digits[0]:.0f} to {digits[1]:.0f} %)" in guide
+    assert f"the reward gained {gain:.2f} at the price of digits ({digits[0]:.0f} to {digits[1]:.0f} %)" in page
     perplexity = mean("offline", "10", "perplexity") / mean("offline", "0", "perplexity")
-    assert f"and of {perplexity:.1f} times the perplexity" in guide
+    assert f"and of {perplexity:.1f} times the perplexity" in page
     worse = [
         float(found[seed, "online", "10"]["perplexity"]) / float(found[seed, "online", "0"]["perplexity"])
         for seed in "123"
     ]
-    assert f"no right digits, {min(worse):.0f} to {max(worse):.0f} times the perplexity" in guide
+    assert f"no right digits, {min(worse):.0f} to {max(worse):.0f} times the perplexity" in page
 
 
-def test_what_the_guide_says_of_spin():
+def test_what_is_said_of_spin():
     found = {
         (row["seed"], row["model"]): 100 * float(row["accuracy"]) for row in rows("claims/results/spin_gains.csv")
     }
@@ -237,5 +241,5 @@ def test_what_the_guide_says_of_spin():
         fmean(found[seed, after] - found[seed, before] for seed in "123")
         for before, after in zip(names, names[1:], strict=False)
     ]
-    assert "each iteration gained, {:.1f}, {:.1f} and {:.1f} points;".format(*gains) in text(GUIDE)
+    assert "each iteration gained, {:.1f}, {:.1f} and {:.1f} points;".format(*gains) in text("docs/methods/spin.md")
     assert all(found[seed, "control-2"] > found[seed, "iteration-2"] for seed in "123")  # "ahead at the end"

@@ -1,4 +1,4 @@
-"""The model of memory and traffic behind the README's table, against published, counted and measured figures."""
+"""The model of memory and traffic behind the tables in `docs`, against published, counted and measured figures."""
 
 import csv
 import functools

@@ -14,7 +14,7 @@ CAME_TRUE, DID_NOT, OPEN = "came true", "did not come true", "open"
 HEAD = """\
 # The papers' claims, tried small
 
-Made by `python benchmarks/claims/summary.py` from [`results`](results); a test holds it to that.
+Made by `python benchmarks/claims/summary.py` from `results/`; a test holds it to that.
 
 Each script of this folder tries what a paper says at a size that takes minutes on a CPU. What should be seen, and
 within which bounds, stands in the script before it is run (of what was known by then, each says so). Each figure is

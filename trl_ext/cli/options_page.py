@@ -1,7 +1,7 @@
 """
 A page with every option of every recipe, as Markdown:
 
-    python -m trl_ext.cli.options_page recipes > recipes/OPTIONS.md
+    python -m trl_ext.cli.options_page recipes > docs/options.md
 """
 
 import argparse
@@ -27,12 +27,14 @@ from .help import (
 INTRODUCTION = """\
 # Options of the recipes
 
-Made by `python -m trl_ext.cli.options_page recipes > recipes/OPTIONS.md`; do not edit.
+Made by `python -m trl_ext.cli.options_page recipes > docs/options.md`; do not edit.
 
 Each option is given on the command line (`--name value`) or in a file (`name: value`, with `--config FILE`); the
 command line wins. On the command line the values of a list have spaces between them and a dict is JSON; in a file
 both are YAML. A default that is not shown is `None`. `python recipes/NAME.py --help` prints the options of one recipe.
-The docstrings of the classes say more, with ranges and sources.
+The docstrings of the classes say more, with ranges and sources. Of classes of TRL and transformers this page has names
+and defaults; `--help` and their own documentation ([TRL](https://huggingface.co/docs/trl),
+[transformers](https://huggingface.co/docs/transformers)) have the rest.
 
 ## Which recipe has which
 
@@ -63,7 +65,7 @@ def options_page(folder: Path) -> str:
         lines.append(f"| `{file.name}` | {_cell(summary)} | {links} |")
     for title, one in sorted(sections.items(), key=lambda item: (place_of(item[1]), item[0].lower())):
         lines += ["", f"## {title}", ""]
-        lines += _whole_table(one.own.values()) if package_of(one) == OUR_PACKAGE else _short_table(one.own.values())
+        lines += _whole_table(one.own.values()) if package_of(one) == OUR_PACKAGE else _names(one.own.values())
         refused = unused_fields(one) if one in offered else {}
         if refused:
             lines += ["", "Inherited, and refused if set:", "", "| Option | Instead |", "|---|---|"]
@@ -84,20 +86,16 @@ def _whole_table(options: Iterable[Option]) -> list[str]:
     return ["| Option | Type | Default | |", "|---|---|---|---|", *rows]
 
 
-def _short_table(options: Iterable[Option]) -> list[str]:
-    """Names, defaults and first sentences; TRL and transformers document the rest."""
-    rows = [f"| `{one.name}` | {_default(one)} | {_cell(_first_sentence(shown_text(one)))} |" for one in options]
-    return ["| Option | Default | |", "|---|---|---|", *rows]
+def _names(options: Iterable[Option]) -> list[str]:
+    """Names and defaults; TRL and transformers document the rest."""
+    shown = [f"`{one.name}`" + (f" = {_default(one)}" if _default(one) else "") for one in options]
+    return [", ".join(shown) + "."]
 
 
 def _default(option: Option) -> str:
     if option.default is MISSING:
         return "required"
     return "" if option.default is None else _code(shown_value(option.default))
-
-
-def _first_sentence(text: str) -> str:
-    return re.split(r"(?<!e\.g\.)(?<!i\.e\.)(?<=[.!?])\s+(?=[A-Z`'])", text, maxsplit=1)[0]
 
 
 def _code(text: str) -> str:

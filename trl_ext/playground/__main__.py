@@ -1,4 +1,8 @@
-"""Saves the playground's untrained model and its rows."""
+"""
+Save a small untrained byte-level model with its tokenizer, to try recipes with:
+
+    python -m trl_ext.playground DIRECTORY
+"""
 
 import argparse
 
