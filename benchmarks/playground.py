@@ -68,6 +68,15 @@ BOUNDS: dict[str, dict[str, tuple[float | None, float | None]]] = {
         "accuracy": (0.91, None),
         "perplexity": (None, 1.6),
     },
+    "dpo": {
+        "gain": (0.07, None),
+        "decided": (0.78, None),
+        "win_rate": (0.68, None),
+        "ordered_last": (0.9, None),
+        "ordered_rise": (0.05, None),
+        "accuracy": (0.85, None),
+        "perplexity": (None, 1.8),
+    },
 }
 
 
