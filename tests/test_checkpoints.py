@@ -201,7 +201,7 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_whole(trained, tmp_path, 
         seen.append(sorted(path.parent.name for path in tmp_path.glob(f"checkpoint-*/{SEAL}")))
         seal(checkpoint, args)
 
-    monkeypatch.setattr("trl_ext.runtime.checkpoints.seal", look)
+    monkeypatch.setattr("trl_ext.trainers.resumable.seal", look)
     trainer(tmp_path, save_total_limit=1).train()
     assert seen == [[], ["checkpoint-1"], ["checkpoint-2"], ["checkpoint-3"]]
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]

@@ -17,8 +17,10 @@ from trl import DPOConfig
 from tests import reference
 from tests.conftest import PAIRS
 from tests.same_training import SGD, assert_same_movement
-from trl_ext import CandidateCollator, SLiCConfig, SLiCTrainer, checks
+from trl_ext import CandidateCollator, SLiCConfig, SLiCTrainer
+from trl_ext.data import limits
 from trl_ext.methods.slic.config import CALIBRATIONS
+from trl_ext.trainers import adapter_checks
 
 BF16_LOSS, BF16_GRADIENT = 0.001, 0.07  # measured: at most 0.00033 and 0.033
 REFERENCES = ["four", PAIRS[1]["rejected"], "It is down.", "yes", "nay", "word", "ta ta", "forty-two"]
@@ -480,12 +482,14 @@ def counting():
         counts["models"] = before
         return found
 
-    without_weights = checks._without_weights
-    LlamaForCausalLM.__init__, LlamaModel.forward, checks._without_weights = counted_init, counted_forward, uncounted
+    without_weights = limits.without_weights
+    LlamaForCausalLM.__init__, LlamaModel.forward = counted_init, counted_forward
+    limits.without_weights = adapter_checks.without_weights = uncounted
     try:
         yield counts
     finally:
-        LlamaForCausalLM.__init__, LlamaModel.forward, checks._without_weights = init, forward, without_weights
+        LlamaForCausalLM.__init__, LlamaModel.forward = init, forward
+        limits.without_weights = adapter_checks.without_weights = without_weights
 
 
 LORA = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
