@@ -39,7 +39,7 @@ PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "compare_playground.yaml
 def main(arguments):
     from trl_ext.comparison.arguments import parse_comparison_args
     from trl_ext.comparison.compare import compare
-    from trl_ext.comparison.one_seed import has_failed
+    from trl_ext.comparison.seed_run import has_failed
 
     parsed = parse_comparison_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
     given = given_options(arguments, PLAYGROUND_CONFIG if is_playground(*parsed) else None)

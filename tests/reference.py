@@ -90,7 +90,7 @@ CALIBRATION_LOSSES = {
 
 def slic_loss(model, rows, *, calibration, delta, reg_weight, reduction="sum", reference_model=None):
     """
-    Mean SLiC loss over prepared rows (`prompt_ids`, `completion_ids`, `scores`, `reference_index`).
+    Mean SLiC loss over prepared rows (`prompt_ids`, `completion_ids`, `scores`, `target_index`).
 
     With `reference_model` the regulariser is the KL to it, else cross-entropy.
     """
@@ -103,7 +103,7 @@ def slic_loss(model, rows, *, calibration, delta, reg_weight, reduction="sum", r
             return logp if reduction == "sum" else logp / scored
 
         candidates = [likelihood(ids) for ids in row["completion_ids"][: len(row["scores"])]]
-        target = row["completion_ids"][row["reference_index"]]
+        target = row["completion_ids"][row["target_index"]]
         if reference_model is None:
             regularization = -likelihood(target)
         else:
@@ -186,7 +186,7 @@ def click_loss(model, rows, *, margin, pair_weight):
         candidates = [
             sequence_logp(model, row["prompt_ids"], ids) for ids in row["completion_ids"][: len(row["scores"])]
         ]
-        target = row["completion_ids"][row["reference_index"]]
+        target = row["completion_ids"][row["target_index"]]
         lms.append(-sequence_logp(model, row["prompt_ids"], target) / len(target))
         if len(set(row["scores"])) > 1:
             hinges.append(rank_loss(candidates, row["scores"], margin))

@@ -127,7 +127,7 @@ def without_reference(row):
 def test_best_candidate_stands_in_for_a_missing_target(model, tokenizer, config_kwargs):
     rows = [without_reference(ROWS[index]) for index in (0, 1, 3)]
     trainer = build(model, tokenizer, config_kwargs, rows)
-    assert [row["reference_index"] for row in trainer.train_dataset] == [1, 0, 0]
+    assert [row["target_index"] for row in trainer.train_dataset] == [1, 0, 0]
     assert trainer.data_reports["train"].num_reference_missing == 3
 
 

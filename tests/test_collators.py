@@ -3,9 +3,9 @@ import torch
 from trl_ext import CandidateCollator
 
 EXAMPLES = [
-    {"prompt_ids": [1, 2], "completion_ids": [[3, 4], [5]], "scores": [1.0, 0.0], "reference_index": 0},
-    {"prompt_ids": [6], "completion_ids": [[7], [8], [9, 10]], "scores": [0.0, 2.0], "reference_index": 2},
-    {"prompt_ids": [], "completion_ids": [[1], [2, 3], [4]], "scores": [0.0, 2.0, 1.0], "reference_index": 1},
+    {"prompt_ids": [1, 2], "completion_ids": [[3, 4], [5]], "scores": [1.0, 0.0], "target_index": 0},
+    {"prompt_ids": [6], "completion_ids": [[7], [8], [9, 10]], "scores": [0.0, 2.0], "target_index": 2},
+    {"prompt_ids": [], "completion_ids": [[1], [2, 3], [4]], "scores": [0.0, 2.0, 1.0], "target_index": 1},
 ]
 
 
@@ -14,7 +14,7 @@ def test_batch_is_prompt_major_with_targets_behind_their_candidates():
     assert list(batch)[0] == "prompt_weights", "transformers reads the batch size off the first tensor"
     assert batch["prompt_index"].tolist() == [0, 0, 1, 1, 1, 2, 2, 2]
     assert batch["candidate_index"].tolist() == [[0, 1, -1], [2, 3, -1], [5, 6, 7]]
-    assert batch["reference_index"].tolist() == [0, 4, 6]
+    assert batch["target_index"].tolist() == [0, 4, 6]
     assert batch["scores"].tolist() == [[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 2.0, 1.0]]
     assert batch["input_ids"].tolist()[:5] == [[1, 2, 3, 4], [1, 2, 5, 0], [6, 7, 0, 0], [6, 8, 0, 0], [6, 9, 10, 0]]
     assert batch["completion_mask"].tolist()[4:6] == [[0, 1, 1, 0], [1, 0, 0, 0]]

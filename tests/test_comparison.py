@@ -21,8 +21,8 @@ from trl_ext.comparison.arguments import parse_comparison_args, shared_settings
 from trl_ext.comparison.compare import _with_labels_of_now, compare
 from trl_ext.comparison.config import ComparisonConfig
 from trl_ext.comparison.methods import METHODS
-from trl_ext.comparison.one_seed import REWARD_MODEL, OneSeed, models_resident
 from trl_ext.comparison.results import ComparisonResults, MethodResult
+from trl_ext.comparison.seed_run import REWARD_MODEL, SeedRun, models_resident
 from trl_ext.comparison.stages import pairs_stage
 from trl_ext.methods.best_of_n.trainer import BestOfNTrainer
 from trl_ext.methods.dpo.trainer import DPOTrainer
@@ -78,7 +78,7 @@ def parsed_from(arguments):
 def one_seed(*arguments):
     """What a comparison knows before it begins anything."""
     parsed = parsed_from(arguments)
-    game = OneSeed.__new__(OneSeed)
+    game = SeedRun.__new__(SeedRun)
     game.config, game.model_args, game.sampling, game.seed, game.recipes = parsed[1], parsed[2], parsed[4], 1, RECIPES
     game.given = given_options(list(arguments), PLAYGROUND)
     return game
@@ -133,7 +133,7 @@ def test_options_of_methods_are_checked_before_anything_is_begun(settings, messa
     arguments = ["--output_dir", str(tmp_path / "out"), "--settings", json.dumps(settings)]
     parsed = parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, arguments)
     with pytest.raises((ValueError, TypeError), match=message):
-        OneSeed(parsed, RECIPES, 1, given_options(arguments, PLAYGROUND))
+        SeedRun(parsed, RECIPES, 1, given_options(arguments, PLAYGROUND))
     assert not (tmp_path / "out").exists()
 
 
@@ -366,7 +366,7 @@ def test_what_two_rounds_and_the_report_need(tmp_path):
         words = ["--output_dir", str(tmp_path / "out"), *words]
         parsed = parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, words)
         with pytest.raises(ValueError, match=message):
-            OneSeed(parsed, RECIPES, 1, given_options(words, PLAYGROUND))
+            SeedRun(parsed, RECIPES, 1, given_options(words, PLAYGROUND))
     with pytest.raises(ValueError, match="perplexity_model: the fixed model of a comparison"):
         parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, ["--perplexity_model", "x"])
 

@@ -47,7 +47,7 @@ def test_pairs_have_the_ids_of_dpo_trainer(form, pairs, chat_pairs, tokenizer, m
     for our_row, their_row in zip(ours, theirs, strict=True):
         assert our_row["prompt_ids"] == their_row["prompt_ids"]
         assert our_row["completion_ids"] == [their_row["chosen_ids"], their_row["rejected_ids"]]
-        assert our_row["scores"] == [1.0, 0.0] and our_row["reference_index"] == 0
+        assert our_row["scores"] == [1.0, 0.0] and our_row["target_index"] == 0
 
 
 def test_plain_text_gets_the_end_token_and_chat_text_gets_it_from_the_template(pairs, chat_pairs, tokenizer):
@@ -94,7 +94,7 @@ def test_the_prompt_ends_where_the_first_completion_leaves_it():
 def test_ranked_rows(ranked, tokenizer):
     prepared, report = prepare(ranked, tokenizer)
     assert [len(row["completion_ids"]) for row in prepared] == [3, 2, 4, 2]
-    assert [row["reference_index"] for row in prepared] == [1, 1, 3, 0], "the best, of equals the first"
+    assert [row["target_index"] for row in prepared] == [1, 1, 3, 0], "the best, of equals the first"
     assert report.num_without_order == 1 and "nothing to rank: 1 prompts" in str(report)
 
 
@@ -102,7 +102,7 @@ def test_reference_equal_to_a_candidate_is_stored_once(tokenizer):
     rows = [{**PAIRS[0], "reference": reference} for reference in ("4", "four", PAIRS[0]["rejected"], None)]
     options = RowOptions(reference=True, eos_token=tokenizer.eos_token)
     prepared, report = prepare(rows, tokenizer, options)
-    assert [row["reference_index"] for row in prepared] == [0, 2, 1, 0]
+    assert [row["target_index"] for row in prepared] == [0, 2, 1, 0]
     assert [len(row["completion_ids"]) for row in prepared] == [2, 3, 2, 2]
     assert report.num_reference_missing == 1 and "no `reference`" in str(report)
 
@@ -128,7 +128,7 @@ def test_scores_are_what_a_batch_can_hold(tokenizer):
     ]
     prepared, report = prepare(rows, tokenizer)
     assert report.num_without_order == 1
-    assert [row["reference_index"] for row in prepared] == [0, 1]
+    assert [row["target_index"] for row in prepared] == [0, 1]
     for row in prepared:
         assert torch.tensor(row["scores"], dtype=torch.float32).tolist() == row["scores"]
     with pytest.raises(RowError, match="too large"):

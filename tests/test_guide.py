@@ -35,7 +35,7 @@ from trl_ext.methods.rloo.trainer import _usable_prompts
 from trl_ext.methods.spin.rows import is_sft_data, sft_rows
 from trl_ext.scoring.build import build_scorers
 from trl_ext.scoring.score import score_rows
-from trl_ext.trainers.prepared_rows import OurRows
+from trl_ext.trainers.prepared_rows import PreparedRowsMixin
 
 DOCS = REPOSITORY / "docs"
 PAGES = sorted(str(page.relative_to(REPOSITORY)) for page in [
@@ -107,7 +107,7 @@ def read(reader: str, path: Path, tokenizer, dataset: Dataset | None = None) -> 
         return sft_rows(dataset, tokenizer, args, None, "train")
     trainer = TRAINERS[reader].__new__(TRAINERS[reader])  # with a model, it would only take longer
     trainer.data_reports, trainer._limits = {}, Limits(tokenizer.name_or_path, args)
-    if isinstance(trainer, OurRows):
+    if isinstance(trainer, PreparedRowsMixin):
         return trainer.trl_rows(dataset, tokenizer, args, "train").to_list()
     trainer._check_arguments(args, "model", None, dataset, None, None)
     return trainer._prepare(dataset, tokenizer, args, "train", trainer._row_options(args)).to_list()
@@ -153,7 +153,7 @@ def test_what_the_page_says_of_a_row_is_what_comes_out(tmp_path, tokenizer):
         assert text(row["prompt_ids"]) == "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
         assert made(name, "prompts")[0]["prompt"] == [{"role": "user", "content": "2 + 2?"}]
     (row,) = made("Pair with a reference", "slic")
-    assert text(row["completion_ids"][row["reference_index"]]) == "It is 4.<|im_end|>"
+    assert text(row["completion_ids"][row["target_index"]]) == "It is 4.<|im_end|>"
     (row,) = made("Pair with scores", "rrhf")
     assert row["scores"] == [9.0, 2.5]
     assert made("Pair with a margin", "reward")[0]["margin"] == 1.5

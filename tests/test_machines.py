@@ -4,7 +4,12 @@ import threading
 
 import pytest
 
-from trl_ext.runtime.processes import blind_processes, first_lacking, read_when_there, refuse_unless_all_see_checkpoint
+from trl_ext.runtime.processes import (
+    first_lacking,
+    ranks_without_access,
+    read_when_there,
+    refuse_unless_all_see_checkpoint,
+)
 
 MODEL = ["model.safetensors", "optimizer.pt", "trainer_state.json"]
 
@@ -31,7 +36,7 @@ def test_what_each_process_needs_of_a_checkpoint(main, other, lacking):
 
 def test_one_process_sees_what_it_sees(tmp_path):
     refuse_unless_all_see_checkpoint(tmp_path)
-    assert blind_processes(tmp_path / "new") == {}
+    assert ranks_without_access(tmp_path / "new") == {}
     assert list((tmp_path / "new").iterdir()) == [], "nothing is left there"
 
 

@@ -23,8 +23,8 @@ from tests.test_printed_commands import RUN, recipe_module
 from trl_ext.cli.parse import given_options, parse_recipe_args
 from trl_ext.cli.start import start_playground, start_rounds
 from trl_ext.comparison.arguments import parse_comparison_args
-from trl_ext.comparison.one_seed import OneSeed
 from trl_ext.comparison.results import ComparisonResults
+from trl_ext.comparison.seed_run import SeedRun
 from trl_ext.data.rows import RowOptions
 from trl_ext.runs.run import Run
 from trl_ext.runtime.run_lock import release_folder
@@ -107,7 +107,7 @@ def begin(recipe, *arguments):
     parse = parse_comparison_args if recipe == "compare" else parse_recipe_args
     parsed = parse(module.DATACLASSES, module.PLAYGROUND_CONFIG, list(arguments))
     if recipe == "compare":  # whose prompts have a reference
-        OneSeed(parsed, REPOSITORY / "recipes", 1, given_options(arguments, module.PLAYGROUND_CONFIG))
+        SeedRun(parsed, REPOSITORY / "recipes", 1, given_options(arguments, module.PLAYGROUND_CONFIG))
         return
     is_round = recipe not in ("rl", "reward")
     rounds = (

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from tests import warm
 from tests.conftest import PAIRS, REPOSITORY
 from tests.processes import stages_are_numbered
-from trl_ext.data.prompts import set_apart
+from trl_ext.data.prompts import hold_out
 from trl_ext.runs.config import RoundsConfig
 from trl_ext.runs.watch import reward_hacking
 from trl_ext.runtime.jsonl import read_jsonl
@@ -210,12 +210,12 @@ def test_reward_hacking_by_hand(now, judged, reason):
 
 def test_prompts_are_set_apart_whole():
     rows = [{"prompt": f"p{number % 10}", "number": number} for number in range(30)]
-    train, watched = set_apart(rows, 4, seed=1)
+    train, watched = hold_out(rows, 4, seed=1)
     assert len(watched) == 4 and len(train) == 18
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in watched}
-    assert set_apart(rows, 4, seed=1) == (train, watched) != set_apart(rows, 4, seed=2)
+    assert hold_out(rows, 4, seed=1) == (train, watched) != hold_out(rows, 4, seed=2)
     with pytest.raises(ValueError, match="num_watched_prompts=6 of 10 different prompts leaves too few"):
-        set_apart(rows, 6, seed=1)
+        hold_out(rows, 6, seed=1)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from transformers import Trainer
 from tests.conftest import PAIRS, REPOSITORY, read_jsonl
 from trl_ext.comparison.config import ComparisonConfig
 from trl_ext.comparison.methods import METHODS
-from trl_ext.comparison.one_seed import OneSeed
+from trl_ext.comparison.seed_run import SeedRun
 from trl_ext.runs.rounds import Rounds
 from trl_ext.runs.run import Run
 from trl_ext.runtime.jsonl import write_jsonl
@@ -43,8 +43,8 @@ def trained_on(recipe, data, model_dir, tmp_path, tokenizer, monkeypatch, *words
         ids = [one for several in ids for one in (several if several and isinstance(several[0], list) else [several])]
         texts = [tokenizer.decode(one, skip_special_tokens=True) for one in ids]
         answers |= set(texts)
-        if "reference_index" in row:
-            targets.add(texts[row["reference_index"]])
+        if "target_index" in row:
+            targets.add(texts[row["target_index"]])
     return answers, targets
 
 
@@ -112,7 +112,7 @@ def test_the_task_of_a_comparison_reaches_those_that_train_on_it(tmp_path, in_th
     ]  # fmt: skip
     write_jsonl(tmp_path / "scored.jsonl", scored)
     write_jsonl(tmp_path / "prompts.jsonl", ROWS)
-    game = OneSeed.__new__(OneSeed)
+    game = SeedRun.__new__(SeedRun)
     run = Run(tmp_path / "run", {}, resume=False)
     game.seed, game.on_playground, game.config = 1, False, ComparisonConfig(str(tmp_path))
     game.rounds = type("Rounds", (), {"run": run, "prompts": tmp_path / "prompts.jsonl"})

@@ -22,8 +22,8 @@ sys.path.insert(0, str(REPOSITORY))
 from trl_ext.cli.help import recipe_dataclasses
 from trl_ext.cli.parse import given_options
 from trl_ext.comparison.arguments import parse_comparison_args
-from trl_ext.comparison.one_seed import OneSeed
 from trl_ext.comparison.results import MethodResult
+from trl_ext.comparison.seed_run import SeedRun
 from trl_ext.playground.task import TONES
 from trl_ext.runs.intervals import wins
 
@@ -49,13 +49,13 @@ class Compared:
         results (`dict[str, MethodResult]`): by method; `"sft"` is the model that all start from. `scores["reward"]`
             and `scores["judge"]` (1 for the right digits), `lengths`, `kl` and `nll` have a value for each of the same
             held-out prompts; `curve` has the log-probabilities over training.
-        game ([`OneSeed`]): for its data: `game.rounds.model`, the SFT model; `game.rounds.prompts`;
+        game ([`SeedRun`]): for its data: `game.rounds.model`, the SFT model; `game.rounds.prompts`;
             `game.rounds.watched`, the held-out prompts; `game.rounds.make_candidates("candidates",
             game.rounds.model)`, the scored answers.
     """
 
     results: dict[str, MethodResult]
-    game: OneSeed
+    game: SeedRun
 
 
 def arguments_of(seed: int, methods: dict[str, dict[str, Any]], folder: Path) -> list[str]:
@@ -87,7 +87,7 @@ def compare(
         raise ValueError(f"The claim's values are not those of {PLAYGROUND.name}. Run it without changed settings.")
     arguments = arguments_of(seed, {**of_claim["methods"], **(on_pairs or {})}, folder)
     parsed = parse_comparison_args(recipe_dataclasses(RECIPES / "compare.py"), PLAYGROUND, arguments)
-    game = OneSeed(parsed, RECIPES, seed, given_options(arguments, PLAYGROUND))
+    game = SeedRun(parsed, RECIPES, seed, given_options(arguments, PLAYGROUND))
     for name in on_pairs or ():
         game.methods[name] = dataclasses.replace(game.methods[name], data="pairs")
     results = {}
@@ -118,6 +118,6 @@ def broken(answers: Sequence[str]) -> float:
     return sum(answer.partition(" ")[2] not in TONES for answer in answers) / len(answers)
 
 
-def answers_of(game: OneSeed, method: str) -> list[str]:
+def answers_of(game: SeedRun, method: str) -> list[str]:
     """The answers of a method to the held-out prompts."""
     return [one["answer"] for one in game.rounds.answers("start" if method == "sft" else method)]

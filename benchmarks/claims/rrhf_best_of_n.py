@@ -23,7 +23,7 @@ from claim import Claim, Expectation, main
 from on_playground import compare, settings
 
 from trl_ext.comparison.methods import METHODS
-from trl_ext.comparison.one_seed import OneSeed
+from trl_ext.comparison.seed_run import SeedRun
 from trl_ext.playground.task import preference_rows
 from trl_ext.runs.evaluation import perplexity
 from trl_ext.runs.rounds import replaced
@@ -46,7 +46,7 @@ SETS = {
 CONTROL = "IP-1-longer"
 
 
-def candidates(game: OneSeed, name: str, model: Path, of: dict[str, Any]) -> Path:
+def candidates(game: SeedRun, name: str, model: Path, of: dict[str, Any]) -> Path:
     """Scored answers to the training prompts: a file of ranked rows."""
     rounds = game.rounds
     rows = preference_rows(read_jsonl(rounds.prompts), game.seed)

@@ -9,7 +9,7 @@ from trl import get_peft_config
 
 from ..data.limits import Limits
 from ..data.load import load_prompts
-from ..data.prompts import check_prompts, set_apart
+from ..data.prompts import check_prompts, hold_out
 from ..data.rows import RowOptions
 from ..playground.stages import NUM_CANDIDATES
 from ..runs.config import RoundsConfig
@@ -21,7 +21,7 @@ from ..runs.stages import merged_start
 from ..runtime.checkpoints import RESUME_LAST, wants_to_resume
 from ..runtime.headings import Headings
 from ..runtime.models import is_adapter, load_tokenizer
-from ..runtime.processes import from_all
+from ..runtime.processes import all_gather_objects
 from ..sampling.config import SamplingConfig
 from ..trainers.adapter_checks import check_adapter
 
@@ -84,7 +84,7 @@ def start_rounds(
         headings ([`Headings`], *optional*): numbers the stages; by default those of the rounds and `more_stages`.
 
     Raises:
-        FileExistsError, ValueError: see [`Run`], [`check_scorers`], [`check_prompts`] and [`set_apart`]; or a setting
+        FileExistsError, ValueError: see [`Run`], [`check_scorers`], [`check_prompts`] and [`hold_out`]; or a setting
             that has no meaning in rounds.
     """
     script_args, training_args, model_args, dataset_args, sampling, config, *_ = parsed
@@ -96,7 +96,7 @@ def start_rounds(
 
         playground = Playground(seed=training_args.seed)
         prompts, watched = playground.rows("train", reference=rows.reference), playground.rows("held_out")
-        before = from_all(settings_of(training_args.output_dir))[0]  # the same decision on all processes
+        before = all_gather_objects(settings_of(training_args.output_dir))[0]  # the same decision on all processes
         if not resume and before is not None and not (before["model_name_or_path"] or before["dataset_name"]):
             start_afresh(training_args.output_dir)  # over a playground only
     else:
@@ -114,7 +114,7 @@ def start_rounds(
             limits=Limits(model, training_args),
             max_new_tokens=sampling.max_new_tokens,
         )
-        prompts, watched = set_apart(prompts, config.num_watched_prompts, training_args.seed)
+        prompts, watched = hold_out(prompts, config.num_watched_prompts, training_args.seed)
     if best_as_reference and "reference" in prompts[0]:
         PartialState().print("The column `reference` is not trained towards: the best sampled answers are.")
     config.check_scorers(list(prompts[0]))

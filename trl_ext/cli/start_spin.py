@@ -14,7 +14,7 @@ from ..runs.run import Run
 from ..runs.settings import is_playground, local_model, model_init_kwargs, run_settings
 from ..runtime.checkpoints import RESUME_LAST, wants_to_resume
 from ..runtime.models import load_tokenizer
-from ..runtime.processes import from_all
+from ..runtime.processes import all_gather_objects
 from ..trainers.adapter_checks import check_adapter
 
 # For the recipe
@@ -81,7 +81,7 @@ def start_self_play(
             "quantization_config": get_quantization_config(model_args),
         },
     )
-    before = from_all(settings_of(config.output_dir))[0]  # the same decision on all processes
+    before = all_gather_objects(settings_of(config.output_dir))[0]  # the same decision on all processes
     if on_playground and not resume and before is not None:
         if not any(before.get(name) for name in ("model_name_or_path", "dataset_name", "model")):  # a playground
             start_afresh(config.output_dir)

@@ -32,9 +32,9 @@ from ..runtime.headings import Headings
 from ..runtime.run_lock import hold_folder
 from .config import ComparisonConfig
 from .methods import METHODS, refuse_equal_labels
-from .one_seed import OneSeed, _prompts_per_update
 from .page import write_report
 from .results import ComparisonResults, MethodResult
+from .seed_run import SeedRun, _prompts_per_update
 
 
 def compare(parsed: Sequence[Any], recipes: Path, given: Collection[str]) -> ComparisonResults:
@@ -64,7 +64,7 @@ def compare(parsed: Sequence[Any], recipes: Path, given: Collection[str]) -> Com
     headings = Headings()
     try:
         for seed in config.seeds:
-            game = OneSeed(parsed, recipes, seed, given, headings)
+            game = SeedRun(parsed, recipes, seed, given, headings)
             for result in game.play():
                 results.append(result)
                 known = {(one.method, one.seed) for one in results}

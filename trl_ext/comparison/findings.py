@@ -1,4 +1,4 @@
-"""What follows from the figures of a comparison, in words."""
+"""Conclusions from the figures of a comparison, in words."""
 
 import math
 from collections.abc import Sequence

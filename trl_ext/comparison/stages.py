@@ -74,7 +74,7 @@ def sample_rank_stage(folder: Path, *, ranked: Path) -> dict[str, Any]:
     return {"num_rows": len(rows)}
 
 
-def near_stage(folder: Path, *, ranked: Path, positive_above: float, seed: int) -> dict[str, Any]:
+def likelihood_near_stage(folder: Path, *, ranked: Path, positive_above: float, seed: int) -> dict[str, Any]:
     """CLICK's pairs of scored answers."""
     rows = read_jsonl(ranked)
     # one pair to a prompt, as every method has one row to a prompt
@@ -89,7 +89,7 @@ def near_stage(folder: Path, *, ranked: Path, positive_above: float, seed: int) 
     return {"num_pairs": len(pairs)}
 
 
-def looks_stage(
+def checkpoint_evals_stage(
     folder: Path, *, model: Path, prompts: Path, steps: list[int], num_prompts: int, **evaluation: Any
 ) -> dict[str, Any]:
     """Reward and KL of the checkpoints of a training, on some of the held-out prompts."""

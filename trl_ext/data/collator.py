@@ -23,7 +23,7 @@ class CandidateCollator(DataCollatorMixin):
     - `prompt_ids` (`list[int]`) and `completion_ids` (`list[list[int]]`, at least as long as `scores`),
     - `scores` (`list[float]`), one per candidate; completions beyond `len(scores)` are targets, not candidates,
     - `has_scores` (`bool`, *optional*, defaults to `True`): False where the scores only tell better from worse,
-    - `reference_index` (`int`): which of `completion_ids` the regulariser looks at.
+    - `target_index` (`int`): which of `completion_ids` the regulariser looks at.
 
     The returned batch holds, with L the longest row:
 
@@ -32,7 +32,7 @@ class CandidateCollator(DataCollatorMixin):
       tensor, and a batch here is B prompts, not N rows.
     - `prompt_index` `(N,)`, int64: which prompt each row belongs to.
     - `candidate_index` `(B, K)`, int64: row of each candidate, -1 where a prompt has fewer than K.
-    - `reference_index` `(B,)`, int64: row of the regulariser's target.
+    - `target_index` `(B,)`, int64: row of the regulariser's target.
     - `scores` `(B, K)`, float32: 0 where there is no candidate.
     - `has_scores` `(B,)`, bool: whether the scores mean more than better and worse.
     - `input_ids`, `attention_mask`, `completion_mask` `(N, L)`, int64, and `position_ids` when padding is on the left.
@@ -53,15 +53,15 @@ class CandidateCollator(DataCollatorMixin):
     >>> collator = CandidateCollator(pad_token_id=0)
     >>> collator(
     ...     [
-    ...         {"prompt_ids": [1, 2], "completion_ids": [[3, 4], [5]], "scores": [1.0, 0.0], "reference_index": 0},
-    ...         {"prompt_ids": [6], "completion_ids": [[7], [8], [9]], "scores": [0.0, 2.0], "reference_index": 2},
+    ...         {"prompt_ids": [1, 2], "completion_ids": [[3, 4], [5]], "scores": [1.0, 0.0], "target_index": 0},
+    ...         {"prompt_ids": [6], "completion_ids": [[7], [8], [9]], "scores": [0.0, 2.0], "target_index": 2},
     ...     ]
     ... )
     {'prompt_weights': tensor([1., 1.]),
      'prompt_index': tensor([0, 0, 1, 1, 1]),
      'candidate_index': tensor([[0, 1],
                                 [2, 3]]),
-     'reference_index': tensor([0, 4]),
+     'target_index': tensor([0, 4]),
      'scores': tensor([[1., 0.],
                        [0., 2.]]),
      'has_scores': tensor([True, True]),
@@ -91,7 +91,7 @@ class CandidateCollator(DataCollatorMixin):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         input_ids, completion_mask, prompt_index = [], [], []
-        candidate_index, reference_index = [], []
+        candidate_index, target_index = [], []
         for prompt, example in enumerate(examples):
             first_row = len(input_ids)
             prompt_ids = example["prompt_ids"]
@@ -100,7 +100,7 @@ class CandidateCollator(DataCollatorMixin):
                 completion_mask.append(torch.tensor([0] * len(prompt_ids) + [1] * len(completion_ids)))
                 prompt_index.append(prompt)
             candidate_index.append(torch.arange(first_row, first_row + len(example["scores"])))
-            reference_index.append(first_row + example["reference_index"])
+            target_index.append(first_row + example["target_index"])
 
         def padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
             return pad(rows, value, self.padding_side, self.pad_to_multiple_of)
@@ -109,7 +109,7 @@ class CandidateCollator(DataCollatorMixin):
             "prompt_weights": torch.ones(len(examples)),
             "prompt_index": torch.tensor(prompt_index),
             "candidate_index": pad(candidate_index, padding_value=-1),
-            "reference_index": torch.tensor(reference_index),
+            "target_index": torch.tensor(target_index),
             "scores": pad([torch.tensor(example["scores"], dtype=torch.float32) for example in examples]),
             "has_scores": torch.tensor([example.get("has_scores", True) for example in examples]),
             "input_ids": padded(input_ids, self.pad_token_id),

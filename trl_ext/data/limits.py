@@ -1,4 +1,4 @@
-"""What a model's positions and embeddings allow of rows: lengths and token ids."""
+"""Limits that a model sets to rows: lengths by its positions, token ids by its embeddings."""
 
 import logging
 from collections.abc import Callable

@@ -40,7 +40,7 @@ PREPARED_FEATURES = Features(
         "completion_ids": List(List(Value("int64"))),
         "scores": List(Value("float64")),
         "has_scores": Value("bool"),
-        "reference_index": Value("int64"),
+        "target_index": Value("int64"),
     }
 )
 
@@ -183,20 +183,20 @@ def prepare_row(
         raise RowError("identical", "rejected", f"has the same tokens as 'chosen'{cut}")
 
     # y_ref: the row's own target, computed only once if it equals a candidate; else the best candidate
-    reference_index = max(range(len(scores)), key=scores.__getitem__)
+    target_index = max(range(len(scores)), key=scores.__getitem__)
     if reference is not None:
         reference_ids = completion_ids.pop()
         if reference_ids in completion_ids:
-            reference_index = completion_ids.index(reference_ids)
+            target_index = completion_ids.index(reference_ids)
         else:
-            reference_index = len(completion_ids)
+            target_index = len(completion_ids)
             completion_ids.append(reference_ids)
     return {
         "prompt_ids": prompt_ids,
         "completion_ids": completion_ids,
         "scores": scores,
         "has_scores": has_scores,
-        "reference_index": reference_index,
+        "target_index": target_index,
         "_problem": None,
         "_detail": None,
         "_num_truncated": num_truncated,
@@ -213,7 +213,7 @@ _NOTHING = {
     "completion_ids": [],
     "scores": [],
     "has_scores": True,
-    "reference_index": 0,
+    "target_index": 0,
     "_num_truncated": 0,
     "_boundary_moved": False,
     "_start_repeated": False,

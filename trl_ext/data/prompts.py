@@ -76,7 +76,7 @@ def check_prompts(
     return usable
 
 
-def set_apart(rows: Sequence[dict], number: int, seed: int) -> tuple[list[dict], list[dict]]:
+def hold_out(rows: Sequence[dict], number: int, seed: int) -> tuple[list[dict], list[dict]]:
     """
     Split rows into those to train on and `number` to watch. Equal prompts stay on one side.
 

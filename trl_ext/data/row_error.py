@@ -1,4 +1,4 @@
-"""What can be wrong with a row, and what to do about it."""
+"""Errors of rows: the problems by name, and the remedy for each."""
 
 # what can be wrong with a row -> what to do about it
 REMEDIES = {

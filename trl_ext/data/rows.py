@@ -1,4 +1,4 @@
-"""Rows: which formats are accepted, what is wrong with a row, tokenisation, and what was cut or dropped and why.
+"""Rows as users have them: the accepted formats, and reading one row into a prompt with K completions.
 
 Whatever comes in, one prompt with K completions comes out, tokenised. A preference pair is K = 2.
 
@@ -16,7 +16,7 @@ A sampled answer that was ended by its length alone gets no end token. A prefere
 `chosen_is_cut`, `rejected_is_cut` or `reference_is_cut`, a ranked row by "length" at the answer's place in `ends`.
 
 A prepared row has `prompt_ids`, `completion_ids` (list of lists), `scores` (one per candidate), `has_scores` (False
-where the scores only say that `chosen` is better than `rejected`) and `reference_index` (which of `completion_ids` is
+where the scores only say that `chosen` is better than `rejected`) and `target_index` (which of `completion_ids` is
 the regulariser's target). A target that differs from all candidates is appended to
 `completion_ids`, one that equals a candidate is not stored, and so not computed, twice."""
 

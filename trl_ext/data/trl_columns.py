@@ -1,5 +1,5 @@
 """
-Prepared rows (see `data/`) in the columns that TRL's trainers read, so that every recipe takes the same rows, checks
+Prepared rows in the columns that TRL's trainers read, so that every recipe takes the same rows, checks
 them alike, and trains on the same tokens.
 
 Each function takes a batch of prepared rows, `prompt_ids`, `completion_ids` (a list of K) and `scores`, as columns,

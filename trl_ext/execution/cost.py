@@ -1,4 +1,4 @@
-"""What a layout costs, to choose between layouts."""
+"""The cost of a layout, to choose between layouts."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Which models can share prefixes, found out by looking at them, and which launches can run."""
+"""Which models can share prefixes, found out by inspecting them."""
 
 import inspect
 from dataclasses import dataclass

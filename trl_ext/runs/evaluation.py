@@ -92,7 +92,7 @@ def _batches(
         chunk = sequences[start : start + batch_size]
         batch = collator(
             [
-                {"prompt_ids": prompt_ids, "completion_ids": [ids], "scores": [0.0], "reference_index": 0}
+                {"prompt_ids": prompt_ids, "completion_ids": [ids], "scores": [0.0], "target_index": 0}
                 for _, prompt_ids, ids in chunk
             ]
         )

@@ -18,7 +18,7 @@ PACKAGES = ("trl_ext", "trl", "transformers", "datasets", "peft", "accelerate", 
 
 
 # in every folder a stage has begun
-MARK = ".stage"
+STAGE_MARKER = ".stage"
 
 
 # what the files hold, and of which type
@@ -61,7 +61,7 @@ def outputs_of(folder: Path) -> dict[str, dict[str, Any]]:
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder)
         is_checkpoint = name.parts[0].startswith("checkpoint-")
-        if file.is_file() and not is_checkpoint and name.name not in (MARK, "manifest.json"):
+        if file.is_file() and not is_checkpoint and name.name not in (STAGE_MARKER, "manifest.json"):
             found[str(name)] = {"size": file.stat().st_size, "sha256": file_digest(file)}
     return found
 
@@ -119,7 +119,7 @@ def settings_of(folder: str | Path) -> dict[str, Any] | None:
 
 def _begun(folder: Path) -> list[Path]:
     """Folders that a run has begun to fill, but not those of a run inside of it."""
-    begun = (mark.parent for mark in sorted(folder.rglob(MARK)))
+    begun = (mark.parent for mark in sorted(folder.rglob(STAGE_MARKER)))
     return [
         stage
         for stage in begun

@@ -15,10 +15,10 @@ from accelerate import PartialState
 
 from ..runtime.faults import watched
 from ..runtime.files import sealed, write_atomically
-from ..runtime.processes import process_state, wait_as_long_as_it_takes
+from ..runtime.processes import barrier_without_timeout, process_state
 from ..runtime.signals import STOP_SIGNALS, on_stop, stop_signals_blocked
 from ..runtime.threads import settle_threads
-from .manifest import MARK, _jsonable, installed_versions, outputs_of
+from .manifest import STAGE_MARKER, _jsonable, installed_versions, outputs_of
 
 # imported once by the server that the stages' processes are forked from
 PRELOADED = (
@@ -119,10 +119,10 @@ def _stage_process(port, shards_models, patience, on_cpu, environment, *job) -> 
 def _run_stage(on_cpu, folder, name, run, function, arguments, hashes) -> None:
     folder, started = Path(folder), time.time()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARK).touch()
+    (folder / STAGE_MARKER).touch()
     figures = function(folder, **arguments)
     state = PartialState(cpu=on_cpu)
-    wait_as_long_as_it_takes()
+    barrier_without_timeout()
     if state.is_main_process:
         manifest = {
             "stage": name,

@@ -24,12 +24,12 @@ from accelerate import PartialState
 from ..runtime.faults import watched
 from ..runtime.files import read_sealed, sealed, write_atomically
 from ..runtime.headings import Headings
-from ..runtime.processes import from_all, process_state, refuse_unless_all_see
+from ..runtime.processes import all_gather_objects, process_state, refuse_unless_all_see
 from ..runtime.run_lock import hold_folder
 from ..runtime.signals import EXIT_CODES, RESUME_HINT, STOP_SIGNALS, name_of
 from .manifest import (
-    MARK,
     RUN_KEYS,
+    STAGE_MARKER,
     ManifestError,
     _begun,
     _verify,
@@ -89,11 +89,11 @@ class Run:
             if problem is None:
                 self.id = (read_sealed(file, RUN_KEYS)["id"] if _begun(self.folder) else None) or uuid.uuid4().hex
                 write_atomically(file, sealed({"id": self.id, "settings": settings}))
-        problem = self.first(problem)
+        problem = self.first_from_any_rank(problem)
         if problem is not None:
             kind, message = problem
             raise kind(message)
-        self.id = self.first(self.id)
+        self.id = self.first_from_any_rank(self.id)
         refuse_unless_all_see(self.folder)
 
     def _check(self, settings, resume, may_change) -> tuple[type[Exception], str] | None:
@@ -172,14 +172,14 @@ class Run:
                     f"Stage {name!r} was made from another {' and '.join(changed)} than there is now in {where}. "
                     f"Remove {folder} and what follows it to make it anew, or set another `--output_dir`."
                 )
-        problem = self.first(problem)
+        problem = self.first_from_any_rank(problem)
         if problem is not None:
             raise RuntimeError(problem)
         if title is not None:
             self.headings.print(f"{self.folder}/{name}", title, is_finished=manifest is not None)
         if manifest is not None:
             return manifest["figures"]
-        port = self.first(_free_port() if self.state.is_main_process else None)
+        port = self.first_from_any_rank(_free_port() if self.state.is_main_process else None)
         exit_code = _run_in_fresh_process(
             port, shards_models, self.patience, (str(folder), name, self.id, function, {**inputs, **arguments}, hashes)
         )
@@ -190,7 +190,7 @@ class Run:
         manifest = None
         if exit_code == 0:
             # the main process's: on a network file system another may not see it yet
-            manifest = self.first(read_manifest(folder) if self.state.is_main_process else None)
+            manifest = self.first_from_any_rank(read_manifest(folder) if self.state.is_main_process else None)
         if manifest is None:
             if exit_code < 0:
                 what = f"was ended by {signal.Signals(-exit_code).name}"
@@ -217,7 +217,7 @@ class Run:
         folder = self.path(name)
         if self._finished(name) is None and self.state.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / MARK).touch()
+            (folder / STAGE_MARKER).touch()
             for file, content in files.items():
                 write_atomically(folder / file, content)
             manifest = {"stage": name, "run": self.id, "inputs": {}, "figures": {}, "outputs": outputs_of(folder)}
@@ -235,14 +235,14 @@ class Run:
                     _verify(folder, manifest, name, self.id)
             except ManifestError as error:
                 problem = str(error)
-        manifest, problem = self.first((manifest, problem) if self.state.is_main_process else None)
+        manifest, problem = self.first_from_any_rank((manifest, problem) if self.state.is_main_process else None)
         if problem is not None:
             raise ManifestError(problem)
         return manifest
 
-    def first(self, problem: Any) -> Any:
+    def first_from_any_rank(self, problem: Any) -> Any:
         """What went wrong on the first process that has something to say; the same on all."""
-        return next(filter(None, from_all(problem)), None)
+        return next(filter(None, all_gather_objects(problem)), None)
 
 
 def all_processes() -> PartialState:

@@ -1,4 +1,4 @@
-"""The settings of a run: what enters its identity, and how a stage gets its own."""
+"""The settings of a run: those that identify it, and those that each stage gets."""
 
 import dataclasses
 import json

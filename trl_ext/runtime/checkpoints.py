@@ -21,7 +21,7 @@ from accelerate import PartialState
 
 from .files import unfinished_path, write_atomically
 from .parallelism import asks_for_fsdp
-from .processes import SHARE_CHECKPOINTS, blind_processes, from_all, refuse_unless_all_see_checkpoint
+from .processes import SHARE_CHECKPOINTS, all_gather_objects, ranks_without_access, refuse_unless_all_see_checkpoint
 from .run_lock import hold_folder
 
 SEAL = "checkpoint.json"
@@ -57,7 +57,7 @@ def checkpoint_to_resume(training_args) -> str | None:
     output_dir = Path(training_args.output_dir)
     hold_folder(output_dir, create=False)
     # of all, before one of them writes anything
-    checkpoints = max(from_all([path.name for path in _checkpoints(output_dir)]), key=len)
+    checkpoints = max(all_gather_objects([path.name for path in _checkpoints(output_dir)]), key=len)
     if wants_to_resume(training_args):
         return find_checkpoint(training_args, training_args.resume_from_checkpoint)
     if checkpoints:
@@ -84,7 +84,7 @@ def find_checkpoint(training_args, wanted: str | bool) -> str | None:
         _refuse_unless_it_fits(Path(wanted), training_args)
         return str(wanted)
     # of all processes, as a folder need not look the same from each machine
-    names = from_all([path.name for path in _checkpoints(Path(training_args.output_dir))])
+    names = all_gather_objects([path.name for path in _checkpoints(Path(training_args.output_dir))])
     lost = None
     for name in sorted({name for seen in names for name in seen}, key=_step, reverse=True):
         checkpoint = Path(training_args.output_dir) / name
@@ -93,7 +93,7 @@ def find_checkpoint(training_args, wanted: str | bool) -> str | None:
             _refuse_unless_it_fits(checkpoint, training_args)
             return str(checkpoint)
         state.print(f"{checkpoint} is passed over: {problem}.")
-        if lost is None and not any(from_all((checkpoint / UNFINISHED).exists())):
+        if lost is None and not any(all_gather_objects((checkpoint / UNFINISHED).exists())):
             lost = f"{checkpoint} is not whole ({problem})"
     if lost is not None:
         raise FileExistsError(
@@ -107,7 +107,8 @@ def find_checkpoint(training_args, wanted: str | bool) -> str | None:
 def _refuse_unless_it_is_last(checkpoint: Path) -> None:
     names = [path.name for path in _checkpoints(checkpoint.parent)]
     later = names[: names.index(checkpoint.name)] if checkpoint.name in names else []  # one set aside is none of them
-    last = from_all(next((name for name in later if _read_seal(checkpoint.parent / name)[1] is None), None))[0]
+    whole = (name for name in later if _read_seal(checkpoint.parent / name)[1] is None)
+    last = all_gather_objects(next(whole, None))[0]
     if last is not None:
         raise FileExistsError(
             f"{checkpoint.parent} holds whole checkpoints after {checkpoint.name}, up to {last}. A run that goes on "
@@ -135,7 +136,7 @@ def _problem(checkpoint: Path) -> str | None:
             comes before it may be gone, and a run that began anew would write over it.
     """
     seal_problem = _read_seal(checkpoint)[1]
-    everybody = from_all((socket.gethostname(), seal_problem))
+    everybody = all_gather_objects((socket.gethostname(), seal_problem))
     missing = [(number, *found) for number, found in enumerate(everybody) if found[1] is not None]
     if 0 < len(missing) < len(everybody):
         number, host, problem = missing[0]
@@ -144,7 +145,7 @@ def _problem(checkpoint: Path) -> str | None:
         )
     if missing:
         return missing[0][-1]
-    problem = next(filter(None, from_all(_damage(checkpoint))), None)
+    problem = next(filter(None, all_gather_objects(_damage(checkpoint))), None)
     if problem is None:
         refuse_unless_all_see_checkpoint(checkpoint)
     return problem
@@ -264,7 +265,7 @@ def seal(checkpoint: Path, training_args) -> None:
     state = PartialState()
     state.wait_for_everyone()
     machine = "all"
-    if state.num_processes > _local_count(state) and blind_processes(checkpoint):
+    if state.num_processes > _local_count(state) and ranks_without_access(checkpoint):
         machine = os.environ.get("GROUP_RANK", "0")
     names = {
         str(path.relative_to(checkpoint))
@@ -272,14 +273,19 @@ def seal(checkpoint: Path, training_args) -> None:
         if path.is_file() and path.name not in (SEAL, UNFINISHED)
     }
     # a network file system need not show all of them the same at once: each file goes to one that sees it
-    seen = {index: there for index, (where, there) in enumerate(from_all((machine, names))) if where == machine}
+    seen = {
+        index: there for index, (where, there) in enumerate(all_gather_objects((machine, names))) if where == machine
+    }
     mine = {}
     for number, name in enumerate(sorted(set().union(*seen.values()))):
         readers = [index for index, there in seen.items() if name in there]
         if readers[number % len(readers)] == state.process_index:
             mine[name] = _written_size(checkpoint / name)
     sizes = {
-        name: size for where, share in from_all((machine, mine)) if where == machine for name, size in share.items()
+        name: size
+        for where, share in all_gather_objects((machine, mine))
+        if where == machine
+        for name, size in share.items()
     }
     if state.process_index == min(seen):
         if sizes:

@@ -1,4 +1,4 @@
-"""What the folder of a model holds. Imports nothing heavy, so that a recipe can look at it before it imports torch."""
+"""Contents of a model's folder. Imports nothing heavy, so that a recipe can check it before it imports torch."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What splits one sequence, or the layers that compute it, over devices, wherever it was set."""
+"""Parallelism that splits one sequence or one layer over devices, which is refused, and FSDP."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What processes on several machines can and cannot see of each other's files."""
+"""Processes of one run: gathering objects, waiting without a timeout, and which files each of them can see."""
 
 import itertools
 import re
@@ -22,12 +22,12 @@ SHARE_CHECKPOINTS = (
 OF_A_PROCESS = re.compile(r"(?:^|/)(?:rng_state_|\w*zero_pp_rank_)(\d+)")
 
 
-def from_all(value: Any) -> list[Any]:
+def all_gather_objects(value: Any) -> list[Any]:
     """The values of all processes, in their order."""
     return gather_object([value]) if PartialState().num_processes > 1 else [value]
 
 
-def wait_as_long_as_it_takes() -> None:
+def barrier_without_timeout() -> None:
     """
     Wait for all processes, without the time-out of a collective: how long another is at work, sampling or scoring,
     depends on its prompts. A process that is gone is noticed by the launcher, or by
@@ -42,7 +42,7 @@ def wait_as_long_as_it_takes() -> None:
         state.wait_for_everyone()
 
 
-def blind_processes(folder: str | Path) -> dict[int, str]:
+def ranks_without_access(folder: str | Path) -> dict[int, str]:
     """
     The processes that do not see what the main process writes into a folder, with their hosts; the same on all.
 
@@ -50,12 +50,12 @@ def blind_processes(folder: str | Path) -> dict[int, str]:
     something was not there.
     """
     folder, state = Path(folder), PartialState()
-    name = from_all(f".seen-by-all-{secrets.token_hex(8)}")[0]
+    name = all_gather_objects(f".seen-by-all-{secrets.token_hex(8)}")[0]
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     state.wait_for_everyone()
-    seen = from_all((socket.gethostname(), (folder / name).exists()))
+    seen = all_gather_objects((socket.gethostname(), (folder / name).exists()))
     if state.is_main_process:
         (folder / name).unlink()
     state.wait_for_everyone()  # or another would take it for a file of the folder's
@@ -69,7 +69,7 @@ def refuse_unless_all_see(folder: str | Path) -> None:
     Raises:
         FileNotFoundError: on all processes.
     """
-    for index, host in blind_processes(folder).items():
+    for index, host in ranks_without_access(folder).items():
         raise FileNotFoundError(
             f"Process {index} ({host}) does not see what the main process has written into {folder}. All machines "
             "have to share the output folder here: set `--output_dir` to one that they do."
@@ -106,7 +106,7 @@ def refuse_unless_all_see_checkpoint(checkpoint: str | Path) -> None:
     """
     checkpoint = Path(checkpoint)
     files = {str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*") if file.is_file()}
-    lacking = first_lacking(from_all((socket.gethostname(), files)))
+    lacking = first_lacking(all_gather_objects((socket.gethostname(), files)))
     if lacking is not None:
         index, host, file = lacking
         raise FileNotFoundError(f"Process {index} ({host}) does not see {checkpoint / file}. {SHARE_CHECKPOINTS}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from .processes import from_all
+from .processes import all_gather_objects
 from .signals import in_stage
 
 _held: dict[tuple[int, int], int] = {}  # device and inode of a folder: its descriptor
@@ -50,7 +50,7 @@ def hold_folder(folder: str | Path, *, create: bool = True) -> bool:
                 os.close(opened)
             else:
                 _held[_identity(opened)], is_new = opened, True
-    problem, is_new = from_all((problem, is_new))[0]
+    problem, is_new = all_gather_objects((problem, is_new))[0]
     if problem is not None:
         raise FileExistsError(problem)
     return is_new

@@ -33,7 +33,7 @@ from ..runtime.models import (
     sampling_dtype,
     whole_model,
 )
-from ..runtime.processes import process_state, refuse_unless_all_see, wait_as_long_as_it_takes
+from ..runtime.processes import barrier_without_timeout, process_state, refuse_unless_all_see
 from ..runtime.run_warnings import cut_answers
 from .config import SamplingConfig
 from .decoding import _finish
@@ -177,7 +177,7 @@ def sample_candidates(
         _sample_shards(
             mine, shards, rows, model_name_or_path, tokenizer, config, folder, made_of, model_init_kwargs, hub, desc
         )  # fmt: skip
-    wait_as_long_as_it_takes()
+    barrier_without_timeout()
     sampled: dict[int, dict] = {}
     for number, indices in enumerate(shards):
         records = _read_shard(_shard_file(folder, number), made_of)

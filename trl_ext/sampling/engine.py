@@ -1,4 +1,4 @@
-"""What an engine takes and returns."""
+"""The interface of a sampling engine."""
 
 from dataclasses import dataclass
 from typing import Protocol

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..runtime.files import checksum, read_sealed, sealed, write_atomically
 from ..runtime.fingerprints import model_fingerprint
-from ..runtime.processes import from_all, process_state, read_when_there
+from ..runtime.processes import all_gather_objects, process_state, read_when_there
 from .config import VLLM_ARGS_WITHOUT_EFFECT, WITHOUT_EFFECT, SamplingConfig
 
 MOST_PROMPTS_PER_SHARD = 64
@@ -96,7 +96,7 @@ def _check_identity(
         else:
             write_atomically(file, sealed(identity))
         made_of = checksum({**identity, "shard_size": shard_size})
-    problem, shard_size, made_of = from_all((problem, shard_size, made_of))[0]  # the main process's
+    problem, shard_size, made_of = all_gather_objects((problem, shard_size, made_of))[0]  # the main process's
     if problem is not None:
         raise FileExistsError(problem)
     return shard_size, made_of

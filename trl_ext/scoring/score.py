@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from ..data.columns import as_given
 from ..runtime.files import read_sealed, sealed, write_atomically
-from ..runtime.processes import from_all, process_state, wait_as_long_as_it_takes
+from ..runtime.processes import all_gather_objects, barrier_without_timeout, process_state
 from .build import _check_weights
 from .candidate_rows import _check_row, _check_rows
 from .functions import Scorer, ScoringError, _belongs_to_prompt
@@ -139,8 +139,8 @@ def score_rows(
     except Exception as error:  # the other processes wait for us below
         failure = error
     message = None if failure is None else f"process {state.process_index}, {type(failure).__name__}: {failure}"
-    wait_as_long_as_it_takes()
-    everything = from_all((done, message))
+    barrier_without_timeout()
+    everything = all_gather_objects((done, message))
     if failure is not None:
         if folder is not None:
             failure.add_note(f"What was scored before is kept in {place}: the same call goes on from there.")
@@ -231,7 +231,7 @@ def _open_scores(folder: Path, rows: list, scorers: Sequence[Scorer], batch_size
                     f"portions in {place}; remove that folder to score everything anew."
                 )
         write_atomically(file, json.dumps(code))
-    return from_all(place)[0]  # the main process's
+    return all_gather_objects(place)[0]  # the main process's
 
 
 def _read_scores(file: Path, place: Path, start: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the scores of candidates look like, before anything is ranked."""
+"""A report of the scores of candidates, before anything is ranked."""
 
 import io
 from collections.abc import Mapping, Sequence

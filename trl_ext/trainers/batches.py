@@ -7,7 +7,7 @@ REQUIRED_BATCH_KEYS = {
     "prompt_weights",
     "prompt_index",
     "candidate_index",
-    "reference_index",
+    "target_index",
     "scores",
     "has_scores",
     "input_ids",

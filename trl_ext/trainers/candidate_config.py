@@ -1,4 +1,4 @@
-"""What the configs of all trainers here share."""
+"""Settings shared by the configs of all methods here."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""The base of every trainer here, and the only file that overrides what is private in `trl.DPOTrainer`."""
+"""The base of the methods' trainers: K completions to a prompt, and what that changes in `trl.DPOTrainer`."""
 
 import contextlib
 import copy

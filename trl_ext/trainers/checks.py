@@ -1,4 +1,4 @@
-"""Checks before training, shared by every trainer in this package: what would fail, or go wrong, hours later."""
+"""Checks before training, shared by every trainer in this package, for faults that would show hours later."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""What the configs of all recipes share, those of TRL's trainers too."""
+"""Settings shared by the configs of all recipes, those of TRL's trainers too."""
 
 import contextlib
 import os

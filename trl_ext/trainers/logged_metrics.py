@@ -1,4 +1,4 @@
-"""What a trainer of candidates logs: means over prompts, of all processes, whatever the split into batches."""
+"""Metrics of a method's trainer: means over the prompts of all processes, the same for any split into batches."""
 
 import logging
 from typing import Any

@@ -17,7 +17,7 @@ from .checks import check_sampling_strategy, with_lengths
 from .resumable import ResumableTrainer
 
 
-class OurRows(ResumableTrainer):
+class PreparedRowsMixin(ResumableTrainer):
     """
     A base to put before a trainer of TRL in the list of bases: rows are checked, tokenised and cut as for every
     trainer here (`data/`), before any weight is loaded, and TRL gets the tokens.
@@ -119,6 +119,6 @@ class OurRows(ResumableTrainer):
 
 
 def has_trl_columns(columns: list[str]) -> bool:
-    """Whether rows with these columns have been through [`~OurRows.trl_rows`] already."""
+    """Whether rows with these columns have been through [`~PreparedRowsMixin.trl_rows`] already."""
     tokens = {"prompt_ids", "input_ids", "chosen_ids", "prompt_input_ids"}
     return bool(tokens & set(columns)) and not is_prepared(columns)

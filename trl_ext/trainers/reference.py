@@ -22,7 +22,7 @@ from ..execution.forward import score_completions
 from ..logps import completion_logps
 from ..runtime.models import is_adapter, merged, refuse_missing_model
 from ..runtime.parallelism import asks_for_fsdp
-from ..runtime.processes import from_all
+from ..runtime.processes import all_gather_objects
 from ..runtime.trust import explain_remote_code, weights_only
 
 
@@ -147,7 +147,7 @@ class Reference:
                 values = share[: max(parameter.ds_numel - rank * share.numel(), 0)]
             values = values.double()
             digest.update(f"{name} {values.sum().item()!r} {values.square().sum().item()!r}\n".encode())
-        return "".join(from_all(digest.hexdigest()))
+        return "".join(all_gather_objects(digest.hexdigest()))
 
     @torch.no_grad()
     def logps(self, dataset: Dataset) -> list[list[float]]:

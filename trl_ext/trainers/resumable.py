@@ -1,4 +1,4 @@
-"""What a run needs to be interrupted and gone on with: for every trainer here, TRL's among them."""
+"""Checkpointing and resuming, shared by every trainer in this package, ours and TRL's."""
 
 import math
 import os

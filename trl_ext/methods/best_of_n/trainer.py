@@ -4,10 +4,10 @@ import trl
 
 from ...data.rows import RowOptions
 from ...data.trl_columns import for_sft
-from ...trainers.prepared_rows import OurRows
+from ...trainers.prepared_rows import PreparedRowsMixin
 
 
-class BestOfNTrainer(OurRows, trl.SFTTrainer):
+class BestOfNTrainer(PreparedRowsMixin, trl.SFTTrainer):
     """[`~trl.SFTTrainer`] on the best answer to each prompt, of which the answer alone is learned."""
 
     row_options = RowOptions(min_completions=1, best_only=True)

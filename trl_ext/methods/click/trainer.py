@@ -98,7 +98,7 @@ class CLICKTrainer(CandidateTrainer):
         self, logps: CompletionLogps, inputs: dict[str, torch.Tensor], outputs: Any
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         args = self.args
-        scores, candidate_index, reference_row = inputs["scores"], inputs["candidate_index"], inputs["reference_index"]
+        scores, candidate_index, reference_row = inputs["scores"], inputs["candidate_index"], inputs["target_index"]
         candidate_mask = candidate_index >= 0
         candidates = by_prompt(logps.sums, candidate_index)
 

@@ -7,10 +7,10 @@ import trl
 from ...data.trl_columns import for_dpo
 from ...execution.prefix_sharing import refuse_unless_shareable, share_prefixes
 from ...trainers.adapter_checks import refuse_drifting_reference
-from ...trainers.prepared_rows import OurRows
+from ...trainers.prepared_rows import PreparedRowsMixin
 
 
-class DPOTrainer(OurRows, trl.DPOTrainer):
+class DPOTrainer(PreparedRowsMixin, trl.DPOTrainer):
     """
     [`~trl.DPOTrainer`] on the best and the worst answer to each prompt, computing each prompt once for both
     (`args.prefix_sharing`).

@@ -11,12 +11,12 @@ from ...data.rows import RowOptions
 from ...data.tokens import tokenizer_of
 from ...data.trl_columns import for_kto, labelled, with_mismatched
 from ...trainers.adapter_checks import refuse_drifting_reference
-from ...trainers.prepared_rows import OurRows, has_trl_columns
+from ...trainers.prepared_rows import PreparedRowsMixin, has_trl_columns
 
 logger = logging.getLogger(__name__)
 
 
-class KTOTrainer(OurRows, trl.KTOTrainer):
+class KTOTrainer(PreparedRowsMixin, trl.KTOTrainer):
     """
     [`~trl.KTOTrainer`] on single answers that are good or bad: rows of `prompt`, `completion` and `label`, or of
     several answers, of which the best is good and the worst bad. They are shuffled by `args.seed`: the reference point

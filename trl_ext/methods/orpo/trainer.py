@@ -6,10 +6,10 @@ from transformers import BitsAndBytesConfig
 from trl.experimental.orpo import ORPOTrainer as TRLORPOTrainer
 
 from ...data.trl_columns import for_orpo
-from ...trainers.prepared_rows import OurRows
+from ...trainers.prepared_rows import PreparedRowsMixin
 
 
-class ORPOTrainer(OurRows, TRLORPOTrainer):
+class ORPOTrainer(PreparedRowsMixin, TRLORPOTrainer):
     """TRL's `ORPOTrainer` on the best and the worst answer to each prompt."""
 
     columns_for = staticmethod(for_orpo)

@@ -5,10 +5,10 @@ import trl
 
 from ...data.trl_columns import for_reward
 from ...losses import bradley_terry_loss
-from ...trainers.prepared_rows import OurRows
+from ...trainers.prepared_rows import PreparedRowsMixin
 
 
-class RewardTrainer(OurRows, trl.RewardTrainer):
+class RewardTrainer(PreparedRowsMixin, trl.RewardTrainer):
     """
     [`~trl.RewardTrainer`] on the best and the worst answer to each prompt, with two ways to keep rewards bounded; see
     [`bradley_terry_loss`]. Rows may have a `margin` (https://huggingface.co/papers/2307.09288, eq. 2).

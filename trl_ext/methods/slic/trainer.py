@@ -114,7 +114,7 @@ class SLiCTrainer(CandidateTrainer):
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         args = self.args
         scores, candidate_index = inputs["scores"], inputs["candidate_index"]
-        candidate_mask, reference_row = candidate_index >= 0, inputs["reference_index"]
+        candidate_mask, reference_row = candidate_index >= 0, inputs["target_index"]
         likelihoods = logps.sums if args.logps_reduction == "sum" else logps.means
         candidates = by_prompt(likelihoods, candidate_index)
 
@@ -172,7 +172,7 @@ class SLiCTrainer(CandidateTrainer):
             return super().forward_batch(model, inputs, **model_kwargs)
         # rows are prompt-major, so the targets' rows ascend and both passes mark the same positions in the same order
         target_mask = torch.zeros_like(inputs["completion_mask"][:, 1:], dtype=torch.bool)
-        reference_row = inputs["reference_index"]
+        reference_row = inputs["target_index"]
         target_mask[reference_row] = inputs["completion_mask"][reference_row, 1:].bool()
         return super().forward_batch(
             model,
@@ -185,7 +185,7 @@ class SLiCTrainer(CandidateTrainer):
     @torch.no_grad()
     def _reference_hidden_states(self, inputs: dict[str, torch.Tensor], target_mask: torch.Tensor) -> torch.Tensor:
         """The reference model's hidden states at the tokens of y_ref, `(M, H)`; only those rows are run."""
-        rows = inputs["reference_index"]
+        rows = inputs["target_index"]
         targets = {key: inputs[key][rows] for key in (*MODEL_KEYS, "completion_mask") if key in inputs}
         model, adapter_off = self.ref_model, contextlib.nullcontext()
         if model is None:
@@ -196,6 +196,6 @@ class SLiCTrainer(CandidateTrainer):
 
     def _reference_kl(self, kl: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Add up the KL at the tokens of y_ref: `(M,)` to `(B,)`."""
-        tokens_per_prompt = inputs["completion_mask"][inputs["reference_index"], 1:].sum(dim=1)
+        tokens_per_prompt = inputs["completion_mask"][inputs["target_index"], 1:].sum(dim=1)
         prompt = torch.arange(len(tokens_per_prompt), device=kl.device).repeat_interleave(tokens_per_prompt)
         return kl.new_zeros(len(tokens_per_prompt)).index_add(0, prompt, kl)

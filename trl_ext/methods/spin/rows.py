@@ -11,7 +11,7 @@ from ...data.columns import TEMPLATE_COLUMNS, as_given, check_features, without_
 from ...data.limits import Limits
 from ...data.load import refuse_unless_json
 from ...data.prepare import prepare_row, refuse_outside_window
-from ...data.prompts import prompt_key, prompt_token_ids, set_apart
+from ...data.prompts import hold_out, prompt_key, prompt_token_ids
 from ...data.row_error import RowError, refusal
 from ...data.rows import RowOptions, parse_row
 from .config import SPINConfig
@@ -144,4 +144,4 @@ def train_and_watched(train_dataset, eval_dataset, tokenizer, config: SPINConfig
         return train, watched
     if config.num_watched_prompts == 0:
         return rows, []
-    return set_apart(rows, config.num_watched_prompts, config.seed)
+    return hold_out(rows, config.num_watched_prompts, config.seed)

@@ -34,7 +34,7 @@ from ..._trl import get_config_model_id
 from ...data.limits import Limits
 from ...runs.evaluation_stage import evaluation_stage
 from ...runs.intervals import TIE_RULE
-from ...runs.manifest import MARK, settings_of
+from ...runs.manifest import STAGE_MARKER, settings_of
 from ...runs.next_commands import after_self_play, print_next
 from ...runs.run import Run, all_processes
 from ...runs.settings import MAY_CHANGE, local_model, run_settings
@@ -456,7 +456,7 @@ def _save_start(
     if run.state.is_main_process:
         shutil.rmtree(unfinished, ignore_errors=True)
         start.parent.mkdir(exist_ok=True)
-        (start.parent / MARK).touch()
+        (start.parent / STAGE_MARKER).touch()
         if isinstance(model, PreTrainedModel):
             repair_generation_config(model)
             model.save_pretrained(unfinished)
@@ -474,7 +474,7 @@ def _save_start(
                     "same, or set another `output_dir`."
                 )
             shutil.rmtree(unfinished)
-    problem = run.first(problem)
+    problem = run.first_from_any_rank(problem)
     if problem is not None:
         raise ValueError(problem)
     return start

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ...logps import CompletionLogps
 from ...losses import spin_loss
-from ...runs.manifest import MARK
+from ...runs.manifest import STAGE_MARKER
 from ...runtime.run_warnings import ToldApart
 from ...trainers.batches import best_and_worst
 from ...trainers.candidate_trainer import CandidateTrainer
@@ -253,7 +253,7 @@ class SPINTrainer(ReferencedTrainer):
                 self._played,
                 output_dir or self.args.output_dir,
                 dirs_exist_ok=True,
-                ignore=shutil.ignore_patterns("checkpoint-*", "reference_*.npz", "manifest.json", MARK),
+                ignore=shutil.ignore_patterns("checkpoint-*", "reference_*.npz", "manifest.json", STAGE_MARKER),
             )
 
     # One iteration

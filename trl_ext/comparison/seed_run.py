@@ -28,7 +28,7 @@ from .arguments import _options, check_shared, shared_settings
 from .config import IDLE, ComparisonConfig
 from .methods import METHODS, Method
 from .results import ComparisonResults, MethodResult
-from .stages import NAMED, looks_stage, near_stage, pairs_stage, sample_rank_stage, train_stage
+from .stages import NAMED, checkpoint_evals_stage, likelihood_near_stage, pairs_stage, sample_rank_stage, train_stage
 
 NUM_EXAMPLES = 6
 
@@ -38,7 +38,7 @@ def _prompts_per_update(config: ComparisonConfig) -> int:
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
 
 
-class OneSeed:
+class SeedRun:
     """
     The comparison with one seed.
 
@@ -131,7 +131,9 @@ class OneSeed:
             return rounds.prompts, self._num_sampled("candidates")
         if method.data == "likelihood_near":
             above = self.config.click_threshold
-            rounds.run.stage("near", near_stage, inputs={"ranked": ranked}, positive_above=above, seed=self.seed)
+            rounds.run.stage(
+                "near", likelihood_near_stage, inputs={"ranked": ranked}, positive_above=above, seed=self.seed
+            )
             ranked = rounds.run.path("near", "pairs.jsonl")
         elif method.recipe == "slic":
             rounds.run.stage("sample_rank", sample_rank_stage, inputs={"ranked": ranked})
@@ -275,7 +277,7 @@ class OneSeed:
         self.train("reward_model", REWARD_MODEL, rounds.model, self._candidates(), updates=updates, answers=1)
         return rounds.run.path("reward_model", "model")
 
-    def _twice(self, name: str, method: Method) -> tuple[list[dict], Path, int, float]:
+    def _train_in_halves(self, name: str, method: Method) -> tuple[list[dict], Path, int, float]:
         """Two trainings of half the updates, each on answers of the model before it."""
         rounds, model, figures, sampled, seconds = self.rounds, self.rounds.model, [], 0, 0.0
         halves = [self.config.max_steps // 2, self.config.max_steps - self.config.max_steps // 2]
@@ -340,7 +342,7 @@ class OneSeed:
         if method.recipe is None:
             trainings, model, sampled, parts, sampling = [], Path(rounds.model), 0, [], math.nan
         elif method.data in ("rounds", "self_play"):
-            trainings, model, sampled, sampling = self._twice(name, method)
+            trainings, model, sampled, sampling = self._train_in_halves(name, method)
             parts = [f"{name}/round-1", f"{name}/round-2"]
         else:
             data, sampled = self._data(method)
@@ -393,7 +395,7 @@ class OneSeed:
         for part, figures in zip(parts, trainings, strict=True):
             steps = {step: {"chosen_logps": chosen, "rejected_logps": rejected}
                      for step, chosen, rejected in figures["logps"]}  # fmt: skip
-            for step, found in self._looks(part, figures["updates"]).items():
+            for step, found in self._checkpoint_evals(part, figures["updates"]).items():
                 steps[step] = steps.get(step, {}) | found
             for step in sorted(steps):
                 updates = before + step
@@ -402,17 +404,17 @@ class OneSeed:
             before += figures["updates"]
         return points
 
-    def _looks(self, part: str, updates: int) -> dict[int, dict[str, float]]:
+    def _checkpoint_evals(self, part: str, updates: int) -> dict[int, dict[str, float]]:
         if not self.config.num_checkpoints:
             return {}
         rounds = self.rounds
         steps = [int(path.name.split("-")[1]) for path in rounds.run.path(part, "model").glob("checkpoint-*")]
-        steps = sorted(step for step in rounds.run.first(steps) or [] if step < updates)
+        steps = sorted(step for step in rounds.run.first_from_any_rank(steps) or [] if step < updates)
         if not steps:
             return {}
         figures = rounds.run.stage(
             f"{part}/looks",
-            looks_stage,
+            checkpoint_evals_stage,
             inputs={"model": rounds.run.path(part, "model"), "prompts": rounds.watched},
             steps=steps,
             num_prompts=self.config.num_checkpoint_prompts,
