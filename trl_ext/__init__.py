@@ -1,16 +1,13 @@
 """SLiC-HF and its neighbours for TRL: drop-in subclasses of `trl.DPOTrainer`.
 
-Public names are imported on first use, so that `import trl_ext` and a recipe's `--help` stay fast.
+Public names are imported on first use, so that `import trl_ext` and a recipe's `--help` stay fast. `shared_prefixes`
+and `per_token_logps` need torch and transformers alone; all others need TRL.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ._trl import check_trl_version
-
 __version__ = "0.1.0"
-
-check_trl_version()
 
 _PUBLIC_NAMES = {
     "CLICKConfig": "methods.click.config",
@@ -27,8 +24,11 @@ _PUBLIC_NAMES = {
     "SPINConfig": "methods.spin.config",
     "SPINTrainer": "methods.spin.trainer",
     "enable_prefix_sharing": "execution.prefix_sharing",
+    "per_token_logps": "execution.shared_prefixes",
     "share_prefixes": "execution.prefix_sharing",
+    "shared_prefixes": "execution.shared_prefixes",
 }
+_WITHOUT_TRL = ("per_token_logps", "shared_prefixes")
 __all__ = [
     "CLICKConfig",
     "CLICKTrainer",
@@ -44,12 +44,15 @@ __all__ = [
     "SPINConfig",
     "SPINTrainer",
     "enable_prefix_sharing",
+    "per_token_logps",
     "share_prefixes",
+    "shared_prefixes",
 ]
 
 if TYPE_CHECKING:
     from .data.collator import CandidateCollator
     from .execution.prefix_sharing import enable_prefix_sharing, share_prefixes
+    from .execution.shared_prefixes import per_token_logps, shared_prefixes
     from .methods.click.config import CLICKConfig
     from .methods.click.trainer import CLICKTrainer
     from .methods.ipo.config import IPOConfig
@@ -67,6 +70,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str):
     if name not in _PUBLIC_NAMES:
         raise AttributeError(f"module 'trl_ext' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    if name not in _WITHOUT_TRL:
+        import_module("._trl", __name__).check_trl_version()
     return getattr(import_module(f".{_PUBLIC_NAMES[name]}", __name__), name)
 
 

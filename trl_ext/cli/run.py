@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .._trl import check_trl_version
 from ..runtime.signals import end_simple_launcher, on_stop, watch_signals_and_launcher
 from ..runtime.threads import settle_threads
 from .mistakes import is_known, print_mistake
@@ -38,6 +39,7 @@ def run_recipe(
         return
     if dataclass_types:
         try:
+            check_trl_version()
             check_before_imports(dataclass_types, sys.argv[1:])
         except Exception as error:
             if not is_known(error):

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .._trl import ChunkedDivergenceFunction, FusedCausalLMOutput
+from .logits import logit_transform
 
 IGNORE_INDEX = -100
 # keys of a canonical batch that the model itself understands
@@ -142,23 +143,3 @@ def add_kl_head(model: PreTrainedModel, reference_head: Callable[[], nn.Module] 
 def _whole(parameter: torch.Tensor | None) -> torch.Tensor | None:
     """The full tensor behind a parameter that FSDP2 shards; anything else as it is."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-
-
-def logit_transform(text_config) -> tuple[float, float | None]:
-    """
-    What an architecture does to its logits after the LM head: a factor, and a soft cap or `None`.
-
-    The names are those TRL's fused LM head looks for; the KL has to see the same logits.
-    """
-    scale = next(
-        (
-            getattr(text_config, name)
-            for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
-            if getattr(text_config, name, None) is not None
-        ),
-        None,
-    )
-    divisor = getattr(text_config, "logits_scaling", None)
-    if scale is None and divisor is not None:
-        scale = divisor if text_config.model_type == "hyperclovax" else 1 / divisor
-    return 1.0 if scale is None else scale, getattr(text_config, "final_logit_softcapping", None)

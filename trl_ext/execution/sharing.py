@@ -5,28 +5,25 @@ import functools
 import inspect
 import warnings
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 
 from .cost import CostModel
 from .forward import IGNORE_INDEX, MODEL_KEYS, PER_TOKEN_FIELDS, unbound
 from .layout import Layout, plan_layout
-from .masks import FLEX_BLOCK_SIZE, FLEX_LONGEST_ROW, attention_mask
+from .masks import FLEX_LONGEST_ROW
+from .plan import Plan, multiple_of, query_dtype
 from .self_check import closest_pair, compare
-from .support import Support, inspect_model
-from .varlen import Segments, TreeMask, can_use_segments, take_tree_masks
+from .support import Support, base_model_of, inspect_model
+from .varlen import Segments, can_use_segments, take_tree_masks
 
 # what a batch may contain to be rearranged; images, caches or token types would have to be rearranged too
 KNOWN_INPUTS = set(MODEL_KEYS)
-# On CUDA, rows that need a mask are rounded up to this: cuDNN builds a plan for each new length (25 to 100 ms), and
-# the gradients of its masked kernel can be NaN where T mod 128 is 64 (github.com/pytorch/pytorch/issues/196678)
-CUDA_MULTIPLE = 128
 SETTINGS = {
     "use_cache",
     "output_router_logits",
@@ -74,39 +71,12 @@ class SharingStatistics:
         self.positions_computed += positions if layout is None else layout.source.size
 
 
-@dataclass
-class _Plan:
+@dataclass(kw_only=True)
+class _Plan(Plan):
     """A batch's layout (`None`: as it is) and the tensors that follow from it, made once for all models."""
 
-    layout: Layout | None
     scored: torch.Tensor  # (N, L - 1), bool: positions of the output that are asked for
     predictors: torch.Tensor  # (M,): where, among all computed positions, each scored token is predicted
-    source: torch.Tensor | None = None  # (R, T)
-    segments: Segments | None = None  # where attention goes by them and not by masks
-    # weakly, so that a mask goes with the last pass that needs it, and not with the next batch
-    masks: weakref.WeakValueDictionary = field(default_factory=weakref.WeakValueDictionary)
-
-    def attention_masks(self, support: Support, dtype: torch.dtype) -> Any:
-        """The mask of a model's layers, or one for each kind of layer; `dtype` is that of their queries."""
-
-        def mask(window):
-            if window is not None and window > self.layout.depth.max():
-                window = None
-            if self.segments is not None:
-                return tree_masks.setdefault(window, TreeMask(self.segments, window, self.layout.source.size))
-            key = (window, support.backend, dtype)
-            made = self.masks.get(key)
-            if made is None:
-                made = self.masks[key] = attention_mask(
-                    self.layout, window, backend=support.backend, dtype=dtype, device=self.scored.device
-                )
-            return made
-
-        tree_masks: dict[int | None, TreeMask] = {}
-
-        masks = {kind: mask(window) for kind, window in support.windows.items()}
-        different = {id(mask): mask for mask in masks.values()}
-        return masks if len(different) > 1 else next(iter(different.values()))
 
 
 class PrefixSharing:
@@ -172,8 +142,7 @@ class PrefixSharing:
             self.cannot(support.reason)
             if not support.positions_are_tokens:
                 return
-        if is_peft_model(model):
-            model = model.get_base_model()
+        model = base_model_of(model)
         inner = model.forward
         call_on = unbound(inner, model)
         shares = support.reason is None
@@ -250,7 +219,7 @@ class PrefixSharing:
             and state.support.backend == "sdpa"
             and (plan is None or plan.segments is None)
         ):
-            # cuDNN's masked attention can give NaN gradients, of padded rows as well, see `CUDA_MULTIPLE`; which
+            # cuDNN's masked attention can give NaN gradients, of padded rows as well, see `plan.py`; which
             # kernel runs is chosen in the forward, and there is no other switch that reaches layers run again
             torch.backends.cuda.enable_cudnn_sdp(False)
         if plan is None:
@@ -393,27 +362,14 @@ class _PlanSettings:
         support, device = state.support, labels.device
         by_segment = can_use_segments(module, support.backend, device, query_dtype(module, device))
         is_flex = support.backend == "flex_attention"
-        if by_segment:
-            multiple_of = 1
-        elif is_flex:
-            multiple_of = FLEX_BLOCK_SIZE
-        else:
-            multiple_of = CUDA_MULTIPLE if device.type == "cuda" else 1
         return cls(
             rearrange=support.reason is None and not support.is_too_long(labels.size(1)),
             # the balancing loss of a mixture of experts is taken over all tokens
             keep_unscored=bool(kwargs.get("output_router_logits", support.outputs_router_logits)),
             by_segment=by_segment,
-            multiple_of=multiple_of,
+            multiple_of=multiple_of(support.backend, by_segment, device),
             longest_row=FLEX_LONGEST_ROW if is_flex else None,
         )
-
-
-def query_dtype(module, device: torch.device) -> torch.dtype:
-    """What a model's queries will be: autocast's type where it is on, else that of its weights."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return module.dtype
 
 
 def _run(module, inner, support: Support, plan: _Plan, labels: torch.Tensor, kwargs: dict[str, Any]):

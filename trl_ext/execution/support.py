@@ -2,13 +2,15 @@
 
 import inspect
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from accelerate.utils import is_peft_model
-from peft import PeftConfig, PeftType
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_flash_attention_utils import flash_attn_supports_top_left_mask
 from transformers.utils.generic import is_flash_attention_requested
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 # implementations that take a mask; those of FlashAttention take segments instead, see `varlen.py`
 BACKENDS = ("sdpa", "eager", "flex_attention")
@@ -82,8 +84,7 @@ def inspect_model(model: PreTrainedModel) -> Support:
         reason = adapter_reason(adapter)
         if reason is not None:
             return Support(reason, positions_are_tokens=False)
-    if is_peft_model(model):
-        model = model.get_base_model()
+    model = base_model_of(model)
     config = model.config
     name = f"{type(model).__name__} (model_type {config.model_type!r})"
     if getattr(config, "is_encoder_decoder", False):
@@ -139,14 +140,20 @@ def inspect_model(model: PreTrainedModel) -> Support:
     )
 
 
-def adapter_reason(adapter: PeftConfig) -> str | None:
+def base_model_of(model: nn.Module) -> nn.Module:
+    """The model of transformers inside a PEFT model; any other model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def adapter_reason(adapter: "PeftConfig") -> str | None:
     """Why a model with this adapter cannot share prefixes; `None` for LoRA and its kin, which only change weights."""
+    kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
     if adapter.is_prompt_learning:
-        return f"{PeftType(adapter.peft_type).value} adapters add tokens of their own to each row"
+        return f"{kind} adapters add tokens of their own to each row"
     if getattr(adapter, "alora_invocation_tokens", None):
         return "activated LoRA (`alora_invocation_tokens`) looks for its tokens once in each row"
-    if PeftType(adapter.peft_type).value not in WEIGHT_ADAPTERS:
-        return f"{PeftType(adapter.peft_type).value} adapters do more than change weights, or are not known here"
+    if kind not in WEIGHT_ADAPTERS:
+        return f"{kind} adapters do more than change weights, or are not known here"
     return None
 
 

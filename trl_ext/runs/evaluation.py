@@ -21,7 +21,8 @@ from ..data.columns import as_given
 from ..data.messages import template_kwargs
 from ..data.prompts import prompt_token_ids
 from ..data.tokens import tokenize_candidates, without_end
-from ..execution.forward import add_kl_head, logit_transform, score_completions
+from ..execution.forward import add_kl_head, score_completions
+from ..execution.logits import logit_transform
 from ..logps import completion_logps
 from ..runtime.models import load_causal_lm, load_model_config, load_tokenizer
 from ..runtime.processes import process_state

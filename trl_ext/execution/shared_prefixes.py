@@ -1,0 +1,243 @@
+"""
+Prefix sharing for any causal language model of transformers. Needs torch and transformers alone: no TRL, no trainer.
+
+Sequences of a batch that begin alike (a prompt with several completions) are computed once up to where they part.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from .cost import CostModel
+from .layout import Layout, plan_layout
+from .logits import logit_transform
+from .masks import FLEX_LONGEST_ROW
+from .plan import Plan, multiple_of, query_dtype
+from .support import base_model_of, inspect_model
+from .varlen import Segments, can_use_segments, take_tree_masks
+
+# arguments of a backbone that are rearranged, that may be present, and that make the call go through as it is
+REARRANGED = {"input_ids", "attention_mask", "position_ids"}
+LEFT_ALONE = {"return_dict", "output_hidden_states", "output_router_logits"}
+# positions whose logits are in memory at a time
+POSITIONS_AT_A_TIME = 2048
+
+
+@contextlib.contextmanager
+def shared_prefixes(model: PreTrainedModel, *, always: bool = False) -> Iterator["SharedPrefixes"]:
+    """
+    Inside the block, every call of `model` with `input_ids` computes the tokens that sequences share once.
+
+    The call and its outputs stay those of the padded batch `(N, L)`: hidden states, logits (also with
+    `logits_to_keep`) and gradients, in its own coordinates and up to rounding. Hidden states of padding are zero.
+    Calls that cannot be rearranged run padded: with a cache, with `inputs_embeds`, with `output_attentions`, or with
+    padding on the left and no `position_ids`.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or a PEFT model): causal language model, unwrapped.
+        always (`bool`, *optional*, defaults to `False`): rearrange every batch. `False` rearranges those for which
+            a cost model expects a gain.
+
+    Yields:
+        [`SharedPrefixes`], which counts what was saved.
+
+    Raises:
+        ValueError: the model cannot share prefixes, with the reason.
+
+    Example:
+    ```python
+    from transformers import AutoModelForCausalLM
+    from trl_ext import per_token_logps, shared_prefixes
+
+    model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B-Instruct")
+    with shared_prefixes(model) as sharing:  # input_ids, attention_mask, completion_mask: (N, L)
+        logps = per_token_logps(model, input_ids, attention_mask, completion_mask)
+        (-logps.sum() / completion_mask.sum()).backward()
+    print(sharing.computed, "of", sharing.given, "positions")
+    ```
+    """
+    sharing = SharedPrefixes(model, always)
+    backbone = base_model_of(model).base_model
+    hooks = [
+        backbone.register_forward_pre_hook(sharing.rearrange, with_kwargs=True),
+        backbone.register_forward_hook(sharing.put_back),
+    ]
+    try:
+        yield sharing
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class SharedPrefixes:
+    """
+    The hooks of [`shared_prefixes`].
+
+    Attributes:
+        given (`int`): positions N * L of the calls so far, padding included.
+        computed (`int`): positions that went through the model's layers instead.
+    """
+
+    def __init__(self, model: PreTrainedModel, always: bool):
+        self.support = inspect_model(model)
+        if self.support.reason is not None:
+            raise ValueError(f"`model` must be able to share prefixes: {self.support.reason}.")
+        self.model = base_model_of(model)
+        self.cost = CostModel.of(self.model)
+        self.always = always
+        self.given = self.computed = 0
+        self._plan: Plan | None = None
+
+    def rearrange(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The arguments of the backbone in the layout; a forward pre-hook."""
+        names = list(inspect.signature(type(backbone).forward).parameters)[1:]
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        self._plan = plan = self._plan_of(kwargs)
+        if plan is None:
+            return (), kwargs
+        input_ids, position_ids = kwargs["input_ids"], kwargs.get("position_ids")
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.size(1), device=input_ids.device)
+        source = plan.source.clamp(min=0)
+        if plan.segments is not None:
+            take_tree_masks(self.support.backend)
+        elif input_ids.device.type == "cuda" and self.support.backend == "sdpa":
+            torch.backends.cuda.enable_cudnn_sdp(False)  # its masked backward can give NaN, see `plan.py`
+        kwargs |= {
+            "input_ids": input_ids.flatten()[source],
+            "position_ids": position_ids.expand_as(input_ids).flatten()[source],
+            "attention_mask": plan.attention_masks(self.support, query_dtype(self.model, input_ids.device)),
+            "use_cache": False,
+        }
+        return (), kwargs
+
+    def put_back(self, _backbone: nn.Module, _args: tuple, output: Any) -> Any:
+        """The outputs of the backbone where the padded batch has them; a forward hook."""
+        plan, self._plan = self._plan, None
+        if plan is None:
+            return output
+        slots = torch.from_numpy(plan.layout.slots).to(plan.source.device)
+        is_token, index = (slots >= 0).unsqueeze(-1), slots.clamp(min=0)
+
+        def batch_of(states: torch.Tensor) -> torch.Tensor:
+            return states.flatten(0, 1)[index] * is_token
+
+        if isinstance(output, tuple):
+            return (batch_of(output[0]), *output[1:])
+        output.last_hidden_state = batch_of(output.last_hidden_state)
+        if getattr(output, "hidden_states", None) is not None:
+            output.hidden_states = tuple(map(batch_of, output.hidden_states))
+        if getattr(output, "router_logits", None) is not None:
+            output.router_logits = tuple(logits.flatten(0, -2)[index.flatten()] for logits in output.router_logits)
+        return output
+
+    def _plan_of(self, kwargs: dict[str, Any]) -> Plan | None:
+        given = {name for name, value in kwargs.items() if value is not None and value is not False}
+        if "input_ids" not in given or given - REARRANGED - LEFT_ALONE or kwargs.get("return_dict") is False:
+            return None
+        input_ids, mask, position_ids = (kwargs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
+            return None
+        stacked = [input_ids, torch.ones_like(input_ids) if mask is None else mask.long()]
+        if position_ids is not None:
+            stacked.append(position_ids.expand_as(input_ids))
+        on_host = torch.stack(stacked).cpu().numpy()  # one transfer
+        layout = self._layout_of(*on_host, device=input_ids.device)
+        self.given += input_ids.numel()
+        self.computed += input_ids.numel() if layout is None else layout.source.size
+        if layout is None:
+            return None
+        return Plan(
+            layout=layout,
+            source=torch.from_numpy(layout.source).to(input_ids.device),
+            segments=Segments.of(layout, input_ids.device) if self._by_segment(input_ids.device) else None,
+        )
+
+    def _by_segment(self, device: torch.device) -> bool:
+        return can_use_segments(self.model, self.support.backend, device, query_dtype(self.model, device))
+
+    def _layout_of(
+        self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray | None = None, *, device: torch.device
+    ) -> Layout | None:
+        if self.support.is_too_long(ids.shape[1]):
+            return None
+        tokens = mask.astype(bool)
+        predicted = np.zeros_like(tokens)
+        predicted[:, 1:] = tokens[:, 1:] & tokens[:, :-1]
+        by_segment = self._by_segment(device)
+        cost = CostModel(0.0) if by_segment else self.cost
+        try:
+            layout = plan_layout(
+                ids,
+                mask,
+                predicted,
+                positions,
+                keep_unscored=True,
+                multiple_of=multiple_of(self.support.backend, by_segment, device),
+                longest_row=FLEX_LONGEST_ROW if self.support.backend == "flex_attention" else None,
+                cost=None if by_segment else cost,
+            )
+        except ValueError:  # padding that leaves positions open
+            if self.always:
+                raise
+            return None
+        if layout is None or self.always or cost.pays(layout, *ids.shape, not tokens.all()):
+            return layout
+        return None
+
+
+def per_token_logps(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    completion_mask: torch.Tensor,
+    *,
+    position_ids: torch.Tensor | None = None,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """
+    Log-probabilities of completion tokens, with gradients. Inside [`shared_prefixes`] each prompt is computed once.
+
+    Only scored positions reach the LM head, 2,048 at a time, and their logits are computed again in the backward pass.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or a PEFT model): causal language model, unwrapped.
+        input_ids, attention_mask (`torch.Tensor` of shape `(N, L)`, int64): the padded batch.
+        completion_mask (`torch.Tensor` of shape `(N, L)`): non-zero on the tokens to score. The first column predicts
+            nothing and is not scored.
+        position_ids (`torch.Tensor` of shape `(N, L)`, *optional*): needed where padding is on the left.
+        temperature (`float`, *optional*, defaults to 1.0): divides the logits.
+
+    Returns:
+        `torch.Tensor` of shape `(N, L - 1)`, float32, in nats: entry `t` is of token `t + 1`, 0 where nothing is
+        scored.
+    """
+    base = base_model_of(model)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if position_ids is not None:
+        inputs["position_ids"] = position_ids
+    hidden_states = base.base_model(**inputs, use_cache=False).last_hidden_state
+    scored = completion_mask[:, 1:] != 0
+    hidden_states, labels = hidden_states[:, :-1][scored], input_ids[:, 1:][scored]
+    head = base.get_output_embeddings()
+    scale, cap = logit_transform(base.config.get_text_config())
+
+    def log_probs(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = head(states).float() * scale
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        logits = logits / temperature
+        return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
+
+    parts = [
+        checkpoint(log_probs, *part, use_reentrant=False)
+        for part in zip(hidden_states.split(POSITIONS_AT_A_TIME), labels.split(POSITIONS_AT_A_TIME), strict=True)
+    ]
+    return hidden_states.new_zeros(scored.shape, dtype=torch.float32).masked_scatter(scored, torch.cat(parts))
