@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -90,6 +91,24 @@ def test_logits_states_and_gradients_are_those_of_the_padded_batch(name, attenti
     assert max(error(found[name], expected[name]) for name in expected) < BOUND and found.keys() == expected.keys()
     again, _ = run()  # the hooks are gone
     assert torch.equal(again.logits, padded.logits)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_lora_and_checkpointing(checkpointed):
+    """The backward pass is outside the block, and runs checkpointed layers again."""
+    lora = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+    model, (ids, mask, completion) = get_peft_model(model_of("llama"), lora), batch()
+    logps = per_token_logps(model, ids, mask, completion)
+    logps.sum().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    if checkpointed:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    with shared_prefixes(model, always=True):
+        found = per_token_logps(model, ids, mask, completion)
+    found.sum().backward()
+    assert error(found, logps) < BOUND and gradients(model).keys() == expected.keys()
+    assert max(error(gradients(model)[name], expected[name]) for name in expected) < BOUND
 
 
 @pytest.mark.parametrize("name", CONFIGS)
