@@ -6,8 +6,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from trl import DPOConfig, DPOTrainer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 
 from tests.conftest import read_jsonl, real_data
 from tests.equivalence.baseline import padded_dpo_trainer
@@ -292,14 +292,63 @@ def test_dropout_is_drawn_in_either_layout(strong_model_dir, settings, long_prom
     assert abs(difference) < 4 * error
 
 
-def test_only_dpo_trainers(strong_model_dir):
+def other_trainer(kind, model, settings, dataset):
+    """A trainer of TRL that is not `DPOTrainer`, with nothing of ours."""
+    if kind == "reward":
+        model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
+        trainer, config = RewardTrainer, RewardConfig(**{**settings, "max_length": 256})
+    elif kind == "kto":
+        trainer, config = KTOTrainer, KTOConfig(**{**settings, "max_length": 256})
+        rows = [
+            {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
+            for row in dataset
+            for name in ("chosen", "rejected")
+        ]
+        dataset = Dataset.from_list(rows)
+    else:
+        from trl.experimental import cpo, orpo
+
+        trainer, config = {
+            "orpo": (orpo.ORPOTrainer, orpo.ORPOConfig),
+            "cpo": (cpo.CPOTrainer, cpo.CPOConfig),
+        }[kind]
+        config = config(**{**settings, "max_length": 256})
+    if isinstance(model, str) and kind in ("orpo", "cpo"):
+        model = AutoModelForCausalLM.from_pretrained(model)
+    torch.manual_seed(0)
+    return trainer(model=model, args=config, train_dataset=dataset, processing_class=byte_level_tokenizer())
+
+
+@pytest.mark.parametrize("kind", ["reward", "kto", "orpo", "cpo"])
+def test_other_trainers_of_trl(kind, strong_model_dir, settings, long_prompts):
+    trainers = []
+    for enabled in (False, True):
+        trainer = other_trainer(kind, strong_model_dir, settings, long_prompts)
+        remember(trainer)
+        if enabled:
+            if trainers:  # a new head is drawn anew
+                trainer.model.load_state_dict(trainers[0].initial, strict=False)
+                remember(trainer)
+            enable_prefix_sharing(trainer, True)
+        trainer.train()
+        trainers.append(trainer)
+    if kind in ("orpo", "cpo"):  # they average logits over padding too, which is not computed
+        for entry in (entry for trainer in trainers for entry in trainer.state.log_history):
+            entry.pop("logits/chosen", None), entry.pop("logits/rejected", None)
+    assert_same_run(*trainers, tolerance=1e-4)
+    statistics = trainers[1].prefix_sharing.statistics
+    assert statistics.batches_shared > 0 and statistics.positions_computed < statistics.positions_padded
+    trainers[1].prefix_sharing.remove()
+
+
+def test_only_trainers_whose_calls_are_known(strong_model_dir):
     with pytest.raises(TypeError, match="got a str"):
         enable_prefix_sharing("trainer")
 
 
 def test_a_mode_that_does_not_exist(strong_model_dir, settings, long_prompts):
     trainer = DPOTrainer(strong_model_dir, args=DPOConfig(**settings), train_dataset=long_prompts)
-    with pytest.raises(ValueError, match="'always'.*'auto' or True"):
+    with pytest.raises(ValueError, match="must be 'auto', True or False, got 'always'"):
         enable_prefix_sharing(trainer, "always")
 
 

@@ -56,6 +56,43 @@ class Plan:
         return masks if len(different) > 1 else next(iter(different.values()))
 
 
+@dataclass
+class SharingStatistics:
+    """
+    What sharing has done so far.
+
+    Attributes:
+        batches_shared, batches_padded (`int`):
+            Batches seen so far that were rearranged, and that were left as they were.
+        positions_padded (`int`):
+            Positions N * L of these batches, padding included.
+        positions_computed (`int`):
+            Positions that went through the model instead.
+    """
+
+    batches_shared: int = 0
+    batches_padded: int = 0
+    positions_padded: int = 0
+    positions_computed: int = 0
+
+    def __str__(self) -> str:
+        batches = self.batches_shared + self.batches_padded
+        part = self.positions_computed / max(self.positions_padded, 1)
+        return (
+            f"Prefix sharing rearranged {self.batches_shared} of {batches} batches and computed {part:.0%} of the "
+            "positions of the padded ones."
+        )
+
+    def add(self, positions: int, layout: Layout | None) -> None:
+        """Count a batch."""
+        if layout is None:
+            self.batches_padded += 1
+        else:
+            self.batches_shared += 1
+        self.positions_padded += positions
+        self.positions_computed += positions if layout is None else layout.source.size
+
+
 def query_dtype(module: torch.nn.Module, device: torch.device) -> torch.dtype:
     """The dtype of a model's queries: autocast's where it is on, else that of its weights."""
     if torch.is_autocast_enabled(device.type):

@@ -2,28 +2,34 @@
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator
 
 import torch
 import transformers
 from accelerate.utils import is_peft_model
 from peft import PeftConfig
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from trl import DPOConfig, DPOTrainer
 
 from .._trl import after_fused_lm_head
 from ..runtime.models import load_config
 from ..runtime.parallelism import refuse_sharding_that_would_not_be, sequence_split
 from .chunking import chunking_outermost
+from .shared_prefixes import SharedPrefixes, reason_against
 from .sharing import PrefixSharing, cannot_be_honoured
 from .support import adapter_reason, inspect_model
 
+# TRL's trainers that score completions with the fused LM head, and those that read what the whole model returns
+WITH_FUSED_HEAD = {"DPOTrainer", "KTOTrainer"}
+WITHOUT_FUSED_HEAD = {"RewardTrainer", "ORPOTrainer", "CPOTrainer"}
+
 
 def enable_prefix_sharing(
-    trainer: DPOTrainer, prefix_sharing: str | bool = "auto", *, self_check: bool = False
-) -> PrefixSharing | None:
+    trainer: Trainer, prefix_sharing: str | bool = "auto", *, self_check: bool = False
+) -> PrefixSharing | SharedPrefixes | None:
     """
-    Make a [`~trl.DPOTrainer`] compute each prompt once for all its completions, with the same results.
+    Make a trainer of TRL compute each prompt once for all its completions, with the same results.
 
     Losses, metrics, sampling order, step counts and checkpoints stay TRL's: a batch is rearranged inside the model's
     forward, and the per-token outputs are put back where TRL expects them. The reference model, if there is one,
@@ -36,8 +42,11 @@ def enable_prefix_sharing(
     inside [`share_prefixes`] to have that shared as well.
 
     Args:
-        trainer ([`~trl.DPOTrainer`]):
-            The trainer, before or between calls of `train` and `evaluate`.
+        trainer ([`~trl.DPOTrainer`], [`~trl.KTOTrainer`], [`~trl.RewardTrainer`], or `ORPOTrainer` or `CPOTrainer` of
+            `trl.experimental`):
+            The trainer, before or between calls of `train` and `evaluate`. A reward model shares the prompt of a
+            pair. ORPO and CPO share it too; their LM head still sees every position, and `logits/chosen`, which
+            TRL averages over padding as well, differs.
         prefix_sharing (`str` or `bool`, *optional*, defaults to `"auto"`):
             `"auto"` rearranges the batches for which that is expected to be faster, and leaves models alone that
             cannot share, with one warning that says why. `True` rearranges every batch, and what cannot be is an
@@ -45,14 +54,15 @@ def enable_prefix_sharing(
         self_check (`bool`, *optional*, defaults to `False`):
             Run two sequences of the first batch that shares anything both ways, compare their per-token
             log-probabilities and the gradients that reach their embedded tokens, and stop with the difference if they
-            disagree. Not under FSDP.
+            disagree. Not under FSDP, and for DPO and KTO alone.
 
     Returns:
-        [`PrefixSharing`], also kept as `trainer.prefix_sharing`: `shares` tells whether the model can, `statistics`
-        what was saved, `remove()` undoes this call. `None` with `prefix_sharing=False`.
+        [`PrefixSharing`] for DPO and KTO, [`SharedPrefixes`] for the others, also kept as `trainer.prefix_sharing`.
+        `statistics` tells what was saved, `remove()` undoes this call. `None` with `prefix_sharing=False`, and where
+        the model of one of the others cannot share.
 
     Raises:
-        TypeError: not a `DPOTrainer`.
+        TypeError: not one of these trainers.
         ValueError: `prefix_sharing=True` and the model cannot share, or FSDP on a CPU.
 
     Example:
@@ -65,17 +75,21 @@ def enable_prefix_sharing(
     trainer.train()
     ```
     """
-    if not isinstance(trainer, DPOTrainer):
-        raise TypeError(
-            f"enable_prefix_sharing got a {type(trainer).__name__}. It knows how `trl.DPOTrainer` calls its models; "
-            "pass one, or a subclass."
-        )
+    bases = {base.__name__ for base in type(trainer).__mro__ if base.__module__.startswith("trl.")}
+    if not bases & (WITH_FUSED_HEAD | WITHOUT_FUSED_HEAD):
+        known = ", ".join(sorted(WITH_FUSED_HEAD | WITHOUT_FUSED_HEAD))
+        raise TypeError(f"`trainer` must be TRL's {known}, or a subclass of one, got a {type(trainer).__name__}.")
+    if prefix_sharing not in ("auto", True, False):
+        raise ValueError(f"`prefix_sharing` must be 'auto', True or False, got {prefix_sharing!r}.")
     if getattr(trainer, "prefix_sharing", None) is not None:
         trainer.prefix_sharing.remove()
         trainer.prefix_sharing = None
     if prefix_sharing is False:
         return None
     refuse_sharding_that_would_not_be(trainer.args)
+    if not bases & WITH_FUSED_HEAD:
+        trainer.prefix_sharing = _share_without_fused_head(trainer, prefix_sharing)
+        return trainer.prefix_sharing
     sharing = PrefixSharing(prefix_sharing, self_check)
     try:
         reason = settings_reason(trainer.args, trainer.model)
@@ -91,6 +105,19 @@ def enable_prefix_sharing(
         raise
     trainer.prefix_sharing = sharing
     return sharing
+
+
+def _share_without_fused_head(trainer: Trainer, mode: str | bool) -> SharedPrefixes | None:
+    model, always = trainer.accelerator.unwrap_model(trainer.model), mode is True
+    reason = settings_reason(trainer.args, model) or reason_against(model, always=always)
+    if reason is None:
+        sharing = SharedPrefixes(model, always=always)
+        sharing.install()
+        return sharing
+    if always:
+        raise ValueError(cannot_be_honoured(reason))
+    warnings.warn(f"Prompts are not shared between their completions: {reason}.", stacklevel=3)
+    return None
 
 
 @contextlib.contextmanager

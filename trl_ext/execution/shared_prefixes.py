@@ -19,7 +19,7 @@ from .cost import CostModel
 from .layout import Layout, plan_layout
 from .logits import logit_transform
 from .masks import FLEX_LONGEST_ROW
-from .plan import Plan, multiple_of, query_dtype
+from .plan import Plan, SharingStatistics, multiple_of, query_dtype
 from .support import base_model_of, inspect_model
 from .varlen import Segments, can_use_segments, take_tree_masks
 
@@ -43,7 +43,7 @@ def shared_prefixes(model: PreTrainedModel, *, always: bool = False) -> Iterator
     Args:
         model ([`~transformers.PreTrainedModel`] or a PEFT model): causal language model, unwrapped.
         always (`bool`, *optional*, defaults to `False`): rearrange every batch. `False` rearranges those for which
-            a cost model expects a gain.
+            a cost model expects a gain, of architectures that are tested.
 
     Yields:
         [`SharedPrefixes`], which counts what was saved.
@@ -60,40 +60,57 @@ def shared_prefixes(model: PreTrainedModel, *, always: bool = False) -> Iterator
     with shared_prefixes(model) as sharing:  # input_ids, attention_mask, completion_mask: (N, L)
         logps = per_token_logps(model, input_ids, attention_mask, completion_mask)
         (-logps.sum() / completion_mask.sum()).backward()
-    print(sharing.computed, "of", sharing.given, "positions")
+    print(sharing.statistics)
     ```
     """
-    sharing = SharedPrefixes(model, always)
-    backbone = base_model_of(model).base_model
-    hooks = [
-        backbone.register_forward_pre_hook(sharing.rearrange, with_kwargs=True),
-        backbone.register_forward_hook(sharing.put_back),
-    ]
+    reason = reason_against(model, always=always)
+    if reason is not None:
+        raise ValueError(f"`model` must be able to share prefixes: {reason}.")
+    sharing = SharedPrefixes(model, always=always)
+    sharing.install()
     try:
         yield sharing
     finally:
-        for hook in hooks:
-            hook.remove()
+        sharing.remove()
+
+
+def reason_against(model: PreTrainedModel, *, always: bool) -> str | None:
+    """Why a model cannot share prefixes; `None` if it can. Architectures that are not tested need `always`."""
+    support = inspect_model(model)
+    if support.reason is None and not support.verified and not always:
+        return f"{type(model).__name__} is not among the architectures tested; always=True uses it all the same"
+    return support.reason
 
 
 class SharedPrefixes:
     """
-    The hooks of [`shared_prefixes`].
+    Hooks on a model's backbone that rearrange its calls, see [`shared_prefixes`].
 
     Attributes:
-        given (`int`): positions N * L of the calls so far, padding included.
-        computed (`int`): positions that went through the model's layers instead.
+        statistics ([`SharingStatistics`]): what was saved so far.
     """
 
-    def __init__(self, model: PreTrainedModel, always: bool):
+    def __init__(self, model: PreTrainedModel, *, always: bool):
         self.support = inspect_model(model)
-        if self.support.reason is not None:
-            raise ValueError(f"`model` must be able to share prefixes: {self.support.reason}.")
         self.model = base_model_of(model)
         self.cost = CostModel.of(self.model)
         self.always = always
-        self.given = self.computed = 0
+        self.statistics = SharingStatistics()
         self._plan: Plan | None = None
+        self._hooks: list[Any] = []
+
+    def install(self) -> None:
+        """Add the hooks."""
+        backbone = self.model.base_model
+        self._hooks = [
+            backbone.register_forward_pre_hook(self.rearrange, with_kwargs=True),
+            backbone.register_forward_hook(self.put_back),
+        ]
+
+    def remove(self) -> None:
+        """Undo [`~SharedPrefixes.install`]."""
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def rearrange(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """The arguments of the backbone in the layout; a forward pre-hook."""
@@ -150,8 +167,7 @@ class SharedPrefixes:
             stacked.append(position_ids.expand_as(input_ids))
         on_host = torch.stack(stacked).cpu().numpy()  # one transfer
         layout = self._layout_of(*on_host, device=input_ids.device)
-        self.given += input_ids.numel()
-        self.computed += input_ids.numel() if layout is None else layout.source.size
+        self.statistics.add(input_ids.numel(), layout)
         if layout is None:
             return None
         return Plan(

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from .cost import CostModel
 from .forward import IGNORE_INDEX, MODEL_KEYS, PER_TOKEN_FIELDS, unbound
-from .layout import Layout, plan_layout
+from .layout import plan_layout
 from .masks import FLEX_LONGEST_ROW
-from .plan import Plan, multiple_of, query_dtype
+from .plan import Plan, SharingStatistics, multiple_of, query_dtype
 from .self_check import closest_pair, compare
 from .support import Support, base_model_of, inspect_model
 from .varlen import Segments, can_use_segments, take_tree_masks
@@ -32,43 +32,6 @@ SETTINGS = {
     "reference_hidden",
     "return_dict",
 }
-
-
-@dataclass
-class SharingStatistics:
-    """
-    What sharing has done so far.
-
-    Attributes:
-        batches_shared, batches_padded (`int`):
-            Batches seen so far that were rearranged, and that were left as they were.
-        positions_padded (`int`):
-            Positions N * L of these batches, padding included.
-        positions_computed (`int`):
-            Positions that went through the model instead.
-    """
-
-    batches_shared: int = 0
-    batches_padded: int = 0
-    positions_padded: int = 0
-    positions_computed: int = 0
-
-    def __str__(self) -> str:
-        batches = self.batches_shared + self.batches_padded
-        part = self.positions_computed / max(self.positions_padded, 1)
-        return (
-            f"Prefix sharing rearranged {self.batches_shared} of {batches} batches and computed {part:.0%} of the "
-            "positions of the padded ones."
-        )
-
-    def add(self, positions: int, layout: Layout | None) -> None:
-        """Count a batch."""
-        if layout is None:
-            self.batches_padded += 1
-        else:
-            self.batches_shared += 1
-        self.positions_padded += positions
-        self.positions_computed += positions if layout is None else layout.source.size
 
 
 @dataclass(kw_only=True)
