@@ -8,8 +8,7 @@ the mean over the batches, `times_padded` the median over the batches of how man
 Rows are appended to `benchmarks/results/prefix_sharing_speed.csv`; `benchmarks/plot.py` draws them.
 
 Ways:
-- `padded`: TRL's forward, K rows per prompt (`trl.DPOTrainer`; for SLiC and RRHF, our trainer over that
-  forward).
+- `padded`: TRL's forward, K rows per prompt (TRL's trainer; for SLiC and RRHF, our trainer over that forward).
 - `auto`, `always`: `prefix_sharing="auto"` and `True`.
 - `scored head`: the padded batch, but only scored positions reach the LM head. What lies between this and `always` is
   the sharing itself; what lies between `padded` and this is the head, which TRL restricts on GPUs only.
@@ -20,6 +19,7 @@ Ways:
 """
 
 import argparse
+import copy
 import os
 import statistics
 import tempfile
@@ -58,6 +58,7 @@ STAGES = ("forward", "forward+backward", "step")
 # to keep the time of a run bounded, the parts of a step are timed for these only
 STAGED_SHAPES = ("TL;DR", "UltraFeedback", "ranked 6")
 STAGED_WAYS = ("padded", "auto")
+SCORED_HEAD = ("scored head", "scored head")
 
 
 pays = CostModel.pays
@@ -146,6 +147,34 @@ def cpo_trainer(model, dataset, settings):
     )
 
 
+def other_trainer(method: str, model, dataset, settings):
+    """TRL's trainer of reward models, of ORPO or of KTO, which has the answers of a prompt in one batch here."""
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification
+    from trl import KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
+
+    tokenizer, more = byte_level_tokenizer(), {}
+    if method == "reward":
+        config = model.config
+        config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
+        model = AutoModelForSequenceClassification.from_config(config, attn_implementation=config._attn_implementation)
+        config, trainer = RewardConfig(**settings), RewardTrainer
+    elif method == "KTO":
+        config, trainer, more = KTOConfig(**settings), KTOTrainer, {"ref_model": copy.deepcopy(model)}
+        dataset = Dataset.from_list(
+            [
+                {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
+                for row in dataset
+                for name in ("chosen", "rejected")
+            ]
+        )
+    else:
+        from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+        config, trainer = ORPOConfig(**settings), ORPOTrainer
+    return trainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer, **more)
+
+
 def ways_of(shape: Shape, options, directory: str):
     """`(method, way, call, prepare)` for everything that is timed on a shape; `prepare` runs untimed before it."""
     from datasets import Dataset
@@ -167,23 +196,26 @@ def ways_of(shape: Shape, options, directory: str):
 
         return prepare
 
-    def trainer_ways(method, trainer):
+    def trainer_ways(method, trainer, *more):
         trainer._set_signature_columns_if_needed()
         run = Run(trainer, collate(trainer, options.batches))
-        for way, mode in (("padded", False), ("scored head", "scored head"), ("auto", "auto"), ("always", True)):
+        for way, mode in (("padded", False), *more, ("auto", "auto"), ("always", True)):
             yield method, way, run, switch(trainer, mode)
 
     def model():
         return make_model(options.model, options.attn_implementation)
 
     if shape.k == 2 and "DPO" in options.methods:
-        yield from trainer_ways("DPO", padded_dpo_trainer(model(), dataset, settings, ref_model=model()))
+        yield from trainer_ways("DPO", padded_dpo_trainer(model(), dataset, settings, ref_model=model()), SCORED_HEAD)
     if shape.k > 2 and "RRHF" in options.methods:
-        yield from trainer_ways("RRHF", padded_rrhf_trainer(model(), dataset, settings))
+        yield from trainer_ways("RRHF", padded_rrhf_trainer(model(), dataset, settings), SCORED_HEAD)
+    for method in ("reward", "ORPO", "KTO"):
+        if shape.k == 2 and method in options.methods:
+            yield from trainer_ways(method, other_trainer(method, model(), dataset, settings))
     if "SLiC-HF" not in options.methods:
         return
     slic = padded_slic_trainer(model(), dataset, {**settings, "reg_weight": 0.0})
-    yield from trainer_ways("SLiC-HF", slic)
+    yield from trainer_ways("SLiC-HF", slic, SCORED_HEAD)
     if shape.k == 2:
         trainer = cpo_trainer(model(), dataset, settings)
         rows = list(trainer.train_dataset)
@@ -256,7 +288,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="30M", choices=list(MODELS))
     parser.add_argument("--shapes", nargs="+", default=[shape.name for shape in SHAPES])
-    parser.add_argument("--methods", nargs="+", default=["DPO", "SLiC-HF", "RRHF"])
+    parser.add_argument("--methods", nargs="+", default=["DPO", "SLiC-HF", "RRHF", "reward", "ORPO", "KTO"])
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds over all ways, after one that warms up")
     parser.add_argument("--batches", type=int, default=3, help="different batches, used in turn")
