@@ -242,4 +242,5 @@ def test_what_is_said_of_spin():
         for before, after in zip(names, names[1:], strict=False)
     ]
     assert "each iteration gained, {:.1f}, {:.1f} and {:.1f} points;".format(*gains) in text("docs/methods/spin.md")
-    assert all(found[seed, "control-2"] > found[seed, "iteration-2"] for seed in "123")  # "ahead at the end"
+    assert "continued SFT was ahead at the end on two seeds of three" in text("docs/methods/spin.md")
+    assert sum(found[seed, "control-2"] > found[seed, "iteration-2"] for seed in "123") == 2
