@@ -4,13 +4,14 @@ import copy
 import dataclasses
 import functools
 import gc
+import random
 import warnings
 import weakref
 from types import MethodType
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.equivalence.compare import FIELDS, assert_same, batch_of, random_sequences, run, two_of
@@ -30,6 +31,7 @@ completions = st.lists(st.lists(st.integers(3, 5), min_size=0, max_size=8), min_
     order=st.randoms(use_true_random=False),
     model_type=st.sampled_from(["llama", "mistral", "gpt2"]),
 )
+@example([([3], [[3], [3, 3]])], random.Random(0), "llama")  # all tokens alike
 def test_any_ragged_batch(groups, order, model_type):
     sequences = [(prompt, completion) for prompt, completions in groups for completion in completions]
     order.shuffle(sequences)
