@@ -17,8 +17,6 @@ from ..runtime.models import load_tokenizer
 from ..runtime.processes import all_gather_objects
 from ..trainers.adapter_checks import check_adapter
 
-# For the recipe
-
 
 def start_self_play(
     parsed: Sequence[Any],

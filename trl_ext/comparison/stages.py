@@ -22,9 +22,6 @@ from ..scoring.score_report import CARRIED_COLUMNS
 NAMED = ("model_name_or_path", "dataset_name", "output_dir")
 
 
-# Stages
-
-
 def train_stage(folder: Path, *, model: Path, data: Path, recipe: Path, values: dict[str, Any]) -> dict[str, Any]:
     """A recipe's own training."""
     named = {**values, **dict(zip(NAMED, (str(model), str(data), str(folder)), strict=True))}

@@ -1,4 +1,24 @@
-"""Estimates with intervals, over prompts and seeds."""
+"""
+The figures of a comparison: means, win rates, length-controlled win rates, perplexities, with 95 % intervals.
+
+**What an interval covers.** With one seed, other prompts: what would come out for this one training run if it were
+asked other prompts of the same kind. With two seeds or more, other prompts and other training runs: seeds and prompts
+are drawn with replacement independently of each other, and the figure is computed anew for each draw (the pigeonhole
+bootstrap; Owen 2007, Annals of Applied Statistics 1 (2), pp. 386-411). The reason: a reader wants to know whether a
+method is better, and not only whether one run of it is. Where seeds have different prompts, each set of prompts is
+drawn by itself.
+
+**How far to trust it.** Few seeds say little about training runs that were not made. Simulated, with 200 prompts and 1
+as the standard deviation of what is not due to prompt or seed, "95 %" intervals contained the truth in 99 % of cases
+where seeds did not differ (they are too wide then); where they differed by a standard deviation of 0.1, in 92 % with 2
+seeds, 94 % with 3, 96 % with 5; where they differed by 0.3, in only 73 %, 81 % and 87 %. And what was never seen is
+never drawn: where all values are equal, as when all pairs are won, the interval is a single point.
+
+Comparisons are paired: only answers to the same prompt with the same seed are set against each other. Draws are the
+same for all methods with the same seeds, and from run to run.
+
+Rows are seeds and columns are prompts throughout; NaN is a missing value and is left out.
+"""
 
 import functools
 import math

@@ -14,8 +14,6 @@ from ..runtime.models import load_config, without_weights
 
 logger = logging.getLogger(__name__)
 
-# Rows
-
 
 def row_lengths(dataset: Dataset) -> np.ndarray:
     """Tokens of each row's longest sequence, `(rows,)`: of prepared rows, or of rows in TRL's columns."""

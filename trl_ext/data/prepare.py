@@ -1,4 +1,11 @@
-"""Rows to prepared rows: tokenised once, checked, with a report of what was cut or dropped and why."""
+"""
+Rows to prepared rows: tokenised once, checked, with a report of what was cut or dropped and why.
+
+A prepared row has `prompt_ids`, `completion_ids` (list of lists), `scores` (one per candidate), `has_scores` (False
+where the scores only say that `chosen` is better than `rejected`) and `target_index` (which of `completion_ids` is
+the regulariser's target). A target that differs from all candidates is appended to `completion_ids`. One that equals
+a candidate is not stored, and so not computed, twice.
+"""
 
 import contextlib
 import hashlib

@@ -1,6 +1,6 @@
 """Rows as users have them: the accepted formats, and reading one row into a prompt with K completions.
 
-Whatever comes in, one prompt with K completions comes out, tokenised. A preference pair is K = 2.
+Whatever comes in, one prompt with K completions comes out. A preference pair is K = 2.
 
 Accepted rows, plain text or conversational, in TRL's words:
 
@@ -14,11 +14,7 @@ text of the first user message. `tools` and `chat_template_kwargs` are passed to
 
 A sampled answer that was ended by its length alone gets no end token. A preference row says so by a true
 `chosen_is_cut`, `rejected_is_cut` or `reference_is_cut`, a ranked row by "length" at the answer's place in `ends`.
-
-A prepared row has `prompt_ids`, `completion_ids` (list of lists), `scores` (one per candidate), `has_scores` (False
-where the scores only say that `chosen` is better than `rejected`) and `target_index` (which of `completion_ids` is
-the regulariser's target). A target that differs from all candidates is appended to
-`completion_ids`, one that equals a candidate is not stored, and so not computed, twice."""
+"""
 
 import math
 from collections.abc import Mapping

@@ -1,13 +1,16 @@
 """A layout for one batch with the tensors and masks that follow from it."""
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
-from .layout import Layout
-from .masks import FLEX_BLOCK_SIZE, attention_mask
+from .cost import CostModel
+from .layout import Layout, plan_layout
+from .masks import FLEX_BLOCK_SIZE, FLEX_LONGEST_ROW, attention_mask
 from .support import Support
 from .varlen import Segments, TreeMask
 
@@ -55,6 +58,18 @@ class Plan:
         different = {id(mask): mask for mask in masks.values()}
         return masks if len(different) > 1 else next(iter(different.values()))
 
+    def rearranged(self, kwargs: dict[str, Any], masks: Any) -> dict[str, Any]:
+        """The arguments of a backbone in the layout, with `masks` as its attention mask."""
+        input_ids, position_ids = kwargs["input_ids"], kwargs.get("position_ids")
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.size(1), device=input_ids.device)
+        source = self.source.clamp(min=0)
+        return kwargs | {
+            "input_ids": input_ids.flatten()[source],
+            "position_ids": position_ids.expand_as(input_ids).flatten()[source],
+            "attention_mask": masks,
+        }
+
 
 @dataclass
 class SharingStatistics:
@@ -100,7 +115,59 @@ def query_dtype(module: torch.nn.Module, device: torch.device) -> torch.dtype:
     return module.dtype
 
 
-def multiple_of(backend: str, by_segment: bool, device: torch.device) -> int:
+def choose_layout(
+    ids: np.ndarray,
+    mask: np.ndarray,
+    scored: np.ndarray,
+    positions: np.ndarray | None,
+    *,
+    keep_unscored: bool,
+    cost: CostModel,
+    backend: str,
+    by_segment: bool,
+    device: torch.device,
+    is_forced: Callable[[Layout], bool],
+) -> Layout | None:
+    """
+    The layout of a batch `(N, L)`. `None` leaves the batch as it is: no token is scored, or the layout is not forced
+    and not expected to be faster.
+
+    Args:
+        ids, mask, scored, positions, keep_unscored: see [`plan_layout`].
+        cost ([`CostModel`]): of the model.
+        backend (`str`), by_segment (`bool`), device (`torch.device`): how and where attention is computed.
+        is_forced (`Callable`): whether a layout is taken whatever it costs.
+
+    Raises:
+        ValueError: see [`plan_layout`].
+    """
+    if by_segment:  # attention by segments costs what its tokens do, wherever they are
+        cost = CostModel(0.0)
+    layout = plan_layout(
+        ids,
+        mask,
+        scored,
+        positions,
+        keep_unscored=keep_unscored,
+        multiple_of=_multiple_of(backend, by_segment, device),
+        longest_row=FLEX_LONGEST_ROW if backend == "flex_attention" else None,
+        cost=None if by_segment else cost,
+    )
+    if layout is None or is_forced(layout) or cost.pays(layout, *ids.shape, not mask.all()):
+        return layout
+    return None
+
+
+def avoid_cudnn_masks(backend: str, device: torch.device, plan: Plan | None) -> None:
+    """
+    Switch cuDNN's SDPA off where a mask would reach it: its gradients can be NaN, those of padded rows as well, see
+    `CUDA_MULTIPLE`. Which kernel runs is chosen in the forward, and no other switch reaches layers that are run again.
+    """
+    if device.type == "cuda" and backend == "sdpa" and (plan is None or plan.segments is None):
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def _multiple_of(backend: str, by_segment: bool, device: torch.device) -> int:
     """The number that row lengths are rounded up to, so that compiled kernels see few different shapes."""
     if by_segment:
         return 1

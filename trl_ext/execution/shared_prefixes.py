@@ -16,10 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .cost import CostModel
-from .layout import Layout, plan_layout
+from .layout import Layout
 from .logits import logit_transform
-from .masks import FLEX_LONGEST_ROW
-from .plan import Plan, SharingStatistics, multiple_of, query_dtype
+from .plan import Plan, SharingStatistics, avoid_cudnn_masks, choose_layout, query_dtype
 from .support import base_model_of, inspect_model
 from .varlen import Segments, can_use_segments, take_tree_masks
 
@@ -119,21 +118,12 @@ class SharedPrefixes:
         self._plan = plan = self._plan_of(kwargs)
         if plan is None:
             return (), kwargs
-        input_ids, position_ids = kwargs["input_ids"], kwargs.get("position_ids")
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.size(1), device=input_ids.device)
-        source = plan.source.clamp(min=0)
         if plan.segments is not None:
             take_tree_masks(self.support.backend)
-        elif input_ids.device.type == "cuda" and self.support.backend == "sdpa":
-            torch.backends.cuda.enable_cudnn_sdp(False)  # its masked backward can give NaN, see `plan.py`
-        kwargs |= {
-            "input_ids": input_ids.flatten()[source],
-            "position_ids": position_ids.expand_as(input_ids).flatten()[source],
-            "attention_mask": plan.attention_masks(self.support, query_dtype(self.model, input_ids.device)),
-            "use_cache": False,
-        }
-        return (), kwargs
+        device = plan.source.device
+        avoid_cudnn_masks(self.support.backend, device, plan)
+        masks = plan.attention_masks(self.support, query_dtype(self.model, device))
+        return (), plan.rearranged(kwargs, masks) | {"use_cache": False}
 
     def put_back(self, _backbone: nn.Module, _args: tuple, output: Any) -> Any:
         """The outputs of the backbone where the padded batch has them; a forward hook."""
@@ -166,47 +156,40 @@ class SharedPrefixes:
         if position_ids is not None:
             stacked.append(position_ids.expand_as(input_ids))
         on_host = torch.stack(stacked).cpu().numpy()  # one transfer
-        layout = self._layout_of(*on_host, device=input_ids.device)
+        backend, device = self.support.backend, input_ids.device
+        by_segment = can_use_segments(self.model, backend, device, query_dtype(self.model, device))
+        layout = self._layout_of(*on_host, backend=backend, by_segment=by_segment, device=device)
         self.statistics.add(input_ids.numel(), layout)
         if layout is None:
             return None
         return Plan(
             layout=layout,
-            source=torch.from_numpy(layout.source).to(input_ids.device),
-            segments=Segments.of(layout, input_ids.device) if self._by_segment(input_ids.device) else None,
+            source=torch.from_numpy(layout.source).to(device),
+            segments=Segments.of(layout, device) if by_segment else None,
         )
 
-    def _by_segment(self, device: torch.device) -> bool:
-        return can_use_segments(self.model, self.support.backend, device, query_dtype(self.model, device))
-
     def _layout_of(
-        self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray | None = None, *, device: torch.device
+        self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray | None = None, **where: Any
     ) -> Layout | None:
         if self.support.is_too_long(ids.shape[1]):
             return None
-        tokens = mask.astype(bool)
-        predicted = np.zeros_like(tokens)
-        predicted[:, 1:] = tokens[:, 1:] & tokens[:, :-1]
-        by_segment = self._by_segment(device)
-        cost = CostModel(0.0) if by_segment else self.cost
+        predicted = np.zeros(mask.shape, dtype=bool)
+        predicted[:, 1:] = (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
         try:
-            layout = plan_layout(
+            return choose_layout(
                 ids,
                 mask,
                 predicted,
                 positions,
                 keep_unscored=True,
-                multiple_of=multiple_of(self.support.backend, by_segment, device),
-                longest_row=FLEX_LONGEST_ROW if self.support.backend == "flex_attention" else None,
-                cost=None if by_segment else cost,
+                cost=self.cost,
+                is_forced=lambda _: self.always,
+                **where,
             )
         except ValueError:  # padding that leaves positions open
             if self.always:
                 raise
             return None
-        if layout is None or self.always or cost.pays(layout, *ids.shape, not tokens.all()):
-            return layout
-        return None
 
 
 def per_token_logps(

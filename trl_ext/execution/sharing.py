@@ -15,9 +15,7 @@ from transformers import PreTrainedModel
 
 from .cost import CostModel
 from .forward import IGNORE_INDEX, MODEL_KEYS, PER_TOKEN_FIELDS, unbound
-from .layout import plan_layout
-from .masks import FLEX_LONGEST_ROW
-from .plan import Plan, SharingStatistics, multiple_of, query_dtype
+from .plan import Plan, SharingStatistics, avoid_cudnn_masks, choose_layout, query_dtype
 from .self_check import closest_pair, compare
 from .support import Support, base_model_of, inspect_model
 from .varlen import Segments, can_use_segments, take_tree_masks
@@ -177,14 +175,7 @@ class PrefixSharing:
                     f"The first batch gives other numbers with shared prompts than padded: {difference}. Set "
                     f"prefix_sharing=False for {type(module).__name__}, and please report this."
                 )
-        if (
-            labels.device.type == "cuda"
-            and state.support.backend == "sdpa"
-            and (plan is None or plan.segments is None)
-        ):
-            # cuDNN's masked attention can give NaN gradients, of padded rows as well, see `plan.py`; which
-            # kernel runs is chosen in the forward, and there is no other switch that reaches layers run again
-            torch.backends.cuda.enable_cudnn_sdp(False)
+        avoid_cudnn_masks(state.support.backend, labels.device, plan)
         if plan is None:
             return inner(**kwargs, labels=labels, fused_lm_head=True)
         return _run(module, inner, state.support, plan, labels, kwargs)
@@ -243,8 +234,6 @@ class PrefixSharing:
         return plan
 
     def _make_plan(self, tensors: list, settings: "_PlanSettings", state: "_ModelState") -> _Plan | None:
-        # attention by segments costs what its tokens do, wherever they are
-        cost = CostModel(0.0) if settings.by_segment else state.cost
         input_ids, labels, mask, position_ids = tensors
         if (position_ids is not None and position_ids.dim() != 2) or (mask is not None and mask.dim() != 2):
             self.cannot("the batch brings positions or an attention mask of more than two dimensions")
@@ -260,22 +249,21 @@ class PrefixSharing:
         layout = None
         if settings.rearrange:
             try:
-                layout = plan_layout(
+                layout = choose_layout(
                     on_host[0],
                     on_host[1],
                     on_host[2].astype(bool),
                     on_host[3] if position_ids is not None else None,
                     keep_unscored=settings.keep_unscored,
-                    multiple_of=settings.multiple_of,
-                    longest_row=settings.longest_row,
-                    cost=None if settings.by_segment else cost,
+                    cost=state.cost,
+                    backend=settings.backend,
+                    by_segment=settings.by_segment,
+                    device=input_ids.device,
+                    is_forced=lambda layout: self.mode is True or (state.must_check and layout.shares),
                 )
             except ValueError as error:
                 self.cannot(str(error))
                 return None
-            is_forced = self.mode is True or (state.must_check and layout.shares)
-            if not is_forced and not cost.pays(layout, *input_ids.shape, not on_host[1].all()):
-                layout = None
         self.statistics.add(input_ids.numel(), layout)
         device = input_ids.device
         slots = np.arange(input_ids.numel()).reshape(input_ids.shape) if layout is None else layout.slots
@@ -317,21 +305,18 @@ class _PlanSettings:
     rearrange: bool
     keep_unscored: bool
     by_segment: bool
-    multiple_of: int
-    longest_row: int | None
+    backend: str
 
     @classmethod
     def of(cls, module, state: _ModelState, kwargs: dict[str, Any], labels: torch.Tensor) -> "_PlanSettings":
         support, device = state.support, labels.device
         by_segment = can_use_segments(module, support.backend, device, query_dtype(module, device))
-        is_flex = support.backend == "flex_attention"
         return cls(
             rearrange=support.reason is None and not support.is_too_long(labels.size(1)),
             # the balancing loss of a mixture of experts is taken over all tokens
             keep_unscored=bool(kwargs.get("output_router_logits", support.outputs_router_logits)),
             by_segment=by_segment,
-            multiple_of=multiple_of(support.backend, by_segment, device),
-            longest_row=FLEX_LONGEST_ROW if is_flex else None,
+            backend=support.backend,
         )
 
 
@@ -344,20 +329,12 @@ def _run(module, inner, support: Support, plan: _Plan, labels: torch.Tensor, kwa
         kwargs["hidden_mask"] = kwargs["hidden_mask"][scored].unsqueeze(0)
 
     def rearrange(_module, args, backbone_kwargs):
-        input_ids, position_ids = backbone_kwargs["input_ids"], backbone_kwargs.get("position_ids")
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.size(1), device=input_ids.device)
-        source = plan.source.clamp(min=0)
-        backbone_kwargs = dict(backbone_kwargs)
-        backbone_kwargs["input_ids"] = input_ids.flatten()[source]
-        backbone_kwargs["position_ids"] = position_ids.expand_as(input_ids).flatten()[source]
-        dtype = query_dtype(module, input_ids.device)
+        dtype = query_dtype(module, labels.device)
         makes_masks = getattr(backbone.forward, "makes_masks", False)
         if makes_masks and support.backend == "sdpa" and module.is_activation_checkpointing:
             dtype = torch.bool  # every part keeps its mask, where otherwise the layers of one would keep it
         masks = functools.partial(plan.attention_masks, support, dtype)
-        backbone_kwargs["attention_mask"] = masks if makes_masks else masks()
-        return args, backbone_kwargs
+        return args, plan.rearranged(backbone_kwargs, masks if makes_masks else masks())
 
     def pick_scored(_module, _args, output):
         hidden_states = output.last_hidden_state

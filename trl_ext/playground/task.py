@@ -1,4 +1,10 @@
-"""The playground's task: writing numbers as words, in a friendly tone."""
+"""
+The playground's task: read a number in words, write it in digits, and say so kindly.
+
+"forty-two thousand and seven = " -> "42007 gladly". A small byte-level model learns the digits in under a minute and
+takes over the tone of its examples, which is mostly unfriendly. A method has to make it friendlier and keep the digits
+right. A program can judge every answer, and a person can read them.
+"""
 
 import difflib
 import random

@@ -45,9 +45,6 @@ STAGES_OF_ROUND = 4  # with a heading: sampling, ranking, training, evaluating
 SFT_TITLE = "training the SFT model of the playground"
 
 
-# The loop
-
-
 class Rounds:
     """
     The loop over rounds, with its run, prompts and figures.

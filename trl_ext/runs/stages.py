@@ -19,8 +19,6 @@ from ..scoring.score_report import score_report
 from .config import RankingConfig
 from .run import Run
 
-# Stages
-
 
 def sample_stage(
     folder: Path, *, model: Path, prompts: Path | list[dict], config: SamplingConfig, mix_in: Sequence[str], load: dict

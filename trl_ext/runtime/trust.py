@@ -1,4 +1,10 @@
-"""Files of others: weights without pickled code, models without remote code unless it is allowed."""
+"""
+Files and settings that come from somebody else, which must not run code.
+
+- Checkpoints and models are loaded as tensors and plain values ([`weights_only`]): a pickle that names anything else
+  is refused, and the message names the file.
+- Code that comes with a model is run only where `trust_remote_code` says so ([`explain_remote_code`]).
+"""
 
 import contextlib
 import json

@@ -11,6 +11,9 @@ import torch
 
 from ..runtime.settings import check_field_types
 
+# why TRL's settings about the text of rows have no effect here
+TOKENISED = "rows are tokenised before; prepare the tokenizer of the model instead"
+
 
 @dataclass
 class CommonConfig:

@@ -5,8 +5,7 @@ from typing import ClassVar
 
 import trl
 
-from ...trainers.common_config import CommonConfig
-from ...trainers.trl_config import TOKENISED
+from ...trainers.common_config import TOKENISED, CommonConfig
 
 
 @dataclass

@@ -16,8 +16,6 @@ from ...data.row_error import RowError, refusal
 from ...data.rows import RowOptions, parse_row
 from .config import SPINConfig
 
-# Rows
-
 
 def is_sft_data(dataset: Dataset | IterableDataset) -> bool:
     """Whether rows hold real answers alone, on which all iterations are played."""

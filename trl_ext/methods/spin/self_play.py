@@ -53,8 +53,6 @@ from .pairs import generate_stage
 from .rows import as_dataset, train_and_watched
 from .stages import train_stage
 
-# The loop
-
 
 class SelfPlay:
     """

@@ -9,8 +9,6 @@ from ...runtime.jsonl import read_jsonl
 from .config import SPINConfig
 from .rows import as_dataset
 
-# Stages
-
 
 def train_stage(
     folder: Path,
