@@ -7,8 +7,8 @@ What every recipe reaches on the playground: its shipped config, run as without 
 A recipe with a seed is finished when `benchmarks/results/playground.csv` has its rows, one for each model, and is not
 run again; delete the rows to measure anew. The SFT model that all recipes start from is trained once for each seed.
 Runs are kept in `runs/playground/`. Seed 42 is the seed with which the shipped values were chosen: its rows show what
-the configs say, and no claim rests on them. `tests/test_playground_figures.py` holds the rows of the other seeds to
-BOUNDS, and `tests/test_playground_runs.py` fresh runs.
+the configs say, and no claim rests on them. `tests/docs/test_playground_figures.py` holds the rows of the other seeds
+to BOUNDS, and `tests/runs/test_playground_runs.py` fresh runs.
 """
 
 import argparse

@@ -36,8 +36,8 @@ layers, in bf16.
 
 Activations, bf16, for T tokens in the batch of one process, hidden size h, MLP width f, a heads and L layers: what
 autograd keeps of each layer of transformers' Llama under SDPA with a mask is 24 h + 8 f + 4 a + 8 bytes per token
-(counted, see `tests/test_scaling.py`); with checkpointing, 2 h for each layer and that for one. To these comes the
-mask of a batch with shared prompts, 2 S^2 for rows of S slots.
+(counted, see `tests/docs/test_scaling.py`); with checkpointing, 2 h for each layer and that for one. To these comes
+the mask of a batch with shared prompts, 2 S^2 for rows of S slots.
 
 Not in it: the CUDA context, buckets of DDP and DeepSpeed, fragmentation, the LM head's working memory. Gigabytes are
 10^9 bytes.

@@ -3,10 +3,7 @@
 import functools
 import gc
 import importlib.metadata
-import json
 import os
-import time
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -17,69 +14,23 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
-from trl_ext.playground.model import save_byte_level_model
+from tests.support.data import PAIRS
+from tests.support.sampling import PROMPTS, SETTINGS, common_settings, tiny_model
+from tests.support.schedule import (  # noqa: F401
+    pytest_collection_modifyitems,
+    pytest_runtest_setup,
+    pytest_terminal_summary,
+    pytest_xdist_make_scheduler,
+)
+from trl_ext.playground.model import byte_level_tokenizer, save_byte_level_model
+from trl_ext.sampling.candidates import sample_candidates
+from trl_ext.sampling.config import SamplingConfig
 
 disable_progress_bars()
 # read from files again at every step of a trainer, by accelerate
 importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
-
-REPOSITORY = Path(__file__).parents[1]
-
-
-NOT_RUN = "NOT RUN: the time for long tests is over (LONG_TESTS_UNTIL)"
-
-
-def pytest_runtest_setup(item):
-    """Where time is limited, long tests that would begin after `LONG_TESTS_UNTIL` (seconds since 1970) are skipped."""
-    until = os.environ.get("LONG_TESTS_UNTIL")
-    if until is not None and time.time() > float(until) and any(map(item.get_closest_marker, ("slow", "matrix"))):
-        pytest.skip(NOT_RUN)
-
-
-# files that take longest, and begin first so that no process is left alone with one at the end
-LONGEST = (
-    "test_playground_runs", "distributed/test_matrix", "distributed/test_distributed", "test_comparison",
-    "distributed/test_faults", "test_self_play", "distributed/test_launches", "test_recipes", "test_printed_commands",
-    "test_fuzz", "test_rounds", "distributed/test_two_hosts",
-)  # fmt: skip
-
-
-def pytest_collection_modifyitems(items):
-    def place(item):
-        return next((number for number, name in enumerate(LONGEST) if f"{name}.py" in item.nodeid), len(LONGEST))
-
-    items.sort(key=place)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """What `--dist loadfile` does, function by function where a file takes minutes: processes end at the same time."""
-    from xdist.scheduler import LoadFileScheduling
-
-    class Scheduling(LoadFileScheduling):
-        def _split_scope(self, nodeid):
-            file = super()._split_scope(nodeid)
-            if file.endswith(("test_matrix.py", "test_distributed.py")):
-                return "runs that share their launches"
-            if file.endswith(("test_playground_runs.py", "test_self_play.py", "test_rounds.py")):
-                return file  # its tests share runs
-            is_long = any(file.endswith(f"{name}.py") for name in LONGEST)
-            return nodeid.partition("[")[0] if is_long else file
-
-    if config.option.dist != "loadfile":
-        return None
-    config.option.loadscopereorder = False
-    return Scheduling(config, log)
-
-
-def pytest_terminal_summary(terminalreporter):
-    """They are named one by one, where pytest's own summary has a number."""
-    missed = [report.nodeid for report in terminalreporter.getreports("skipped") if NOT_RUN in str(report.longrepr)]
-    if missed:
-        terminalreporter.section(f"{len(missed)} long tests were not run, as their time was over")
-        terminalreporter.write("".join(f"{name}\n" for name in missed))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -121,18 +72,6 @@ def gpt2(tokenizer, tmp_path_factory):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
-
-
-PAIRS = [
-    {"prompt": "What is 2 + 2? ", "chosen": "4", "rejected": "22, I should think"},
-    {"prompt": "Capital of France: ", "chosen": "Paris", "rejected": "Lyon"},
-    {"prompt": "Opposite of up? ", "chosen": "Down it is.", "rejected": "Up"},
-    {"prompt": "Say yes. ", "chosen": "yes", "rejected": "no no no"},
-    {"prompt": "Colour of grass? ", "chosen": "Green, mostly", "rejected": "Blue"},
-    {"prompt": "One word. ", "chosen": "word", "rejected": "two words"},
-    {"prompt": "Bye! ", "chosen": "Good bye", "rejected": "Hello"},
-    {"prompt": "7 times 6? ", "chosen": "42", "rejected": "13"},
-]
 
 
 @pytest.fixture
@@ -185,13 +124,21 @@ def config_kwargs(tmp_path):
     }
 
 
-def real_data(name: str) -> Path:
-    """A file of real data next to the checkout; the test skips where there is none."""
-    path = REPOSITORY.parent / "shared" / "data" / name
-    if not path.is_file():
-        pytest.skip(f"real data {name} is not here")
-    return path
+@pytest.fixture(scope="module")
+def sampler_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models") / "sampler"
+    tiny_model(LlamaConfig(**common_settings())).save_pretrained(directory)
+    byte_level_tokenizer().save_pretrained(directory)
+    return str(directory)
 
 
-def read_jsonl(path) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+@pytest.fixture(scope="module")
+def sampler(sampler_dir):
+    return AutoModelForCausalLM.from_pretrained(sampler_dir).eval()
+
+
+@pytest.fixture(scope="module")
+def unlimited(sampler_dir, tmp_path_factory):
+    """Three candidates for each of the prompts, every one of them kept."""
+    rows, _ = sample_candidates(sampler_dir, PROMPTS, SamplingConfig(**SETTINGS), tmp_path_factory.mktemp("whole"))
+    return rows

@@ -1,6 +1,6 @@
 """Rules of the house that no linter knows."""
 
-from tests.conftest import REPOSITORY
+from tests.support.data import REPOSITORY
 
 MOST_LINES = 500
 

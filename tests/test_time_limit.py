@@ -1,11 +1,12 @@
-"""What is done where the time for long tests is limited: `LONG_TESTS_UNTIL`, see `conftest.py`."""
+"""What is done where the time for long tests is limited: `LONG_TESTS_UNTIL`, see `support/schedule.py`."""
 
 import pytest
 
 pytest_plugins = "pytester"
 
 CONFTEST = """
-from tests.conftest import pytest_runtest_setup, pytest_terminal_summary
+from tests.support.schedule import pytest_runtest_setup
+from tests.support.schedule import pytest_terminal_summary
 def pytest_configure(config):
     for marker in ("slow", "matrix"):
         config.addinivalue_line("markers", marker)

@@ -1,9 +1,10 @@
 """Every private name of TRL that this package leans on, read at TRL 1.16.
 
 Nothing else in the package imports a name that TRL does not document. `BORROWED` lists what is called, replaced and
-overridden, with the parameters each was read with; `tests/test_trl_canary.py` compares the list with the installed
-TRL, and `check_borrowed_names` refuses to start when one of them is gone. The names that are called can be imported
-from here (`from ._trl import pad`); they are looked up on first use, so that importing this module costs nothing.
+overridden, with the parameters each was read with; `tests/upstream/test_trl_canary.py` compares the list with the
+installed TRL, and `check_borrowed_names` refuses to start when one of them is gone. The names that are called can be
+imported from here (`from ._trl import pad`); they are looked up on first use, so that importing this module costs
+nothing.
 """
 
 import contextlib

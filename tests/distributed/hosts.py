@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
-from tests.processes import ended_after
+from tests.support.data import REPOSITORY
+from tests.support.processes import ended_after
 
 ADDRESSES = ("10.203.77.1", "10.203.77.2")  # of two namespaces that nothing else can reach
 INTERFACE = "veth0"

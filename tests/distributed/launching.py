@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import warm
-from tests.conftest import PAIRS, REPOSITORY
-from tests.processes import ended_after
+from tests.support import warm
+from tests.support.data import PAIRS, REPOSITORY
+from tests.support.processes import ended_after
 
 WORKER = REPOSITORY / "tests" / "distributed" / "worker.py"
 CONFIGS = REPOSITORY / "accelerate_configs"

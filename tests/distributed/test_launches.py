@@ -15,9 +15,9 @@ from datasets import Dataset
 from torch.utils.cpp_extension import get_cxx_compiler
 from trl import DPOConfig, DPOTrainer
 
-from tests import warm
-from tests.conftest import PAIRS, REPOSITORY, read_jsonl
 from tests.distributed.launching import ACCELERATE, ROWS, run_launcher
+from tests.support import warm
+from tests.support.data import PAIRS, REPOSITORY, REWARDS, read_jsonl
 from trl_ext import RRHFConfig, RRHFTrainer, SLiCConfig, SLiCTrainer, SPINConfig, SPINTrainer, enable_prefix_sharing
 
 CONFIGS = sorted((REPOSITORY / "accelerate_configs").rglob("*.yaml"))
@@ -203,7 +203,7 @@ def test_a_recipe_on_two_processes_of_a_cpu(config, recipe, rows, arguments, mod
 @pytest.mark.slow
 def test_candidates_are_sampled_by_two_processes_of_a_cpu(model_dir, data):
     """The one recipe that has no training arguments."""
-    reward = f"{REPOSITORY / 'tests' / 'rewards.py'}:vowels"
+    reward = f"{REWARDS}:vowels"
     _, output = start(
         "cpu.yaml", "sample_and_rank.py", model_dir, data, dataset_name=data / "pairs.jsonl", num_candidates=3,
         max_new_tokens=4, rewards=reward,

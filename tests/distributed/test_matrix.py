@@ -15,7 +15,6 @@ import pytest
 import torch
 from datasets import Dataset
 
-from tests import reference
 from tests.distributed import worker
 from tests.distributed.launching import (
     JOB,
@@ -26,6 +25,7 @@ from tests.distributed.launching import (
     run_jobs,
     strategy_command,
 )
+from tests.support import reference
 
 DATA = {"slic": "seven ranked", "rrhf": "ragged", "spin": "seven pairs"}
 SPLITS = {1: ("4x1x1", "2x2x1", "1x4x1"), 2: ("2x1x2", "1x2x2")}

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import PAIRS, REPOSITORY
 from tests.distributed.hosts import environment, launch_on, two_hosts
 from tests.distributed.launching import RANKED, ROWS, assert_same_run
-from tests.processes import ended_after, wait_until
+from tests.support.data import PAIRS, REPOSITORY
+from tests.support.processes import ended_after, wait_until
 from trl_ext.runtime.checkpoints import SEAL
 
 

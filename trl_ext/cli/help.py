@@ -3,7 +3,7 @@ The help text of a recipe, from the source files of its dataclasses.
 
 To build a parser from dataclasses they have to be imported, and with them TRL, transformers and torch, which takes
 many seconds. Here their files are parsed instead: nothing of them is run but the expressions that fields are declared
-with. `tests/test_recipe_help.py` compares what is read with what the imported classes say.
+with. `tests/unit/cli/test_recipe_help.py` compares what is read with what the imported classes say.
 """
 
 import ast

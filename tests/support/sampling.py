@@ -1,0 +1,57 @@
+"""A small model that ends some of its answers, and prompts to sample from it."""
+
+import os
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.support import warm
+from tests.support.data import REPOSITORY
+from trl_ext.playground.model import byte_level_tokenizer
+
+TEXTS = [
+    "a", "What is 2 + 2? ", "Capital of France: ", "Say yes. ", "b", "Opposite of up? ", "Go on: one, two, three, ",
+    "One word. ", "Bye! ", "7 times 6? ", "Colour of grass? ", "Tell me a story about a cat that could not sleep. ",
+]  # fmt: skip
+
+
+PROMPTS = [{"prompt": text, "number": number} for number, text in enumerate(TEXTS)]
+
+
+SETTINGS = {"num_candidates": 3, "temperature": 1.0, "max_new_tokens": 20, "keep_duplicates": True}
+
+
+def tiny_model(config):
+    """A model whose distributions are far from uniform, and which ends some of its answers."""
+    config.tie_word_embeddings = False
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
+        model.get_output_embeddings().weight[config.get_text_config().eos_token_id] *= 1.7
+    return model
+
+
+def common_settings():
+    tokenizer = byte_level_tokenizer()
+    return {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128, "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+
+
+def by_number(rows):
+    return {row["number"]: (row["completions"], row["num_tokens"]) for row in rows}
+
+
+def torchrun(file, *arguments, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    return warm.run(
+        [*command, str(file), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300
+    )

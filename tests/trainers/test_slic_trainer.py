@@ -1,0 +1,628 @@
+"""SLiCTrainer against the slow reference, and as its users use it."""
+
+import json
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from trl import DPOConfig
+
+from tests.support import reference
+from tests.support.data import PAIRS
+from tests.support.training import (
+    SGD,
+    Losses,
+    assert_same_gradients,
+    assert_same_movement,
+    copy_of,
+    counting,
+    gradients,
+    one_batch,
+    perturbed,
+    weights,
+)
+from trl_ext import SLiCConfig, SLiCTrainer
+from trl_ext.methods.slic.config import CALIBRATIONS
+
+BF16_LOSS, BF16_GRADIENT = 0.001, 0.07  # measured: at most 0.00033 and 0.033
+REFERENCES = ["four", PAIRS[1]["rejected"], "It is down.", "yes", "nay", "word", "ta ta", "forty-two"]
+
+
+def build(model, tokenizer, dataset, config_kwargs, **settings):
+    trainer_keys = ("eval_dataset", "ref_model", "peft_config", "data_collator", "callbacks", "compute_metrics")
+    trainer_kwargs = {key: settings.pop(key) for key in trainer_keys if key in settings}
+    return SLiCTrainer(
+        model=model,
+        args=SLiCConfig(**{**config_kwargs, **settings}),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        **trainer_kwargs,
+    )
+
+
+def dataset_of(form, pairs, chat_pairs, ranked):
+    if form == "ranked":
+        return ranked
+    rows = {"plain": pairs, "chat": chat_pairs}[form.removesuffix("+reference")]
+    rows = rows.add_column("score_chosen", [1.0 - 0.1 * i for i in range(len(rows))])
+    rows = rows.add_column("score_rejected", [-0.5 + 0.05 * i for i in range(len(rows))])
+    if form.endswith("+reference"):
+        answers = REFERENCES
+        if form.startswith("chat"):
+            answers = [[{"role": "assistant", "content": text}] for text in answers]
+        rows = rows.add_column("reference", answers)
+    return rows
+
+
+# The loss
+
+
+FORMS = ["plain", "plain+reference", "chat", "chat+reference", "ranked"]
+REGULARISERS = ["cross_entropy", "kl"]
+
+
+@pytest.mark.parametrize(
+    ("calibration", "reg_type", "form"),
+    [  # any two values meet
+        (calibration, REGULARISERS[(row + column) % 2], form)
+        for row, calibration in enumerate(CALIBRATIONS)
+        for column, form in enumerate(FORMS)
+    ],
+)
+def test_compute_loss_equals_slow_reference(
+    calibration, reg_type, form, model, tokenizer, pairs, chat_pairs, ranked, config_kwargs
+):
+    rows = dataset_of(form, pairs, chat_pairs, ranked)
+    frozen = perturbed(model) if reg_type == "kl" else None
+    settings = {} if calibration == "expected_reward" else {"delta": 3.0}
+    trainer = build(
+        model, tokenizer, rows, config_kwargs,
+        calibration=calibration, reg_type=reg_type, reg_weight=0.3, ref_model=frozen, **settings,
+    )  # fmt: skip
+    batch = one_batch(trainer)
+    if form.endswith("+reference"):
+        num_rows, num_candidates = len(batch["input_ids"]), (batch["candidate_index"] >= 0).sum()
+        assert num_candidates < num_rows, "some targets are rows of their own"
+        if form == "plain+reference":
+            assert num_rows < num_candidates + len(rows), "and some are candidates, not computed twice"
+
+    slow_model = copy_of(model)
+    slow = reference.slic_loss(
+        slow_model, list(trainer.train_dataset),
+        calibration=calibration, delta=3.0, reg_weight=0.3, reference_model=frozen,
+    )  # fmt: skip
+    fast = trainer.compute_loss(trainer.model, batch)
+    slow.backward()
+    fast.backward()
+    assert slow.abs() > 1e-2
+    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(trainer.model, slow_model)
+
+
+@pytest.mark.parametrize("reg_type", ["cross_entropy", "kl"])
+def test_averaged_likelihoods_equal_slow_reference(reg_type, model, tokenizer, pairs, config_kwargs):
+    frozen = perturbed(model) if reg_type == "kl" else None
+    trainer = build(
+        model, tokenizer, pairs, config_kwargs, logps_reduction="mean", reg_type=reg_type, ref_model=frozen
+    )
+    slow = reference.slic_loss(
+        model, list(trainer.train_dataset),
+        calibration="rank", delta=1.0, reg_weight=0.1, reduction="mean", reference_model=frozen,
+    )  # fmt: skip
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, one_batch(trainer)), slow, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reg_type", ["cross_entropy", "kl"])
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+def test_bfloat16_autocast_stays_close(
+    calibration, reg_type, model, tokenizer, pairs, chat_pairs, ranked, config_kwargs
+):
+    """
+    bf16 keeps 8 bits of a number: 0.4 % of each activation. The bound on both parts of the loss is BF16_LOSS of the
+    largest |S| of the batch, on gradients BF16_GRADIENT of their norm.
+    """
+    rows = dataset_of("ranked" if calibration != "rank" else "plain+reference", pairs, chat_pairs, ranked)
+    frozen = perturbed(model, scale=0.1) if reg_type == "kl" else None
+    trainer = build(
+        model,
+        tokenizer,
+        rows,
+        config_kwargs,
+        calibration=calibration,
+        reg_type=reg_type,
+        reg_weight=1.0,
+        ref_model=frozen,
+    )
+    batch = one_batch(trainer)
+    parts, norms = [], []
+    for half in (False, True):
+        trainer.model.zero_grad()
+        captured = {}
+        original = trainer.loss_from_logps
+
+        def keep(*args, captured=captured, original=original):
+            losses, metrics = original(*args)
+            captured.update(metrics)
+            return losses, metrics
+
+        trainer.loss_from_logps = keep
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = trainer.compute_loss(trainer.model, batch)
+        trainer.loss_from_logps = original
+        loss.backward()
+        parts.append([captured[f"loss/{part}"].detach().mean().item() for part in ("calibration", "regularization")])
+        norms.append(torch.cat([g.flatten() for g in gradients(trainer.model).values()]))
+    (exact, rough), (exact_gradient, rough_gradient) = parts, norms
+    examples = [(row["prompt_ids"], ids) for row in trainer.train_dataset for ids in row["completion_ids"]]
+    largest = max(abs(reference.sequence_logp(model, *example).item()) for example in examples)
+    assert rough != exact, "autocast was not active"
+    for one, other in zip(exact, rough, strict=True):
+        assert abs(one - other) < BF16_LOSS * largest
+    assert (rough_gradient - exact_gradient).norm() < BF16_GRADIENT * exact_gradient.norm()
+
+
+def test_left_padding_equals_right_padding(model, tokenizer, ranked, config_kwargs):
+    trainer = build(model, tokenizer, ranked, config_kwargs)
+    results = []
+    for collator_kwargs in ({}, {"padding_side": "left"}, {"pad_to_multiple_of": 64}):
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(model, one_batch(trainer, **collator_kwargs))
+        loss.backward()
+        results.append((loss, gradients(trainer.model)))
+    for loss, grads in results[1:]:
+        torch.testing.assert_close(loss, results[0][0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(grads, results[0][1], rtol=1e-3, atol=1e-5)
+
+
+def test_order_of_rows_does_not_matter(model, tokenizer, ranked, config_kwargs):
+    trainer = build(model, tokenizer, ranked, config_kwargs)
+    collator = trainer.data_collator
+    rows = list(trainer.train_dataset)
+    forward, backward = (trainer.compute_loss(model, collator(order)) for order in (rows, rows[::-1]))
+    torch.testing.assert_close(forward, backward, rtol=1e-5, atol=1e-5)
+
+
+# Training
+
+
+def run(model_dir, tokenizer, rows, config_kwargs, **settings):
+    losses = Losses()
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    trainer = build(model, tokenizer, rows, config_kwargs, callbacks=[losses], **settings)
+    trainer.train()
+    return trainer, losses
+
+
+def test_scores_are_not_rounded_under_deepspeed(model, tokenizer, ranked, config_kwargs):
+    """`Trainer` would cast what is floating in a batch to the model's dtype, and bfloat16 has three digits."""
+    trainer = build(model, tokenizer, ranked, config_kwargs)
+    batch = one_batch(trainer)
+    batch["scores"][:, 0] = batch["scores"][:, 1] + 1e-6
+    assert (batch["scores"][:, 0].bfloat16() == batch["scores"][:, 1].bfloat16()).all()
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    trainer.is_deepspeed_enabled = True
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    prepared = trainer._prepare_inputs(batch)
+    assert {name: tensor.dtype for name, tensor in prepared.items()} == {n: t.dtype for n, t in batch.items()}
+    assert torch.equal(prepared["scores"], batch["scores"])
+
+
+@pytest.mark.parametrize("num_rows", [8, 7])
+def test_any_split_into_micro_batches_gives_the_same_training(num_rows, model_dir, tokenizer, pairs, config_kwargs):
+    """1 x 8 = 8 x 1, and with 7 rows the last micro-batch of 3 x 3 is smaller than the others."""
+    rows = pairs.select(range(num_rows))
+    runs = []
+    for batch_size, accumulation in ((8, 1), (1, 8), (3, 3)):
+        kwargs = {**config_kwargs, **SGD, "per_device_train_batch_size": batch_size}
+        runs.append(
+            run(model_dir, tokenizer, rows, kwargs, gradient_accumulation_steps=accumulation, num_train_epochs=3)
+        )
+    (first, first_losses), others = runs[0], runs[1:]
+    start = weights(build(model_dir, tokenizer, rows, config_kwargs))
+    assert len(first_losses.series()) == 3
+    for trainer, losses in others:
+        for name in ("loss", "loss/calibration", "hinge/active", "rewards/margins", "logps/chosen", "entropy"):
+            torch.testing.assert_close(losses.series(name), first_losses.series(name), rtol=1e-4, atol=1e-5)
+        assert_same_movement(weights(trainer), weights(first), start)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("peft", [True, False])
+def test_every_parameter_moves_and_the_loss_falls(peft, checkpointing, model_dir, tokenizer, pairs, config_kwargs):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM") if peft else None
+    kwargs = {**config_kwargs, "learning_rate": 1e-2, "activation_checkpointing": checkpointing}
+    losses = Losses()
+    trainer = build(model_dir, tokenizer, pairs, kwargs, peft_config=lora, num_train_epochs=4, callbacks=[losses])
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        if name in before:
+            assert not torch.equal(parameter, before[name]), f"{name} did not move"
+    series = losses.series()
+    assert series[-1] < 0.8 * series[0]
+
+
+def test_checkpointing_does_not_change_the_numbers(model_dir, tokenizer, pairs, config_kwargs):
+    plain, _ = run(model_dir, tokenizer, pairs, config_kwargs)
+    saving, _ = run(model_dir, tokenizer, pairs, {**config_kwargs, "activation_checkpointing": True})
+    assert saving.args.activation_checkpointing and saving.model.is_gradient_checkpointing
+    torch.testing.assert_close(weights(saving), weights(plain), rtol=1e-5, atol=1e-6)
+
+
+def test_logged_metrics_are_the_plain_averages(model, tokenizer, ranked, config_kwargs):
+    """Against a loop over prompts, with ragged lists and a smaller last batch."""
+    trainer = build(model, tokenizer, ranked, config_kwargs, eval_dataset=ranked, per_device_eval_batch_size=3)
+    logged = trainer.evaluate()
+    rows = list(trainer.train_dataset)
+    sums = [[reference.sequence_logp(model, r["prompt_ids"], ids).item() for ids in r["completion_ids"]] for r in rows]
+    gaps = [
+        s[i] - s[j]
+        for row, s in zip(rows, sums, strict=True)
+        for i in range(len(s))
+        for j in range(len(s))
+        if row["scores"][i] > row["scores"][j]
+    ]
+    best = [row["scores"].index(max(row["scores"])) for row in rows]
+    worst = [len(r["scores"]) - 1 - r["scores"][::-1].index(min(r["scores"])) for r in rows]
+
+    ordered = [min(r["scores"]) < max(r["scores"]) for r in rows]  # else none is the rejected one
+
+    def mean(values):
+        values = list(values)
+        return sum(values) / len(values)
+
+    assert not all(ordered)
+    calibrations = [
+        reference.rank_loss(torch.tensor(s), r["scores"], 1.0).item() for r, s in zip(rows, sums, strict=True)
+    ]
+    expected = {
+        "loss/calibration": mean(calibrations),
+        "loss/regularization": mean(-s[b] for s, b in zip(sums, best, strict=True)),
+        "loss": mean(c - 0.1 * s[b] for c, s, b in zip(calibrations, sums, best, strict=True)),
+        "rewards/margins": mean(gaps),
+        "rewards/accuracies": mean(gap > 0 for gap in gaps),
+        "hinge/active": mean(gap < 1 for gap in gaps),
+        "logps/chosen": mean(s[b] for s, b in zip(sums, best, strict=True)),
+        "logps/rejected": mean(s[w] for s, w, o in zip(sums, worst, ordered, strict=True) if o),
+        "logps/reference": mean(s[b] for s, b in zip(sums, best, strict=True)),
+        "lengths/chosen": mean(len(r["completion_ids"][b]) for r, b in zip(rows, best, strict=True)),
+        "lengths/rejected": mean(
+            len(r["completion_ids"][w]) for r, w, o in zip(rows, worst, ordered, strict=True) if o
+        ),
+        "lengths/reference": mean(len(r["completion_ids"][b]) for r, b in zip(rows, best, strict=True)),
+    }
+    for name, value in expected.items():
+        assert logged[f"eval_{name}"] == pytest.approx(value, rel=1e-4), name
+    for name in ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"):
+        assert f"eval_{name}" in logged
+
+
+def test_several_eval_sets_have_metrics_of_their_own(model, tokenizer, pairs, ranked, config_kwargs):
+    trainer = build(model, tokenizer, pairs, config_kwargs, eval_dataset={"pairs": pairs, "lists": ranked})
+    metrics = trainer.evaluate()
+    assert metrics["eval_pairs_logps/chosen"] != metrics["eval_lists_logps/chosen"]
+    alone = trainer.evaluate(eval_dataset=ranked)
+    assert alone["eval_logps/chosen"] == pytest.approx(metrics["eval_lists_logps/chosen"])
+    trainer.predict(trainer.train_dataset)
+    assert trainer.evaluate(eval_dataset=ranked)["eval_logps/chosen"] == pytest.approx(alone["eval_logps/chosen"])
+
+
+def test_evaluation_during_training_and_best_checkpoint(model_dir, tokenizer, pairs, config_kwargs):
+    kwargs = {
+        **config_kwargs, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2,
+        "load_best_model_at_end": True, "metric_for_best_model": "eval_rewards/accuracies", "learning_rate": 1e-2,
+    }  # fmt: skip
+    trainer, losses = run(model_dir, tokenizer, pairs, kwargs, eval_dataset=pairs)
+    evals = [log for log in losses.logs if "eval_loss" in log]
+    assert len(evals) == 2 and all("eval_loss/calibration" in log for log in evals)
+    assert trainer.state.best_metric == max(log["eval_rewards/accuracies"] for log in evals)
+
+
+def test_stream_trains_like_the_same_rows_in_a_list(model_dir, tokenizer, config_kwargs):
+    kwargs = {**config_kwargs, "max_steps": 6, "train_sampling_strategy": "sequential"}
+    stream = IterableDataset.from_generator(lambda: iter(PAIRS))
+    streamed, stream_losses = run(model_dir, tokenizer, stream, kwargs)
+    listed, list_losses = run(model_dir, tokenizer, Dataset.from_list(PAIRS), kwargs)
+    assert len(stream_losses.series()) == 6 and stream_losses.series() == list_losses.series()
+    assert torch.equal(weights(streamed), weights(listed))
+
+
+def test_evaluating_a_stream_gives_the_numbers_of_a_list(model, tokenizer, pairs, ranked, config_kwargs):
+    """5 rows in batches of 4: the last batch is short, and Trainer's own mean would count it as whole."""
+    rows = [*ranked, {**ranked[0], "prompt": "again "}]
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    trainer = build(model, tokenizer, pairs, config_kwargs, eval_dataset=stream, per_device_eval_batch_size=4)
+    streamed, listed = trainer.evaluate(), trainer.evaluate(Dataset.from_list(rows))
+    predicted = trainer.predict(Dataset.from_list(rows)).metrics
+    for name in ("loss", "loss/calibration", "logps/chosen", "hinge/active"):
+        assert streamed[f"eval_{name}"] == pytest.approx(listed[f"eval_{name}"], rel=1e-5), name
+        assert predicted[f"test_{name}"] == pytest.approx(listed[f"eval_{name}"], rel=1e-5), name
+    assert trainer.evaluate(stream)["eval_loss"] == streamed["eval_loss"]
+
+
+@pytest.mark.parametrize("logging_steps", [1, 3])
+def test_resumed_run_equals_the_uninterrupted_one(logging_steps, model_dir, tokenizer, pairs, config_kwargs, tmp_path):
+    kwargs = {
+        **config_kwargs, "save_strategy": "steps", "save_steps": 3, "num_train_epochs": 3,
+        "logging_steps": logging_steps, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1,
+    }  # fmt: skip
+    whole, whole_losses = run(model_dir, tokenizer, pairs, kwargs)
+    assert whole.state.global_step == 12
+    losses = Losses()
+    resumed = build(model_dir, tokenizer, pairs, {**kwargs, "output_dir": str(tmp_path / "again")}, callbacks=[losses])
+    resumed.train(resume_from_checkpoint=str(Path(kwargs["output_dir"]) / "checkpoint-6"))
+    after = [log for log in whole_losses.logs if "loss" in log and log["step"] > 6]
+    resumed_logs = [log for log in losses.logs if "loss" in log]
+    assert [log["step"] for log in resumed_logs] == [log["step"] for log in after]
+    for name in ("loss", "loss/calibration", "logps/rejected", "num_tokens"):
+        assert [log[name] for log in resumed_logs] == pytest.approx([log[name] for log in after], rel=1e-6)
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_saved_model_loads_and_agrees(model_dir, tokenizer, pairs, config_kwargs):
+    trainer, _ = run(model_dir, tokenizer, pairs, config_kwargs)
+    trainer.save_model()
+    batch = one_batch(trainer)
+    loaded = build(config_kwargs["output_dir"], None, pairs, config_kwargs)
+    trainer.model.eval()
+    torch.testing.assert_close(
+        loaded.compute_loss(loaded.model, batch), trainer.compute_loss(trainer.model, batch), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_model_card_cites_slic_hf(model_dir, tokenizer, pairs, config_kwargs):
+    run(model_dir, tokenizer, pairs, {**config_kwargs, "save_strategy": "steps", "save_steps": 4})
+    card = (Path(config_kwargs["output_dir"]) / "README.md").read_text()
+    assert "SLiC-HF" in card and "2305.10425" in card and "zhao2023slichf" in card and "slic-hf" in card
+    assert "Rafailov" not in card.split("Cite TRL")[0]
+    assert f"fine-tuned version of the model in `{model_dir}`" in card and "None" not in card
+    assert f'model="{config_kwargs["output_dir"]}"' in card
+
+
+def test_balancing_loss_of_a_mixture_of_experts_is_added_once(tokenizer, pairs, config_kwargs):
+    config = MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(config)
+    model.save_pretrained(config_kwargs["output_dir"])
+    values = {}
+    for coefficient in (0.0, 0.5):
+        model = MixtralForCausalLM.from_pretrained(config_kwargs["output_dir"])
+        trainer = build(model, tokenizer, pairs, config_kwargs, router_aux_loss_coef=coefficient, eval_dataset=pairs)
+        batch = one_batch(trainer)
+        whole = trainer.compute_loss(trainer.model, batch).item()
+        halves = [trainer.data_collator(list(trainer.train_dataset)[part]) for part in (slice(0, 4), slice(4, 8))]
+        parts = [
+            trainer.compute_loss(trainer.model, half, num_items_in_batch=torch.tensor(8)).item() for half in halves
+        ]
+        values[coefficient] = whole, sum(parts), trainer.evaluate()
+    aux_loss = values[0.5][2]["eval_aux_loss"]
+    assert aux_loss > 0.5 and "eval_aux_loss" not in values[0.0][2]
+    assert values[0.5][0] - values[0.0][0] == pytest.approx(0.5 * aux_loss, rel=1e-3)
+    assert values[0.5][1] - values[0.0][1] == pytest.approx(0.5 * aux_loss, rel=0.05)
+    assert values[0.0][0] == pytest.approx(values[0.0][1], rel=1e-5)
+
+
+# No reference model
+
+
+LORA = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize("how", ["name", "object", "lora", "peft_model"])
+def test_one_model_one_forward_per_batch(how, model_dir, tokenizer, pairs, config_kwargs):
+    config_kwargs["prefix_sharing"] = False
+    with counting() as counts:
+        model = model_dir
+        if how in ("object", "peft_model"):
+            model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        if how == "peft_model":
+            model = get_peft_model(model, LORA)
+        trainer = build(model, tokenizer, pairs, config_kwargs, peft_config=LORA if how == "lora" else None)
+        trainer.train()
+    assert trainer.ref_model is None
+    # 4 batches of 2 pairs, and y_ref, which is the chosen answer, is not forwarded a second time
+    assert counts == {"models": 1, "forwards": 4, "rows": 16}
+    if how in ("lora", "peft_model"):
+        assert list(trainer.model.peft_config) == ["default"], "no copy of the adapter either"
+        assert not any(".ref." in name for name, _ in trainer.model.named_parameters())
+
+
+def test_without_regulariser_its_target_is_not_computed(model_dir, tokenizer, pairs, config_kwargs):
+    rows = pairs.add_column("reference", REFERENCES)
+    config_kwargs["prefix_sharing"] = False
+    for reg_weight, expected in ((0.0, 16), (0.1, 16 + 5)):
+        with counting() as counts:
+            build(model_dir, tokenizer, rows, config_kwargs, reg_weight=reg_weight).train()
+        assert counts["rows"] == expected
+
+
+@pytest.mark.parametrize("how", ["full", "lora", "peft_model"])
+def test_only_the_kl_regulariser_holds_a_reference(how, model_dir, tokenizer, pairs, config_kwargs):
+    config_kwargs.update(learning_rate=1e-2 if how == "full" else 1.0, prefix_sharing=False)
+    with counting() as counts:
+        model = model_dir
+        if how == "peft_model":
+            model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), LORA)
+        losses = Losses()
+        trainer = build(
+            model, tokenizer, pairs, config_kwargs, reg_type="kl",
+            callbacks=[losses], peft_config=LORA if how == "lora" else None,
+        )  # fmt: skip
+        trainer.train()
+    assert counts["models"] == (2 if how == "full" else 1)
+    assert counts["forwards"] == 8 and counts["rows"] == 16 + 8
+    kl = losses.series("loss/regularization")
+    assert kl[0] == pytest.approx(0, abs=1e-5), "the model starts as its own reference"
+    assert kl[-1] > 1e-4
+    if how == "full":
+        untouched = AutoModelForCausalLM.from_pretrained(model_dir).state_dict()
+        assert all(
+            torch.equal(untouched[n], p)
+            for n, p in trainer.accelerator.unwrap_model(trainer.ref_model).state_dict().items()
+        )
+
+
+def test_kl_with_lora_is_the_kl_to_the_base_model(model_dir, tokenizer, pairs, config_kwargs):
+    trainer = build(
+        model_dir, tokenizer, pairs, {**config_kwargs, "learning_rate": 1.0}, reg_type="kl", peft_config=LORA
+    )
+    trainer.train()
+    trainer.model.eval()
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    expected = reference.slic_loss(
+        trainer.model, list(trainer.train_dataset), calibration="rank", delta=1.0, reg_weight=0.1, reference_model=base
+    )
+    found = trainer.compute_loss(trainer.model, one_batch(trainer))
+    assert reference.sequence_kl(trainer.model, base, [5, 6], [7, 8]) > 1e-4, "the adapter learned something"
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": "hinge"}, r"loss_type='hinge': set `calibration`"),
+        ({"loss_type": ["sigmoid", "sft"]}, r"loss_type=\['sigmoid', 'sft'\]: set `calibration`"),
+        ({"beta": 1.0}, r"beta=1.0: set `delta`, the margin in nats"),
+        ({"ld_alpha": 0.5}, r"ld_alpha=0.5: set `logps_reduction='mean'`"),
+        ({"label_smoothing": 0.1}, r"label_smoothing=0.1: leave out the pairs"),
+        ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor=0.1: this trainer has a loss of its own"),
+        ({"f_divergence_type": "forward_kl"}, r"f_divergence_type='forward_kl': set `reg_type`"),
+        ({"use_weighting": True}, r"use_weighting=True: there is no weighting"),
+        ({"sync_ref_model": True}, r"sync_ref_model=True: no reference model"),
+        ({"precompute_ref_log_probs": True}, r"precompute_ref_log_probs=True: .* train a LoRA adapter"),
+        ({"padding_free": True}, r"padding_free=True: TRL itself switches it off"),
+        ({"truncation_mode": "keep_end"}, r"truncation_mode='keep_end': cut prompts before training"),
+        ({"delta": 0}, r"delta=0 is no margin.* Set delta > 0"),
+        ({"delta": float("nan")}, r"delta=nan is no margin"),
+        ({"reg_weight": -0.1}, r"reg_weight=-0.1 would make y_ref less likely. Set reg_weight >= 0"),
+        ({"calibration": "hinge"}, r"calibration='hinge' is not known. Set it to one of rank, margin"),
+        ({"reg_type": "KL"}, r"reg_type='KL' is not known. Set it to one of cross_entropy, kl"),
+        ({"logps_reduction": "avg"}, r"logps_reduction='avg' is not known"),
+        ({"calibration": "expected_reward", "delta": 2.0}, r"delta=2.0 has no part in calibration='expected_reward'"),
+        ({"reg_type": "kl", "reg_weight": 0}, r"reg_type='kl' with reg_weight=0 would load a reference model"),
+        ({"on_invalid_row": "skip"}, r"on_invalid_row='skip' is not known"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        SLiCConfig(str(tmp_path), bf16=False, **settings)
+
+
+def test_defaults_of_dpo_config_are_accepted_when_written_out(tmp_path):
+    defaults = DPOConfig(str(tmp_path), bf16=False)
+    SLiCConfig(str(tmp_path), bf16=False, beta=defaults.beta, loss_type=defaults.loss_type, ld_alpha=None)
+
+
+def test_refusals_come_before_any_weight_is_loaded(model_dir, tokenizer, pairs, config_kwargs, model):
+    bad_rows = Dataset.from_list([{**PAIRS[0], "rejected": PAIRS[0]["chosen"]}])
+    with counting() as counts:
+        with pytest.raises(ValueError, match="is the same as 'chosen'"):
+            build(model_dir, tokenizer, bad_rows, config_kwargs)
+        with pytest.raises(ValueError, match="eval dataset has 1 of 1 rows"):
+            build(model_dir, tokenizer, pairs, config_kwargs, eval_dataset=bad_rows)
+        with pytest.raises(ValueError, match="`ref_model` that its loss never looks at"):
+            build(model_dir, tokenizer, pairs, config_kwargs, ref_model=model)
+        with pytest.raises(NotImplementedError, match="does not take `compute_metrics`"):
+            build(model_dir, tokenizer, pairs, config_kwargs, compute_metrics=lambda prediction: {})
+        with pytest.raises(TypeError, match="of type DPOConfig.* Pass a SLiCConfig"):
+            SLiCTrainer(model_dir, args=DPOConfig(**config_kwargs), train_dataset=pairs)
+        with pytest.raises(ValueError, match="`train_dataset` is required"):
+            build(model_dir, tokenizer, None, config_kwargs)
+        with pytest.raises(ValueError, match="got no model. Pass a name"):
+            build(None, tokenizer, pairs, config_kwargs)
+        with pytest.raises(ValueError, match="dispatch_batches=True would tear"):
+            build(model_dir, tokenizer, pairs, config_kwargs, accelerator_config={"dispatch_batches": True})
+        with pytest.raises(TypeError, match="`train_dataset` is a dict"):
+            build(model_dir, tokenizer, {"train": pairs}, config_kwargs)
+    assert counts["models"] == 0
+
+
+def test_adapters_that_would_mean_the_wrong_reference_are_refused(model_dir, tokenizer, pairs, config_kwargs):
+    def peft_model(*names):
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        model = get_peft_model(model, LORA, adapter_name=names[0])
+        for name in names[1:]:
+            model.add_adapter(name, LORA)
+        return model
+
+    with pytest.raises(
+        ValueError, match=r"has the adapters \['mine'\].* Load the adapter with `adapter_name='default'`"
+    ):
+        build(peft_model("mine"), tokenizer, pairs, config_kwargs)
+    two = peft_model("default", "other")
+    two.set_adapter("other")
+    build(two, tokenizer, pairs, config_kwargs)
+    with pytest.raises(ValueError, match=r"\['other'\] are active.* Activate 'default' alone"):
+        build(two, tokenizer, pairs, config_kwargs, reg_type="kl")
+    used = peft_model("default")
+    build(used, tokenizer, pairs, config_kwargs, reg_type="kl")
+    for reg_type in ("kl", "cross_entropy"):
+        with pytest.raises(ValueError, match=r"left its reference 'ref'.* with `model.delete_adapter\('ref'\)`"):
+            build(used, tokenizer, pairs, config_kwargs, reg_type=reg_type)
+    peft_model("default").save_pretrained(config_kwargs["output_dir"])
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    with pytest.raises(ValueError, match="Nothing in the PeftModel .* is trainable. Load it with `is_trainable=True`"):
+        build(PeftModel.from_pretrained(base, config_kwargs["output_dir"]), tokenizer, pairs, config_kwargs)
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    adalora = get_peft_model(base, AdaLoraConfig(total_step=10, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="An AdaLoRA PeftModel cannot be given a second adapter"):
+        build(adalora, tokenizer, pairs, config_kwargs)
+    trained_head = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    build(model_dir, tokenizer, pairs, config_kwargs, peft_config=trained_head)
+    with pytest.raises(NotImplementedError, match="the head is the reference's as well. Leave the head out"):
+        build(model_dir, tokenizer, pairs, config_kwargs, peft_config=trained_head, reg_type="kl")
+
+
+def test_padding_token_is_used_or_refused(model_dir, tokenizer, pairs, config_kwargs):
+    trainer = build(model_dir, None, pairs, config_kwargs, pad_token="!")
+    assert trainer.data_collator.pad_token_id == trainer.processing_class.convert_tokens_to_ids("!")
+    with pytest.raises(ValueError, match="The padding token '<nope>' is not in the tokenizer's vocabulary"):
+        build(model_dir, None, pairs, config_kwargs, pad_token="<nope>")
+
+
+def test_foreign_collator_is_refused_by_name(model, tokenizer, pairs, config_kwargs):
+    def collator(examples):
+        return {"input_ids": torch.zeros(2, 3, dtype=torch.long)}
+
+    trainer = build(model, tokenizer, pairs, config_kwargs, data_collator=collator)
+    with pytest.raises(ValueError, match="does not make the batches of `trl_ext.CandidateCollator`"):
+        trainer.train()
+
+
+def test_drop_in_without_args_and_tokenizer(model_dir, pairs, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    trainer = SLiCTrainer(model=model_dir, train_dataset=pairs)
+    assert isinstance(trainer.args, SLiCConfig) and trainer.args.output_dir.endswith("-SLiC-HF")
+
+
+def test_invalid_rows_can_be_dropped(model_dir, tokenizer, config_kwargs):
+    rows = Dataset.from_list([*PAIRS, {**PAIRS[0], "chosen": ""}])
+    trainer = build(model_dir, tokenizer, rows, config_kwargs, on_invalid_row="drop")
+    assert len(trainer.train_dataset) == len(PAIRS) and trainer.data_reports["train"].dropped == {"empty": 1}
+
+
+def test_docstring_example_of_the_collator_is_what_it_prints():
+    import doctest
+
+    import trl_ext.data.collator
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        failures, tried = doctest.testmod(trl_ext.data.collator, optionflags=doctest.NORMALIZE_WHITESPACE)[:2]
+    assert tried and not failures
+
+
+def test_config_survives_saving(tmp_path):
+    config = SLiCConfig(str(tmp_path), bf16=False, delta=2.5, calibration="margin")
+    assert json.loads(config.to_json_string())["delta"] == 2.5

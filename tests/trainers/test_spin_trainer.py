@@ -1,0 +1,433 @@
+"""SPINTrainer on pairs: one iteration, against the slow reference and TRL."""
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+from tests.support import reference
+from tests.support.data import PAIRS
+from tests.support.training import (
+    SGD,
+    Losses,
+    assert_same_gradients,
+    assert_same_movement,
+    gradients,
+    perturbed,
+    weights,
+)
+from trl_ext import SPINConfig, SPINTrainer
+from trl_ext.losses import spin_loss
+from trl_ext.trainers.reference import refuse_fsdp
+
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+START = {"sigmoid": math.log(2), "hinge": 1.0}
+
+
+def build(model, tokenizer, dataset, config_kwargs, **settings):
+    trainer_keys = ("eval_dataset", "ref_model", "peft_config", "callbacks", "compute_metrics")
+    trainer_kwargs = {key: settings.pop(key) for key in trainer_keys if key in settings}
+    return SPINTrainer(
+        model=model,
+        args=SPINConfig(**{**config_kwargs, **settings}),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        **trainer_kwargs,
+    )
+
+
+def copy_of(model):
+    copy = type(model)(model.config)
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+def one_batch(trainer):
+    return trainer.data_collator(list(trainer.train_dataset))
+
+
+def move(model, scale=0.02):
+    """Change the weights of a model in place, as training would."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+# The loss
+
+
+def test_loss_by_hand():
+    """S = -10 and -12, -11 under the opponent each: h = 2. At h = 0: ln 2, and 1."""
+    real, generated = torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 0.0])
+    torch.testing.assert_close(spin_loss(real, generated, beta=0.1), torch.tensor([0.598139, 0.693147]))
+    torch.testing.assert_close(spin_loss(real, generated, beta=0.1, loss="hinge"), torch.tensor([0.8, 1.0]))
+    assert spin_loss(torch.tensor([-1e4]), torch.tensor([1e4]), beta=5.0).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("form", "loss", "beta"),
+    [("plain", "sigmoid", 0.1), ("plain", "hinge", 2.0), ("chat", "sigmoid", 2.0), ("chat", "hinge", 0.1)],
+)
+def test_compute_loss_equals_slow_reference_and_trl(
+    form, loss, beta, model, tokenizer, pairs, chat_pairs, config_kwargs
+):
+    rows = {"plain": pairs, "chat": chat_pairs}[form]
+    opponent = copy_of(model)
+    trainer = build(model, tokenizer, rows, config_kwargs, loss=loss, beta=beta)
+    trainer._checks_first_loss = False  # the weights are moved behind its back
+    move(trainer.model)
+    slow_model = copy_of(trainer.model)
+    prepared = list(trainer.train_dataset)
+    slow = reference.spin_loss(slow_model, opponent, prepared, beta=beta, loss=loss)
+    fast = trainer.compute_loss(trainer.model, one_batch(trainer))
+    slow.backward()
+    fast.backward()
+    assert abs(slow.item() - START[loss]) > 2e-4, "it is not the first step"
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
+    assert_same_gradients(trainer.model, slow_model)
+
+    trl_trainer = DPOTrainer(
+        model=copy_of(slow_model),
+        ref_model=opponent,
+        args=DPOConfig(**config_kwargs, loss_type=loss, beta=beta),
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+    rows = list(trl_trainer.train_dataset)
+    assert [row["chosen_ids"] for row in rows] == [row["completion_ids"][0] for row in prepared]
+    theirs = trl_trainer.compute_loss(trl_trainer.model, trl_trainer.data_collator(rows))
+    theirs.backward()
+    torch.testing.assert_close(fast, theirs, rtol=1e-4, atol=1e-4)
+    assert_same_gradients(trainer.model, trl_trainer.model)
+
+
+@pytest.mark.parametrize("settings", [{}, {"prefix_sharing": False}, {"max_completions_per_forward": 1}])
+def test_layouts_change_nothing(settings, model, tokenizer, pairs, config_kwargs):
+    results = []
+    for layout in ({"prefix_sharing": True, "check_prefix_sharing": True}, settings):
+        trainer = build(copy_of(model), tokenizer, pairs, config_kwargs, beta=2.0, **layout)
+        trainer._checks_first_loss = False
+        move(trainer.model)
+        loss = trainer.compute_loss(trainer.model, one_batch(trainer))
+        loss.backward()
+        results.append((loss, gradients(trainer.model), trainer))
+    shared = results[0][2].prefix_sharing.statistics
+    assert shared.batches_shared == 2, "the reference's pass over the data is shared as well"
+    for reference_logps in zip(*(result[2].train_dataset["reference_logps"] for result in results), strict=True):
+        torch.testing.assert_close(*map(torch.tensor, reference_logps), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-3, atol=1e-4)
+
+
+# The reference is the model that training starts from
+
+
+def first_loss(trainer):
+    losses = Losses()
+    trainer.add_callback(losses)
+    trainer.train()
+    assert len(losses.series()) == 4
+    return losses.logs[0]["loss"]
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "hinge"])
+@pytest.mark.parametrize("how", ["name", "in memory", "lora", "adapter"])
+def test_first_loss(how, loss, model_dir, model, tokenizer, pairs, config_kwargs):
+    """Also where the weights in memory are not those on disk, and with an adapter that is not the identity."""
+    settings = {"loss": loss, "beta": 1.0, "learning_rate": 1e-2}
+    if how == "name":
+        trainer = build(model_dir, tokenizer, pairs, config_kwargs, **settings)
+    elif how == "in memory":
+        assert model.config._name_or_path == model_dir
+        trainer = build(model, tokenizer, pairs, config_kwargs, **settings)
+    elif how == "lora":
+        trainer = build(model, tokenizer, pairs, config_kwargs, peft_config=LORA, **settings)
+    else:
+        adapted = get_peft_model(model, LORA)
+        move(adapted, 0.1)
+        trainer = build(adapted, tokenizer, pairs, config_kwargs, **settings)
+        assert list(trainer.model.peft_config) == ["default"], "TRL's copy of the adapter is not kept"
+    assert first_loss(trainer) == pytest.approx(START[loss], abs=2e-5)
+    assert trainer.ref_model is None
+
+
+def test_trl_itself_would_take_the_weights_on_disk(model, tokenizer, pairs, config_kwargs):
+    """Why the reference is not TRL's: with a model that was changed in memory it is another one."""
+    trainer = DPOTrainer(
+        model=model,
+        args=DPOConfig(**config_kwargs, beta=1.0, disable_dropout=True),
+        train_dataset=pairs,
+        processing_class=tokenizer,
+    )
+    loss = trainer.compute_loss(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
+    assert abs(loss.item() - math.log(2)) > 0.1
+
+
+def test_only_one_model_is_loaded(model_dir, tokenizer, pairs, config_kwargs, monkeypatch):
+    loaded = []
+    load = LlamaForCausalLM.from_pretrained.__func__
+    monkeypatch.setattr(
+        LlamaForCausalLM, "from_pretrained", classmethod(lambda cls, *a, **k: loaded.append(a) or load(cls, *a, **k))
+    )
+    build(model_dir, tokenizer, pairs, config_kwargs).train()
+    assert len(loaded) == 1
+
+
+def test_training_stops_if_the_reference_is_another_model(model, tokenizer, pairs, config_kwargs):
+    trainer = build(model, tokenizer, pairs, config_kwargs)
+    move(trainer.model, 0.2)
+    before = weights(trainer)
+    with pytest.raises(RuntimeError, match=r"The first loss is .*, where ln 2 = 0.6931 is right.* construct it anew"):
+        trainer.train()
+    assert trainer.state.global_step == 0 and torch.equal(weights(trainer), before)
+
+
+@pytest.mark.parametrize("beta", [0.1, 5.0])
+@pytest.mark.parametrize("precision", ["bf16 weights", "autocast"])
+def test_half_precision_tells_rounding_from_another_model(precision, beta, model_dir, tokenizer, pairs, config_kwargs):
+    """What is allowed does not grow with beta, and a model whose weights have moved is found out."""
+    settings = {**config_kwargs, "bf16": precision == "autocast"}
+    dtype = torch.float32 if precision == "autocast" else torch.bfloat16
+    for moved in (False, True):
+        loaded = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+        trainer = build(loaded, tokenizer, pairs, settings, beta=beta, output_dir=f"{settings['output_dir']}-{moved}")
+        if not moved:
+            trainer.train()
+            continue
+        move(trainer.model)
+        with pytest.raises(RuntimeError, match="nats / sqrt\\(tokens\\) off the reference's"):
+            trainer.train()
+
+
+def test_dropout_is_off_wherever_it_is(model_dir, tokenizer, pairs, config_kwargs):
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=torch.float32, attention_dropout=0.5, attn_implementation="eager"
+    )
+    assert model.model.layers[0].self_attn.attention_dropout == 0.5
+    lora = LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.5, task_type="CAUSAL_LM")
+    trainer = build(model, tokenizer, pairs, config_kwargs, peft_config=lora, beta=1.0, learning_rate=1e-2)
+    assert first_loss(trainer) == pytest.approx(math.log(2), abs=2e-5)
+
+
+@pytest.mark.parametrize("as_object", [True, False])
+def test_initial_model_as_reference(as_object, model_dir, model, tokenizer, pairs, config_kwargs):
+    initial = perturbed(model)
+    if not as_object:
+        initial = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    given = copy_of(initial) if as_object else model_dir
+    trainer = build(model, tokenizer, pairs, config_kwargs, reference="initial", ref_model=given, beta=0.5)
+    slow = reference.spin_loss(model, initial, list(trainer.train_dataset), beta=0.5)
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, one_batch(trainer)), slow, rtol=1e-4, atol=1e-4)
+    assert abs(slow.item() - math.log(2)) > 1e-3 and trainer.ref_model is None
+    trainer.train()
+
+
+def test_eval_set_has_the_reference_of_the_start(model, tokenizer, pairs, config_kwargs):
+    opponent = copy_of(model)
+    rows = Dataset.from_list(PAIRS[:3])
+    trainer = build(model, tokenizer, pairs, config_kwargs, eval_dataset=rows, beta=1.0)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=2e-5)
+    assert trainer.evaluate(Dataset.from_list(PAIRS[3:]))["eval_loss"] == pytest.approx(math.log(2), abs=2e-5)
+    trainer.train()
+    with torch.no_grad():
+        slow = reference.spin_loss(trainer.model, opponent, list(trainer.eval_dataset), beta=1.0)
+    logged = trainer.evaluate()
+    assert logged["eval_loss"] == pytest.approx(slow.item(), abs=1e-4) and slow < math.log(2) - 1e-3
+    with pytest.raises(ValueError, match="it is gone: it was run once, before training"):
+        trainer.evaluate(Dataset.from_list(PAIRS[3:]))
+
+
+# Training
+
+
+def test_logged_metrics_are_the_plain_averages(model, tokenizer, pairs, config_kwargs):
+    opponent = copy_of(model)
+    trainer = build(model, tokenizer, pairs, config_kwargs, eval_dataset=pairs, per_device_eval_batch_size=3, beta=0.5)
+    move(trainer.model)
+    logged = trainer.evaluate()
+    sums = {name: [] for name in ("chosen", "rejected")}
+    ratios = {name: [] for name in sums}
+    with torch.no_grad():
+        for row in trainer.train_dataset:
+            for name, ids in zip(sums, row["completion_ids"], strict=True):
+                sums[name].append(reference.sequence_logp(model, row["prompt_ids"], ids).item())
+                opponents = reference.sequence_logp(opponent, row["prompt_ids"], ids).item()
+                ratios[name].append(sums[name][-1] - opponents)
+    margins = [0.5 * (a - b) for a, b in zip(ratios["chosen"], ratios["rejected"], strict=True)]
+    expected = {
+        "rewards/chosen": 0.5 * sum(ratios["chosen"]) / 8,
+        "rewards/rejected": 0.5 * sum(ratios["rejected"]) / 8,
+        "rewards/margins": sum(margins) / 8,
+        "rewards/accuracies": sum(margin > 0 for margin in margins) / 8,
+        "logps/chosen": sum(sums["chosen"]) / 8,
+        "logps/rejected": sum(sums["rejected"]) / 8,
+        "lengths/chosen": sum(len(row["completion_ids"][0]) for row in trainer.train_dataset) / 8,
+        "lengths/rejected": sum(len(row["completion_ids"][1]) for row in trainer.train_dataset) / 8,
+    }
+    assert 0 < expected["rewards/accuracies"] < 1
+    for name, value in expected.items():
+        assert logged[f"eval_{name}"] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "hinge"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_training_tells_real_from_generated(lora, loss, model_dir, tokenizer, pairs, config_kwargs):
+    kwargs = {**config_kwargs, "num_train_epochs": 10, "learning_rate": 1e-2 if lora else 1e-3, "loss": loss}
+    trainer, losses = run(model_dir, tokenizer, pairs, kwargs, beta=0.5, peft_config=LORA if lora else None)
+    last = [log for log in losses.logs if "loss" in log][-1]
+    assert losses.logs[0]["loss"] == pytest.approx(START[loss], abs=2e-5)
+    assert last["loss"] < START[loss] - 0.1 and last["rewards/margins"] > 0.2 and last["rewards/accuracies"] == 1
+    assert ("hinge/active" in last) == (loss == "hinge")
+
+
+def run(model_dir, tokenizer, rows, config_kwargs, resume=None, **settings):
+    losses = Losses()
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    trainer = build(model, tokenizer, rows, {}, callbacks=[losses], **config_kwargs, **settings)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, losses
+
+
+def test_any_split_into_micro_batches_gives_the_same_training(model_dir, tokenizer, pairs, config_kwargs):
+    runs = []
+    for batch_size, accumulation in ((8, 1), (1, 8), (3, 3)):
+        kwargs = {**config_kwargs, **SGD, "per_device_train_batch_size": batch_size, "num_train_epochs": 3}
+        runs.append(run(model_dir, tokenizer, pairs, kwargs, gradient_accumulation_steps=accumulation, beta=1.0))
+    first, first_losses = runs[0]
+    start = weights(build(model_dir, tokenizer, pairs, config_kwargs))
+    assert first_losses.series()[-1] < first_losses.series()[0] - 1e-3
+    for trainer, losses in runs[1:]:
+        for name in ("loss", "rewards/margins", "logps/chosen", "lengths/rejected"):
+            torch.testing.assert_close(losses.series(name), first_losses.series(name), rtol=1e-3, atol=1e-4)
+        # the margin is a difference of float32 sums of about 100 nats, whose last digit is 8e-6
+        assert_same_movement(weights(trainer), weights(first), start, share=5e-5)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_resumed_iteration_keeps_its_reference(lora, model_dir, tokenizer, pairs, config_kwargs):
+    """The reference is that of the start, not of the checkpoint, and is not computed again."""
+    kwargs = {**config_kwargs, "num_train_epochs": 2, "learning_rate": 1e-2, "beta": 1.0}
+    kwargs |= {"save_strategy": "steps", "save_steps": 3, "peft_config": LORA if lora else None}
+    whole, whole_losses = run(model_dir, tokenizer, pairs, kwargs)
+    stamp = Path(kwargs["output_dir"], "reference_train.npz").stat().st_mtime_ns
+    for step in (6, 8):
+        shutil.rmtree(Path(kwargs["output_dir"]) / f"checkpoint-{step}")
+    resumed, losses = run(model_dir, tokenizer, pairs, kwargs, resume=True)
+    assert Path(kwargs["output_dir"], "reference_train.npz").stat().st_mtime_ns == stamp
+    assert resumed.train_dataset["reference_logps"][:] == whole.train_dataset["reference_logps"][:]
+    assert len(losses.series()) == 5 and losses.series() == whole_losses.series()[3:]
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_what_another_model_left_behind_is_not_taken(model_dir, model, tokenizer, pairs, config_kwargs):
+    other = build(model_dir, tokenizer, pairs, config_kwargs)
+    ours = build(model, tokenizer, pairs, config_kwargs)
+    assert other.train_dataset["reference_logps"][0] != ours.train_dataset["reference_logps"][0]
+    changed = build(copy_of(model), tokenizer, Dataset.from_list(PAIRS[1:]), config_kwargs)
+    assert changed.train_dataset["reference_logps"][0] == pytest.approx(ours.train_dataset["reference_logps"][1])
+
+
+def test_lora_adapter_is_saved_alone_and_model_card_cites_spin(model_dir, tokenizer, pairs, config_kwargs):
+    kwargs = {**config_kwargs, "save_strategy": "steps", "save_steps": 4}
+    trainer, _ = run(model_dir, tokenizer, pairs, kwargs, peft_config=LORA)
+    assert isinstance(trainer.model, PeftModel)
+    checkpoint = Path(kwargs["output_dir"]) / "checkpoint-4"
+    assert (checkpoint / "adapter_model.safetensors").is_file() and not (checkpoint / "ref").exists()
+    card = (Path(kwargs["output_dir"]) / "README.md").read_text()
+    assert "SPIN" in card and "2401.01335" in card and "chen2024spin" in card
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_iterations": 0}, "num_iterations=0 would play nothing"),
+        ({"history": -1}, "history=-1"),
+        ({"loss": "ipo"}, "loss='ipo' is not known. Set it to one of sigmoid, hinge"),
+        ({"reference": "best"}, "reference='best' is not known"),
+        ({"beta": 0.0}, "beta=0.0 would"),
+        ({"beta": [0.1, 5.0]}, r"beta=\[0.1, 5.0\] has 2 values for num_iterations=3"),
+        ({"beta": [0.1, 0.1, -1.0]}, "Set beta > 0"),
+        ({"learning_rate": [1e-6, 1e-7]}, "learning_rate=.* has 2 values for num_iterations=3"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0 is no step size"),
+        ({"early_stop": "reward"}, "early_stop='reward' watches nothing without `rewards`"),
+        ({"num_watched_prompts": -1}, "num_watched_prompts=-1"),
+        ({"precompute_ref_batch_size": 0}, "precompute_ref_batch_size=0"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"sampling_engine": "vllm"}, "Set `vllm_python`"),
+        ({"loss_type": "hinge"}, "loss_type='hinge': set `loss`"),
+        ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs=True: they always are"),
+        ({"sync_ref_model": True}, "sync_ref_model=True: the reference is the opponent"),
+        ({"disable_dropout": False}, "disable_dropout=False: the reference is the same model without dropout"),
+        ({"label_smoothing": 0.1}, "label_smoothing=0.1"),
+        ({"f_divergence_type": "js_divergence"}, "f_divergence_type"),
+        ({"prefix_sharing": "maybe"}, "prefix_sharing='maybe' is not known"),
+    ],
+)
+def test_settings_that_cannot_be_honoured(settings, message, config_kwargs):
+    with pytest.raises(ValueError, match=message):
+        SPINConfig(**{**config_kwargs, **settings})
+
+
+def test_one_value_or_one_for_each_iteration(config_kwargs):
+    config = SPINConfig(**{**config_kwargs, "beta": [0.1, 0.1, 5], "learning_rate": ["1e-3"]})
+    assert config.beta == [0.1, 0.1, 5.0] and config.learning_rate == 1e-3
+    last = config.for_iteration(2, output_dir="elsewhere")
+    assert (last.beta, last.learning_rate, last.output_dir, last.max_length) == (5.0, 1e-3, "elsewhere", 1024)
+    config = SPINConfig("x", bf16=False, use_cpu=True)
+    assert (config.output_dir, config.beta) == ("x", 0.1)
+    for name, value in (("learning_rate", 10**400), ("beta", [0.1, 10**400, 5])):
+        with pytest.raises(ValueError, match=f"{name}=.* is too large a number. Lower it"):
+            SPINConfig(**{**config_kwargs, name: value})
+    with pytest.raises(TypeError, match="weight_decay=.* is too large a number, and it has to be float"):
+        SPINConfig(**{**config_kwargs, "weight_decay": 10**400})
+    with pytest.raises(ValueError, match="lr_scheduler_kwargs='{' is not JSON"):
+        SPINConfig(**{**config_kwargs, "lr_scheduler_kwargs": "{"})
+    with pytest.raises(TypeError, match="fsdp=.None. holds None"):
+        SPINConfig(**{**config_kwargs, "fsdp": [None]})
+
+
+def test_fsdp_is_refused_by_name(config_kwargs, monkeypatch):
+    config = SPINConfig(**config_kwargs)
+    refuse_fsdp(config)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(NotImplementedError, match="before FSDP has sharded the model. Use DDP or DeepSpeed"):
+        refuse_fsdp(config)
+
+
+def test_refused_before_any_weight_is_loaded(model_dir, tokenizer, pairs, config_kwargs, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("weights loaded"))
+
+    def refused(rows=pairs, **settings):
+        return build(model_dir, tokenizer, rows, config_kwargs, **settings)
+
+    with pytest.raises(ValueError, match="`ref_model` has no part in reference='previous'"):
+        refused(ref_model=model_dir)
+    with pytest.raises(ValueError, match="reference='initial' on rows of `chosen` and `rejected` needs the model"):
+        refused(reference="initial")
+    with pytest.raises(NotImplementedError, match="does not take a stream as `eval_dataset`"):
+        refused(eval_dataset=IterableDataset.from_generator(lambda: iter(PAIRS)))
+    with pytest.raises(ValueError, match="beta=.* is one value for each iteration, and rows of `chosen`"):
+        refused(beta=[0.1, 0.1, 5.0])
+    with pytest.raises(NotImplementedError, match="does not take a stream"):
+        refused(IterableDataset.from_generator(lambda: iter(PAIRS)))
+    with pytest.raises(ValueError, match="takes one real and one generated answer"):
+        refused(Dataset.from_list([{"prompt": "a", "completions": ["b", "c"], "scores": [1.0, 0.0]}]))
+    with pytest.raises(ValueError, match=r"has the columns \['prompt'\].* SPIN plays all iterations on `prompt` and"):
+        refused(Dataset.from_list([{"prompt": "a"}]))
+    with pytest.raises(ValueError, match="column 'rejected' is the same as 'chosen'"):
+        refused(Dataset.from_list([{**PAIRS[0], "rejected": PAIRS[0]["chosen"]}]))
+    with pytest.raises(NotImplementedError, match="does not take `compute_metrics`"):
+        refused(compute_metrics=len)
+    with pytest.raises(TypeError, match="Pass a SPINConfig"):
+        SPINTrainer(model=model_dir, args=DPOConfig(**config_kwargs), train_dataset=pairs)
