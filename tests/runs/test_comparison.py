@@ -31,6 +31,7 @@ from trl_ext.methods.orpo.trainer import ORPOTrainer
 from trl_ext.methods.rloo.trainer import RLOOTrainer
 from trl_ext.playground.task import Playground, preference_rows, read_answer
 from trl_ext.runtime.jsonl import write_jsonl
+from trl_ext.sampling.config import NEUTRAL
 
 RECIPES = REPOSITORY / "recipes"
 RECIPE = RECIPES / "compare.py"
@@ -97,6 +98,7 @@ def one_seed(*arguments):
         ({"settings": {"dpo": {"model_init_kwargs": CIRCLE}}}, "'dpo' has values that are none of JSON .Circular"),
         ({"settings": {"dpo": {"max_steps": 3}}}, "'dpo' sets max_steps, which the comparison sets itself"),
         ({"settings": {"all": {"output_dir": "x"}}}, "'all' sets output_dir"),
+        ({"settings": {"rl": {"min_p": 0.1}}}, "'rl' sets min_p, which the comparison sets itself"),
         ({"settings": {"dpo": {"label": "x"}}}, "'dpo' is a name that is taken"),
         ({"settings": {"mine": {"beta": 1.0}}}, "'mine' is no method"),
         ({"settings": {"../x": {"method": "dpo"}}}, "'../x' cannot be the name of a further method"),
@@ -178,6 +180,16 @@ def test_every_method_has_the_same_budget(tmp_path):
         assert all(values[key] == value for key, value in wanted[name].items())
         assert values["lr_scheduler_type"] == "linear", "what is for all reaches all"
     assert game.values_for("rl", METHODS["rl"], updates=7, answers=8)["num_generations"] == 8
+
+
+def test_rloo_samples_as_the_candidates_were(tmp_path):
+    drawing = {"temperature": 0.6, "top_p": 0.9, "top_k": 5, "min_p": 0.2}
+    assert drawing.keys() == NEUTRAL.keys()
+    words = [word for name, value in drawing.items() for word in (f"--{name}", str(value))]
+    run = one_seed("--output_dir", str(tmp_path), *words)
+    assert run.values_for("rl", METHODS["rl"], updates=4, answers=8).items() >= drawing.items()
+    args = run._check("rl", METHODS["rl"])[1]
+    assert {name: getattr(args, name) for name in drawing} == drawing
 
 
 def test_what_is_set_for_the_comparison_reaches_the_methods(tmp_path):

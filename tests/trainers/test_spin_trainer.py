@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from tests.support.training import (
 )
 from trl_ext import SPINConfig, SPINTrainer
 from trl_ext.losses import spin_loss
+from trl_ext.sampling.config import SamplingOptions
 from trl_ext.trainers.reference import refuse_fsdp
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -364,6 +366,7 @@ def test_lora_adapter_is_saved_alone_and_model_card_cites_spin(model_dir, tokeni
         ({"num_watched_prompts": -1}, "num_watched_prompts=-1"),
         ({"precompute_ref_batch_size": 0}, "precompute_ref_batch_size=0"),
         ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"min_p": 2.0}, "min_p=2.0: set it to a share"),
         ({"sampling_engine": "vllm"}, "Set `vllm_python`"),
         ({"loss_type": "hinge"}, "loss_type='hinge': set `loss`"),
         ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs=True: they always are"),
@@ -377,6 +380,13 @@ def test_lora_adapter_is_saved_alone_and_model_card_cites_spin(model_dir, tokeni
 def test_settings_that_cannot_be_honoured(settings, message, config_kwargs):
     with pytest.raises(ValueError, match=message):
         SPINConfig(**{**config_kwargs, **settings})
+
+
+def test_the_opponent_answers_as_is_set(config_kwargs):
+    config = SPINConfig(**{**config_kwargs, "min_p": 0.2, "sampling_seed": 3, "stop_strings": ["END"]})
+    sampling, ours = asdict(config.sampling()), {entry.name for entry in fields(SamplingOptions)}
+    assert {name: sampling[name] for name in ours} == {name: getattr(config, name) for name in ours}
+    assert (sampling["min_p"], sampling["temperature"], sampling["max_new_tokens"]) == (0.2, 1.0, 256)
 
 
 def test_one_value_or_one_for_each_iteration(config_kwargs):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -21,9 +22,14 @@ from trl_ext.sampling.vllm_engine import VllmEngine, worker_environment
 
 VLLM_PYTHON = os.environ.get("TRL_EXT_VLLM_PYTHON")
 
-GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 24}
+GREEDY = {"temperature": 0.0, "max_new_tokens": 24}
 # compiling takes longer than these tests
 FAST_START = {"enforce_eager": True}
+
+
+def config(python=VLLM_PYTHON, **settings):
+    common = {"num_candidates": 1, "role_markers": None, "sampling_engine": "vllm", "vllm_python": str(python)}
+    return SamplingConfig(**{**common, **GREEDY, **settings})
 
 
 def needs_vllm(test):
@@ -38,53 +44,66 @@ class TestWithoutVllm:
 
     def test_missing_interpreter(self):
         with pytest.raises(FileNotFoundError, match="/nowhere/bin/python.*is not there.*`sampling_engine`"):
-            VllmEngine("model", python="/nowhere/bin/python", **GREEDY)
+            VllmEngine("model", config("/nowhere/bin/python"))
 
     def test_a_folder_is_answered_with_the_interpreter_in_it(self, tmp_path):
         python = tmp_path / "bin" / "python"
         python.parent.mkdir()
         python.touch()
         with pytest.raises(FileNotFoundError, match=f"is a folder.*{python}"):
-            VllmEngine("model", python=str(tmp_path), **GREEDY)
+            VllmEngine("model", config(tmp_path))
         with pytest.raises(FileNotFoundError, match="cannot be executed"):
-            VllmEngine("model", python=str(python), **GREEDY)
+            VllmEngine("model", config(python))
 
     @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is in this environment")
     def test_interpreter_without_vllm(self, monkeypatch):
         monkeypatch.setenv("PYTHONWARNINGS", "nonsense")  # something for the worker to write
         with pytest.raises(RuntimeError, match="there is no vLLM in its environment") as caught:
-            VllmEngine("model", python=sys.executable, **GREEDY)
+            VllmEngine("model", config(sys.executable))
         message = str(caught.value)
         assert f"{sys.executable} -m pip install vllm" in message
         assert "`vllm_python`" in message and "`sampling_engine`" in message
         assert "The last lines it wrote:\n    Invalid -W option ignored: invalid action: 'nonsense'\n" in message
 
+    def test_what_is_asked_of_vllm(self, tmp_path):
+        """The settings as they go over the pipe, to a program that only writes them down."""
+        python = tmp_path / "python"
+        python.write_text(
+            f'#!/bin/sh\nread -r line\nprintf %s "$line" > {tmp_path}/asked.json\n'
+            """echo '{"ready": {"vllm": "0", "max_model_len": 64}}'\ncat > /dev/null\n"""
+        )
+        python.chmod(0o755)
+        drawing = {"temperature": 0.5, "top_p": 0.9, "top_k": 20, "min_p": 0.1}
+        with VllmEngine("model", config(python, **drawing)):
+            asked = json.loads((tmp_path / "asked.json").read_text())["sampling"]
+        assert asked == {**drawing, "max_tokens": 24, "stop": [], "detokenize": False}
+
     def test_what_is_no_python(self):
         with pytest.raises(RuntimeError, match="ended with exit status 1"):
-            VllmEngine("model", python="false", **GREEDY)
+            VllmEngine("model", config("false"))
         with pytest.raises(RuntimeError, match="vllm_worker.py' is no answer. Is it a Python interpreter?"):
-            VllmEngine("model", python="echo", **GREEDY)
+            VllmEngine("model", config("echo"))
 
     @pytest.mark.parametrize(
         ("changed", "message"),
         [
             ({"temperature": 0.005}, "temperature=0.005.*0.01 or more"),
-            ({"engine_args": {"model": "x", "seed": 1, "logprobs_mode": "x"}}, "has model, logprobs_mode, which"),
-            ({"engine_args": {"seed": {1}}}, "cannot be passed to another process"),
+            ({"vllm_args": {"model": "x", "seed": 1, "logprobs_mode": "x"}}, "has model, logprobs_mode, which"),
+            ({"vllm_args": {"seed": {1}}}, "cannot be passed to another process"),
         ],
     )
     def test_refused_settings(self, changed, message):
         with pytest.raises(ValueError, match=message):
-            VllmEngine("model", **{"python": sys.executable, **GREEDY, **changed})
+            VllmEngine("model", config(sys.executable, **changed))
 
     def test_missing_model(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="looks like a local folder, and there is none"):
-            VllmEngine(str(tmp_path / "model"), python=sys.executable, **GREEDY)
+            VllmEngine(str(tmp_path / "model"), config(sys.executable))
 
     def test_an_adapter_is_refused(self, tmp_path):
         (tmp_path / "adapter_config.json").write_text("{}")
         with pytest.raises(ValueError, match="is an adapter.*merge_and_unload"):
-            VllmEngine(str(tmp_path), python=sys.executable, **GREEDY)
+            VllmEngine(str(tmp_path), config(sys.executable))
 
 
 class TestWorkerEnvironment:
@@ -196,9 +215,7 @@ class TestGreedy:
     @pytest.fixture(scope="class")
     @classmethod
     def engine(cls, large_weights):
-        with VllmEngine(
-            str(large_weights[0]), python=VLLM_PYTHON, dtype="float32", engine_args=FAST_START, **GREEDY
-        ) as engine:
+        with VllmEngine(str(large_weights[0]), config(vllm_args=FAST_START), dtype="float32") as engine:
             group = engine._worker.process.pid
             assert processes_of_group(group)  # or the next line would always hold
             yield engine
@@ -250,11 +267,9 @@ def test_candidates_of_both_engines_are_the_same(large_weights, tmp_path):
         directory, rows, SamplingConfig(**settings), tmp_path / "ours", keep_empty=True,
         model_init_kwargs={"dtype": "float32"},
     )  # fmt: skip
-    config = SamplingConfig(
-        **settings, sampling_engine="vllm", vllm_python=VLLM_PYTHON, vllm_args={**FAST_START, "max_model_len": 256}
-    )
+    of_vllm = config(**settings, vllm_args={**FAST_START, "max_model_len": 256})
     theirs, other = sample_candidates(
-        directory, rows, config, tmp_path / "theirs", keep_empty=True, model_init_kwargs={"dtype": "float32"}
+        directory, rows, of_vllm, tmp_path / "theirs", keep_empty=True, model_init_kwargs={"dtype": "float32"}
     )
     assert [row["number"] for row in ours] == [0, 1, 2, 3, 5, 6] and report.num_too_long == 1
     assert [row["number"] for row in theirs] == [0, 1, 2, 3, 6] and other.num_too_long == 2
@@ -264,7 +279,7 @@ def test_candidates_of_both_engines_are_the_same(large_weights, tmp_path):
     cuts = [len(row["completions"][0]) < len(text) for row, text in zip(ours, decoded, strict=False)]
     assert cuts[1] and cuts[2] and report.cut_at_role_marker, "something was cut"
     again, _ = sample_candidates(
-        directory, rows, config, tmp_path / "theirs", keep_empty=True, model_init_kwargs={"dtype": "float32"}
+        directory, rows, of_vllm, tmp_path / "theirs", keep_empty=True, model_init_kwargs={"dtype": "float32"}
     )
     assert again == theirs
 
@@ -273,21 +288,15 @@ def test_candidates_of_both_engines_are_the_same(large_weights, tmp_path):
 class TestSampling:
     """Answers with a temperature, a nucleus, the most likely tokens and stop strings."""
 
-    SETTINGS = {"temperature": 0.5, "top_p": 0.9, "top_k": 20, "max_new_tokens": 32}
+    SETTINGS = {"temperature": 0.5, "top_p": 0.9, "top_k": 20, "min_p": 0.02, "max_new_tokens": 32}
     STOP_STRINGS = ("e", "t", "0", "+")
     SEEDS = [[2**63 - 1 - 100 * prompt - k for k in range(6)] for prompt in range(len(PROMPTS))]
 
     @pytest.fixture(scope="class")
     @classmethod
     def engine(cls, large_weights):
-        with VllmEngine(
-            str(large_weights[0]),
-            python=VLLM_PYTHON,
-            dtype="float32",
-            stop_strings=cls.STOP_STRINGS,
-            engine_args=FAST_START,
-            **cls.SETTINGS,
-        ) as engine:
+        settings = {**cls.SETTINGS, "stop_strings": list(cls.STOP_STRINGS), "vllm_args": FAST_START}
+        with VllmEngine(str(large_weights[0]), config(**settings), dtype="float32") as engine:
             yield engine
 
     @pytest.fixture(scope="class")
@@ -329,6 +338,9 @@ class TestSampling:
                 expected = logps.gather(1, tokens).squeeze(1).tolist()
                 assert one.logps == pytest.approx(expected, abs=1e-4)  # measured: 3e-5
                 kept = (logps / 0.5).topk(20, dim=-1)
+                assert (
+                    2 * (logps.gather(1, tokens).squeeze(1) - logps.max(dim=-1).values) > math.log(0.02) - 1e-3
+                ).all()
                 assert (kept.indices == tokens).any(dim=-1).all()
                 probabilities = kept.values.softmax(dim=-1)
                 before = ((probabilities.cumsum(dim=-1) - probabilities) * (kept.indices == tokens)).sum(dim=-1)
@@ -356,10 +368,9 @@ class TestSampling:
 
 @needs_vllm
 class TestFailures:
-    def start(self, directory, **kwargs):
-        return VllmEngine(
-            str(directory), python=VLLM_PYTHON, dtype="float32", engine_args=FAST_START, **{**GREEDY, **kwargs}
-        )
+    def start(self, directory, startup_timeout=600.0, **settings):
+        how = config(vllm_args=FAST_START, **settings)
+        return VllmEngine(str(directory), how, dtype="float32", startup_timeout=startup_timeout)
 
     def test_model_it_does_not_run(self, tmp_path, tokenizer):
         config = LlamaConfig(
@@ -410,13 +421,14 @@ class TestFailures:
 
     def test_nothing_outlives_us(self, large_weights, tmp_path):
         """Killed in the middle of it, with a fork of ours that keeps the pipe to the worker open."""
-        settings = {**GREEDY, "max_new_tokens": 400, "dtype": "float32", "engine_args": FAST_START}
+        settings = {**GREEDY, "max_new_tokens": 400, "num_candidates": 1, "sampling_engine": "vllm"}
+        settings |= {"vllm_python": VLLM_PYTHON, "vllm_args": FAST_START}
         script = tmp_path / "sample.py"
         script.write_text(
             "import json, os, sys, time\n"
-            "from trl_ext.sampling.vllm_engine import VllmEngine\n"
-            "model, python, settings = sys.argv[1:]\n"
-            "engine = VllmEngine(model, python=python, **json.loads(settings))\n"
+            "from trl_ext.sampling import SamplingConfig, VllmEngine\n"
+            "model, settings = sys.argv[1:]\n"
+            "engine = VllmEngine(model, SamplingConfig(**json.loads(settings)), dtype='float32')\n"
             "fork = os.fork()\n"
             "if fork == 0:\n"
             "    time.sleep(60)\n"
@@ -424,9 +436,7 @@ class TestFailures:
             "print(engine._worker.process.pid, fork, flush=True)\n"
             "engine.generate([[index + 3] for index in range(200)], [list(range(8))] * 200)\n"
         )
-        us = subprocess.Popen(
-            [sys.executable, script, large_weights[0], VLLM_PYTHON, json.dumps(settings)], stdout=subprocess.PIPE
-        )
+        us = subprocess.Popen([sys.executable, script, large_weights[0], json.dumps(settings)], stdout=subprocess.PIPE)
         group, fork = map(int, us.stdout.readline().split())
         try:
             time.sleep(2)

@@ -124,9 +124,9 @@ def _results(parsed: Sequence[Any], num_held_out: int, results: list[MethodResul
         "for most, one for each prompt and iteration for SPIN; RLOO samples anew from the model it trains, beside the "
         "candidates of its reward model.",
         "Log-likelihoods over training are those of the method's own batches.",
-        "Answers to held-out prompts are sampled at temperature 1 without top-p and top-k, whatever the candidates "
-        "were sampled with. KL is that from the SFT model: the divergence of the next-token distributions, added up "
-        "over the tokens of an answer, as a mean over answers.",
+        "Answers to held-out prompts are sampled at temperature 1 without filters such as top-p, whatever the "
+        "candidates were sampled with. KL is that from the SFT model: the divergence of the next-token distributions, "
+        "added up over the tokens of an answer, as a mean over answers.",
     ]
     return ComparisonResults(
         title="Methods on " + ("the playground" if is_playground(*parsed) else str(parsed[0].dataset_name)),

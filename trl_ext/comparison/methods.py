@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..sampling.config import NEUTRAL
+
 
 @dataclass(frozen=True)
 class Method:
@@ -62,7 +64,7 @@ RESERVED = (
     "output_dir", "seed", "max_steps", "num_train_epochs", "per_device_train_batch_size",
     "gradient_accumulation_steps", "resume_from_checkpoint", "rewards", "num_rounds", "num_iterations", "save_steps",
     "save_strategy", "save_total_limit", "eval_strategy", "push_to_hub", "model_name_or_path", "dataset_name",
-    "num_generations", "max_completion_length", "temperature", "top_p", "top_k",
+    "num_generations", "max_completion_length", *NEUTRAL,
 )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from ..runs.stages import merged_model
 from ..runtime.headings import Headings, count
 from ..runtime.jsonl import read_jsonl
 from ..runtime.settings import maybe_meant
+from ..sampling.config import NEUTRAL
 from .arguments import _options, check_shared, shared_settings
 from .config import IDLE, ComparisonConfig
 from .methods import METHODS, Method
@@ -186,14 +187,8 @@ class SeedRun:
             **({} if save is None else {"save_steps": save}),
         }
         if method.recipe == "rl":
-            sampling = self.sampling
-            values |= {
-                "num_generations": answers,
-                "max_completion_length": sampling.max_new_tokens,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": sampling.top_k,
-            }
+            values |= {"num_generations": answers, "max_completion_length": self.sampling.max_new_tokens}
+            values |= {name: getattr(self.sampling, name) for name in NEUTRAL}
         if method.recipe == "reward":  # RLOO cannot score with an adapter, and looks at it when it is trained
             values |= {"use_peft": False, "save_strategy": "no"}
             values.pop("save_steps", None)

@@ -144,7 +144,7 @@ def score_sampled(
         model_name_or_path (`str` or `Path`): p, the model that gave the answers. Both models are in memory at once.
         fixed_model (`str` or `Path`): q; has the same tokens, see [`has_same_tokens`].
         rows (`Sequence[dict]`): with `prompt` and `token_ids`, as [`~trl_ext.sampling.candidates.sample_candidates`]
-            gives them for one answer to each prompt, sampled at temperature 1 without top-p and top-k.
+            gives them for one answer to each prompt, sampled at temperature 1 without filters.
         batch_size (`int`, defaults to 32): answers per forward.
         trust_remote_code (`bool`, defaults to `False`): as in transformers.
         model_init_kwargs: for loading the models.

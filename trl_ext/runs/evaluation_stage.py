@@ -9,7 +9,7 @@ from typing import Any
 from ..data.messages import as_text, same_answer
 from ..runtime.jsonl import read_jsonl, write_jsonl
 from ..sampling.candidates import sample_candidates
-from ..sampling.config import SamplingConfig
+from ..sampling.config import NEUTRAL, SamplingConfig
 from ..scoring.build import build_scorers
 from ..scoring.functions import CANDIDATE_COLUMNS
 from ..scoring.score import score_rows
@@ -38,8 +38,8 @@ def evaluation_stage(
     """
     Sample one answer to each held-out prompt, and measure it. `answers.jsonl` has one row for each.
 
-    Whatever the settings, answers are sampled at temperature 1 without top-p and top-k: they are the model's own
-    distribution, of which the KL divergence is one.
+    Whatever the settings, answers are sampled at temperature 1 without filters such as top-p. They are draws from the
+    model's own distribution, and so the KL divergence is that of the model.
 
     Args:
         folder (`Path`): of the stage.
@@ -67,7 +67,7 @@ def evaluation_stage(
         share), `distinct_1`, `distinct_2`, `num_answers` and `num_prompts`.
     """
     asked = [{**row, "_number": number} for number, row in enumerate(read_jsonl(prompts))]
-    config = replace(config, num_candidates=1, keep_duplicates=True, temperature=1.0, top_p=1.0, top_k=0)
+    config = replace(config, num_candidates=1, keep_duplicates=True, **NEUTRAL)
     answered, report = sample_candidates(
         model, asked, config, folder, keep_empty=True, desc="Answering held-out prompts", **load
     )

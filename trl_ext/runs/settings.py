@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..sampling.config import WITHOUT_EFFECT
+
 
 def changed_fields(part: Any) -> list[str]:
     """Names of a dataclass's fields that do not have their default values."""
@@ -53,10 +55,8 @@ MAY_CHANGE = (
     "save_total_limit",
     "dataset_num_proc",
     "dataloader_num_workers",
-    "sampling_batch_size",
     "reward_batch_size",
-    "vllm_python",
-    "vllm_args",
+    *WITHOUT_EFFECT,
 )
 
 

@@ -218,19 +218,7 @@ def _open_engine(model_name_or_path, tokenizer, config: SamplingConfig, model_in
     if config.sampling_engine == "vllm":
         from .vllm_engine import VllmEngine
 
-        engine_args = {**hub, **(config.vllm_args or {})}
-        return VllmEngine(
-            str(model_name_or_path),
-            python=config.vllm_python,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            max_new_tokens=config.max_new_tokens,
-            stop_strings=(*(config.stop_strings or ()), *(config.role_markers or ())),
-            dtype=model_init_kwargs["dtype"],
-            max_model_len=engine_args.pop("max_model_len", None),
-            engine_args=engine_args,
-        )
+        return VllmEngine(str(model_name_or_path), config, dtype=model_init_kwargs["dtype"], engine_args=hub)
     return TransformersEngine(load_causal_lm(model_name_or_path, **{**model_init_kwargs, **hub}), tokenizer, config)
 
 

@@ -8,7 +8,12 @@ from ..runtime.settings import check_field_types
 ENGINES = ("transformers", "vllm")
 
 
-# settings that change how fast it goes and not what comes out; `vllm_args` are looked at one by one
+# options that change the distribution that tokens are drawn from, each with the value at which it changes nothing.
+# vLLM and RLOO have them by the same names. A new option has this value as its default: older runs can be resumed
+NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+
+
+# options that change the speed and not the answers; `vllm_args` are looked at one by one
 WITHOUT_EFFECT = ("sampling_batch_size", "vllm_python", "vllm_args")
 
 
@@ -21,25 +26,22 @@ VLLM_ARGS_WITHOUT_EFFECT = (
 
 
 @dataclass
-class SamplingConfig:
+class SamplingOptions:
     """
-    How candidates are sampled. Names that would clash with a trainer's begin with `sampling_`.
+    How answers are sampled, for candidates and for SPIN's opponent. Names that would clash with a trainer's begin with
+    `sampling_`.
 
     Parameters:
-        num_candidates (`int`, *optional*, defaults to `4`):
-            Candidates per prompt. RRHF samples 4 (and adds the two of the dataset), SLiC-HF 8, CLICK 20.
         temperature (`float`, *optional*, defaults to `0.8`):
             0 is greedy, and then one candidate is all there is. RRHF 0.8, SLiC-HF 0.7, CLICK 1. Held-out prompts are
-            answered at 1 without `top_p` and `top_k`, whatever these are.
+            answered at 1 without the following filters, whatever these are.
         top_p (`float`, *optional*, defaults to `1.0`): in (0, 1]; 1 switches it off. CLICK 0.9.
         top_k (`int`, *optional*, defaults to `0`): 0 switches it off. SLiC-HF 40.
+        min_p (`float`, *optional*, defaults to `0.0`):
+            In [0, 1]; 0 switches it off. Tokens less likely than `min_p` times the most likely one are not drawn. With
+            either engine it applies after the temperature and before `top_k` and `top_p`.
         max_new_tokens (`int`, *optional*, defaults to `128`): longest answer in tokens, its end token included.
         stop_strings (`list[str]`, *optional*): an answer ends before the first of them.
-        role_markers (`list[str]`, *optional*):
-            Where the model begins to speak for somebody else; the answer is cut there, and the cut is counted. The
-            default is `"\\n\\nHuman:"` and `"\\n\\nAssistant:"`, the markers of the HH dialogues. RRHF's authors saw
-            models win reward with such text.
-        keep_duplicates (`bool`, *optional*, defaults to `False`): keep equal answers to a prompt.
         sampling_seed (`int`, *optional*, defaults to `42`): of the random numbers.
         sampling_engine (`str`, *optional*, defaults to `"transformers"`):
             `"transformers"`, in the processes of the run; or `"vllm"`, in a process and an environment of its own,
@@ -50,24 +52,19 @@ class SamplingConfig:
         vllm_python (`str`, *optional*): the Python interpreter of an environment with vLLM.
         vllm_args (`dict` or `str`, *optional*): further arguments of `vllm.LLM`, a dict or JSON, such as
             `gpu_memory_utilization`. With `max_model_len`, prompts are skipped that do not fit into it with an answer.
-
-    Raises:
-        ValueError: a value out of its range.
     """
 
-    num_candidates: int = field(default=4, metadata={"help": "Candidates sampled per prompt."})
     temperature: float = field(default=0.8, metadata={"help": "Of the sampling; 0 is greedy."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling; 1 switches it off."})
     top_k: int = field(default=0, metadata={"help": "Sample among the k most likely tokens; 0 switches it off."})
+    min_p: float = field(
+        default=0.0,
+        metadata={"help": "Leave out tokens less likely than this share of the most likely one; 0 switches it off."},
+    )
     max_new_tokens: int = field(default=128, metadata={"help": "Longest sampled answer in tokens."})
     stop_strings: list[str] | None = field(
         default=None, metadata={"help": "An answer ends before the first of these strings."}
     )
-    role_markers: list[str] | None = field(
-        default_factory=lambda: ["\n\nHuman:", "\n\nAssistant:"],
-        metadata={"help": "An answer is cut where it begins to speak for somebody else, and the cut is counted."},
-    )
-    keep_duplicates: bool = field(default=False, metadata={"help": "Keep equal answers to the same prompt."})
     sampling_seed: int = field(default=42, metadata={"help": "Seed of the sampling."})
     sampling_engine: str = field(
         default="transformers",
@@ -83,6 +80,32 @@ class SamplingConfig:
     vllm_args: dict | str | None = field(
         default=None, metadata={"help": "Further arguments of vllm.LLM, as JSON: '{\"gpu_memory_utilization\": 0.8}'."}
     )
+
+
+@dataclass
+class SamplingConfig(SamplingOptions):
+    """
+    How candidates are sampled: the fields of [`SamplingOptions`], and
+
+    Parameters:
+        num_candidates (`int`, *optional*, defaults to `4`):
+            Candidates per prompt. RRHF samples 4 (and adds the two of the dataset), SLiC-HF 8, CLICK 20.
+        role_markers (`list[str]`, *optional*):
+            Where the model begins to speak for somebody else; the answer is cut there, and the cut is counted. The
+            default is `"\\n\\nHuman:"` and `"\\n\\nAssistant:"`, the markers of the HH dialogues. RRHF's authors saw
+            models win reward with such text.
+        keep_duplicates (`bool`, *optional*, defaults to `False`): keep equal answers to a prompt.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    num_candidates: int = field(default=4, metadata={"help": "Candidates sampled per prompt."})
+    role_markers: list[str] | None = field(
+        default_factory=lambda: ["\n\nHuman:", "\n\nAssistant:"],
+        metadata={"help": "An answer is cut where it begins to speak for somebody else, and the cut is counted."},
+    )
+    keep_duplicates: bool = field(default=False, metadata={"help": "Keep equal answers to the same prompt."})
 
     def __post_init__(self):
         check_field_types(self)
@@ -102,6 +125,8 @@ class SamplingConfig:
             refuse("top_p", "set it above 0, and at most to 1, which switches it off.")
         if self.top_k < 0:
             refuse("top_k", "set it to 1 or more, or to 0, which switches it off.")
+        if not 0 <= self.min_p <= 1:
+            refuse("min_p", "set it to a share from 0, which switches it off, to 1.")
         if self.temperature == 0 and self.num_candidates > 1:
             refuse("num_candidates", "greedy sampling (temperature 0) gives one answer. Set a temperature, or 1.")
         if self.sampling_engine not in ENGINES:

@@ -13,8 +13,8 @@ class Generated:
 
     Attributes:
         token_ids (`list[int]`): its tokens, with the end-of-sequence token if it came to one.
-        logps (`list[float]`): log-probability of each of them in nats, under the model as it is: before temperature,
-            top-k and top-p.
+        logps (`list[float]`): log-probability of each of them in nats, under the model as it is: before temperature
+            and filters.
         finished (`bool`): whether it ended with an end-of-sequence token.
     """
 

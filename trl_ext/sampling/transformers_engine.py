@@ -30,20 +30,20 @@ class SeededSampling(LogitsProcessor):
 
     Args:
         uniforms (`np.ndarray` of shape `(rows, steps)`, float64): random numbers in [0, 1).
-        temperature (`float`), top_k (`int`), top_p (`float`): as in [`SamplingConfig`].
+        config ([`SamplingConfig`]): its temperature and its filters.
 
     Attributes:
         logps (`list[torch.Tensor]`): for each step so far `(rows,)`, the drawn tokens' log-probabilities under the
             model as it is.
     """
 
-    def __init__(self, uniforms: np.ndarray, temperature: float, top_k: int, top_p: float):
-        self.uniforms, self.temperature, self.top_k, self.top_p = uniforms, temperature, top_k, top_p
+    def __init__(self, uniforms: np.ndarray, config: SamplingConfig):
+        self.uniforms, self.config = uniforms, config
         self.logps: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         logps = scores.float().log_softmax(dim=-1)
-        if self.temperature == 0:
+        if self.config.temperature == 0:
             tokens = scores.argmax(dim=-1, keepdim=True)
         else:
             tokens = self._draw(logps, torch.from_numpy(self.uniforms[:, len(self.logps)]).unsqueeze(1))
@@ -51,16 +51,21 @@ class SeededSampling(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter(1, tokens, 0.0)
 
     def _draw(self, logps: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+        config = self.config
         precision = torch.float32 if logps.device.type == "mps" else torch.float64  # MPS has no float64
-        probabilities = (logps.to(precision) / self.temperature).softmax(dim=-1)
-        if 0 < self.top_k < probabilities.size(1):
-            least = probabilities.topk(self.top_k, dim=-1).values[:, -1:]
+        probabilities = (logps.to(precision) / config.temperature).softmax(dim=-1)
+        if config.min_p > 0:  # before the others, as in vLLM
+            least = config.min_p * probabilities.max(dim=-1, keepdim=True).values
             probabilities = probabilities.masked_fill(probabilities < least, 0.0)
             probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
-        if self.top_p < 1:
+        if 0 < config.top_k < probabilities.size(1):
+            least = probabilities.topk(config.top_k, dim=-1).values[:, -1:]
+            probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+            probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
+        if config.top_p < 1:
             ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
             before = ordered.cumsum(dim=-1) - ordered
-            probabilities = probabilities.scatter(1, order, ordered.masked_fill(before >= self.top_p, 0.0))
+            probabilities = probabilities.scatter(1, order, ordered.masked_fill(before >= config.top_p, 0.0))
         distribution = probabilities.cumsum(dim=-1)
         wanted = uniforms.to(precision).to(logps.device) * distribution[:, -1:]
         tokens = torch.searchsorted(distribution, wanted, right=True)
@@ -155,8 +160,7 @@ class TransformersEngine:
         rows, done = np.arange(len(uniforms)), 0  # rows still in the making, and tokens each of them has
         while len(rows) and done < config.max_new_tokens:
             steps = min(self.segment if cache is not None else config.max_new_tokens, config.max_new_tokens - done)
-            drawn = uniforms[rows, done : done + steps]
-            sampling = SeededSampling(drawn, config.temperature, config.top_k, config.top_p)
+            sampling = SeededSampling(uniforms[rows, done : done + steps], config)
             output = self.model.generate(
                 inputs,
                 attention_mask=mask,

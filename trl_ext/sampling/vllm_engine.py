@@ -17,10 +17,11 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .config import NEUTRAL, SamplingConfig
 from .engine import Generated
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
@@ -73,28 +74,17 @@ class VllmEngine:
     Args:
         model (`str`):
             Folder or name of a whole model with its tokenizer. An adapter has to be merged into its base.
-        python (`str`):
-            The Python interpreter of an environment with vLLM: a path, or the name of a command.
-        temperature (`float`):
-            0 is greedy; otherwise at least 0.01.
-        top_p (`float`):
-            In (0, 1]; 1 switches it off.
-        top_k (`int`):
-            0 switches it off.
-        max_new_tokens (`int`):
-            Longest answer in tokens, its end token included.
-        stop_strings (`Sequence[str]`, *optional*):
-            An answer ends with the token that completes one of them. Nothing is cut: its tokens are all returned.
+        config ([`SamplingConfig`]):
+            How. `vllm_python` is the interpreter, a path or the name of a command. The temperature is 0 or at least
+            0.01. An answer ends with the token that completes a stop string or a role marker. Nothing is cut: its
+            tokens are all returned.
         dtype (`str`, *optional*, defaults to `"auto"`):
             Of the weights, by name (`"bfloat16"`). vLLM's `"auto"` is the dtype they are saved in, but half precision
             for those saved in float32.
-        max_model_len (`int`, *optional*):
-            Longest prompt and answer in tokens. The model's own by default, for which a device may lack the memory.
         startup_timeout (`float`, *optional*, defaults to `600.0`):
             Seconds vLLM may take to load the model.
         engine_args (`dict`, *optional*):
-            Further arguments of `vllm.LLM`, such as `gpu_memory_utilization`, `tensor_parallel_size`,
-            `enforce_eager` or `trust_remote_code`; values that JSON can hold.
+            Further arguments of `vllm.LLM`, such as `revision` and `trust_remote_code`. Those in `config` win.
 
     Attributes:
         version (`str`): of vLLM.
@@ -107,10 +97,10 @@ class VllmEngine:
 
     Example:
     ```python
-    from trl_ext.sampling.vllm_engine import VllmEngine
+    from trl_ext.sampling import SamplingConfig, VllmEngine
 
-    settings = {"temperature": 0.8, "top_p": 1.0, "top_k": 0, "max_new_tokens": 64}
-    with VllmEngine("path/to/model", python="/envs/vllm/bin/python", **settings) as engine:
+    config = SamplingConfig(max_new_tokens=64, sampling_engine="vllm", vllm_python="/envs/vllm/bin/python")
+    with VllmEngine("path/to/model", config) as engine:
         engine.generate([[12, 7, 81]], seeds=[[1, 2, 3, 4]])  # four candidates for one prompt
     ```
     """
@@ -118,22 +108,18 @@ class VllmEngine:
     def __init__(
         self,
         model: str,
+        config: SamplingConfig,
         *,
-        python: str,
-        temperature: float,
-        top_p: float,
-        top_k: int,
-        max_new_tokens: int,
-        stop_strings: Sequence[str] = (),
         dtype: str = "auto",
-        max_model_len: int | None = None,
         startup_timeout: float = 600.0,
         engine_args: dict[str, Any] | None = None,
     ):
-        engine_args = dict(engine_args or {})
-        _check_settings(model, temperature, engine_args)
-        self.model, self.max_new_tokens = str(model), max_new_tokens
-        self.python = _find_interpreter(python)
+        engine_args = {**(engine_args or {}), **(config.vllm_args or {})}
+        max_model_len = engine_args.pop("max_model_len", None)
+        _check_settings(model, config.temperature, engine_args)
+        self.model, self.max_new_tokens = str(model), config.max_new_tokens
+        self.python = _find_interpreter(config.vllm_python)
+        stop_strings = [*(config.stop_strings or ()), *(config.role_markers or ())]
         settings = {
             "llm": {
                 "enable_prefix_caching": True,
@@ -145,11 +131,9 @@ class VllmEngine:
                 "logprobs_mode": "raw_logprobs",
             },
             "sampling": {
-                "temperature": temperature,
-                "top_p": top_p,
-                "top_k": top_k,
-                "max_tokens": max_new_tokens,
-                "stop": list(stop_strings),
+                **{name: getattr(config, name) for name in NEUTRAL},
+                "max_tokens": config.max_new_tokens,
+                "stop": stop_strings,
                 "detokenize": bool(stop_strings),  # the text is only needed to find them
             },
         }

@@ -296,7 +296,7 @@ def test_what_is_measured_is_what_was_sampled(models, stop_strings, tmp_path):
 def test_the_sampling_of_candidates_does_not_change_what_is_measured(models, tmp_path):
     fixed, model = models
     plain, answers = evaluated(tmp_path / "plain", model, fixed, temperature=1.0)
-    other = {"temperature": 0.2, "top_k": 2, "top_p": 0.5, "num_candidates": 4}
+    other = {"temperature": 0.2, "top_k": 2, "top_p": 0.5, "min_p": 0.9, "num_candidates": 4}
     assert evaluated(tmp_path / "other", model, fixed, **other) == (plain, answers)
     assert evaluated(tmp_path / "itself", fixed, fixed, temperature=0.0, num_candidates=1)[0]["kl"] == 0
 

@@ -144,10 +144,11 @@ def test_models_that_keep_another_kind_of_state(architecture, tokenizer):
     assert_greedy_equals_generate(model, prompt_ids)
 
 
-def obvious_distribution(logits, temperature, top_k, top_p):
+def obvious_distribution(logits, temperature, top_k, top_p, min_p):
     """Probabilities of the next token, one step of the definition at a time."""
     weights = [np.exp(logit / temperature) for logit in logits]
     ranked = sorted(range(len(weights)), key=lambda token: -weights[token])
+    ranked = [token for token in ranked if weights[token] >= min_p * weights[ranked[0]]]
     if top_k:
         ranked = ranked[:top_k]
     total = sum(weights[token] for token in ranked)
@@ -162,18 +163,21 @@ def obvious_distribution(logits, temperature, top_k, top_p):
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 7, 1.0), (1.0, 0, 0.6), (1.3, 20, 0.8)]
-)
-def test_tokens_are_drawn_from_the_right_distribution(temperature, top_k, top_p, sampler, tokenizer):
+    ("temperature", "top_k", "top_p", "min_p"),
+    [
+        (1.0, 0, 1.0, 0.0), (0.7, 0, 1.0, 0.0), (1.0, 7, 1.0, 0.0), (1.0, 0, 0.6, 0.0), (1.3, 20, 0.8, 0.0),
+        (1.0, 0, 1.0, 0.3), (0.7, 0, 1.0, 0.1), (1.0, 0, 0.6, 0.2), (1.3, 20, 0.8, 0.2),
+    ],
+)  # fmt: skip
+def test_tokens_are_drawn_from_the_right_distribution(temperature, top_k, top_p, min_p, sampler, tokenizer):
     num_draws, ids = 4000, tokenizer("What is it? ")["input_ids"]
-    config = SamplingConfig(
-        temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=1, sampling_batch_size=num_draws
-    )
+    drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    config = SamplingConfig(**drawing, max_new_tokens=1, sampling_batch_size=num_draws)
     seeds = [candidate_seed(42, ids, 0, number) for number in range(num_draws)]
     drawn = TransformersEngine(sampler, tokenizer, config).generate([ids], [seeds])[0]
     with torch.no_grad():
         logits = sampler(torch.tensor([ids])).logits[0, -1].double().numpy()
-    expected = num_draws * obvious_distribution(logits, temperature, top_k, top_p)
+    expected = num_draws * obvious_distribution(logits, **drawing)
     counts = np.bincount([one.token_ids[0] for one in drawn], minlength=len(expected))
     assert not counts[expected == 0].any(), "nothing is drawn that was cut off"
     often = expected >= 8
@@ -571,9 +575,9 @@ class FakeVllm:
 
     started: list[dict] = []
 
-    def __init__(self, model, **settings):
+    def __init__(self, model, config, **settings):
         FakeVllm.started.append(settings)
-        self.max_model_len = settings["max_model_len"] or 128
+        self.max_model_len = (config.vllm_args or {}).get("max_model_len", 128)
 
     def generate(self, prompt_ids, seeds):
         assert all(len(ids) + 28 <= self.max_model_len for ids in prompt_ids)
@@ -602,8 +606,7 @@ def test_vllm_may_be_given_a_shorter_window(limit, fitting, sampler_dir, tmp_pat
     sampled, report = sample_candidates(sampler_dir, rows, config, tmp_path)
     assert [len(row["prompt"]) for row in sampled] == fitting and report.num_too_long == 4 - len(fitting)
     (settings,) = FakeVllm.started
-    assert settings["max_model_len"] == limit and settings["dtype"] == "float32"
-    assert settings["engine_args"] == {"revision": "main", "trust_remote_code": False, "enforce_eager": True}
+    assert settings == {"dtype": "float32", "engine_args": {"revision": "main", "trust_remote_code": False}}
 
 
 # models and prompts
@@ -865,6 +868,9 @@ def test_a_string_is_one_string():
         ({"top_p": 0.0}, "top_p=0.0: set it above 0"),
         ({"top_p": 1.1}, "top_p=1.1: set it above 0, and at most to 1"),
         ({"top_k": -1}, "top_k=-1: set it to 1 or more, or to 0"),
+        ({"min_p": -0.1}, "min_p=-0.1: set it to a share from 0, which switches it off, to 1"),
+        ({"min_p": 1.1}, "min_p=1.1: set it to a share"),
+        ({"min_p": float("nan")}, "min_p=nan: set it to a share"),
         ({"temperature": 0.0}, "num_candidates=4: greedy sampling .* gives one answer. Set a temperature, or 1"),
         ({"sampling_engine": "hf"}, "sampling_engine='hf': not known. Set it to one of transformers, vllm"),
         ({"sampling_engine": "vllm"}, "sampling_engine='vllm': .* Set `vllm_python` to the interpreter"),

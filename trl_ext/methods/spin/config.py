@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ...runtime.settings import check_field_types
-from ...sampling.config import ENGINES, SamplingConfig
+from ...sampling.config import SamplingConfig, SamplingOptions
 from ...scoring.config import ScorerConfig
 from ...trainers.candidate_config import UNUSED_DPO_FIELDS, CandidateConfig
 
@@ -19,7 +19,7 @@ _OPPONENT = "the reference is the opponent, which is replaced after each iterati
 
 
 @dataclass
-class SPINConfig(ScorerConfig, CandidateConfig):
+class SPINConfig(ScorerConfig, SamplingOptions, CandidateConfig):
     r"""
     Configuration of [`SPINTrainer`]: the fields below, and everything of [`~trl.DPOConfig`] that has a meaning in
     self-play (https://huggingface.co/papers/2401.01335). What belongs to the loop (history, early stop, generation)
@@ -58,12 +58,10 @@ class SPINConfig(ScorerConfig, CandidateConfig):
         learning_rate (`float` or `list[float]`, *optional*, defaults to `1e-6`):
             At least 0. One value, or one for each iteration: the paper's is 5e-7, and 1e-7 from iteration 2 on.
 
-        > Generation, see [`SamplingConfig`]. The defaults are the paper's
+        > Generation: the fields of [`SamplingOptions`], of which these have other defaults
 
-        temperature (`float`, defaults to `1.0`), top_p (`float`, defaults to `1.0`), top_k (`int`, defaults to `0`),
-        max_new_tokens (`int`, defaults to `256`), stop_strings (`list[str]`, *optional*), sampling_seed (`int`,
-        defaults to `42`), sampling_engine (`str`, defaults to `"transformers"`), sampling_batch_size (`int`, defaults
-        to `64`), vllm_python (`str`, *optional*), vllm_args (`dict` or `str`, *optional*).
+        temperature (`float`, *optional*, defaults to `1.0`): the paper's.
+        max_new_tokens (`int`, *optional*, defaults to `256`): the paper's.
 
         > Rows and memory
 
@@ -135,27 +133,7 @@ class SPINConfig(ScorerConfig, CandidateConfig):
         default=False, metadata={"help": "Of `messages`, use the first question with its answer alone."}
     )
     temperature: float = field(default=1.0, metadata={"help": "Of the sampling; 0 is greedy."})
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling; 1 switches it off."})
-    top_k: int = field(default=0, metadata={"help": "Sample among the k most likely tokens; 0 switches it off."})
     max_new_tokens: int = field(default=256, metadata={"help": "Longest generated answer in tokens."})
-    stop_strings: list[str] | None = field(
-        default=None, metadata={"help": "An answer ends before the first of these strings."}
-    )
-    sampling_seed: int = field(default=42, metadata={"help": "Seed of the sampling."})
-    sampling_engine: str = field(
-        default="transformers",
-        metadata={
-            "help": "'transformers', in the processes of the run, or 'vllm', in an environment of its own.",
-            "choices": list(ENGINES),
-        },
-    )
-    sampling_batch_size: int = field(default=64, metadata={"help": "Answers in the making at a time, per process."})
-    vllm_python: str | None = field(
-        default=None, metadata={"help": "Python interpreter of an environment with vLLM, for sampling_engine='vllm'."}
-    )
-    vllm_args: dict | str | None = field(
-        default=None, metadata={"help": "Further arguments of vllm.LLM, as JSON: '{\"gpu_memory_utilization\": 0.8}'."}
-    )
 
     def check_types(self) -> None:
         check_field_types(self, apart_from=("prefix_sharing", *BY_ITERATION))  # these are made of text, too
@@ -216,21 +194,7 @@ class SPINConfig(ScorerConfig, CandidateConfig):
             num_candidates=1,
             keep_duplicates=True,
             role_markers=None,  # what the opponent says is the opponent's, and not to be mended
-            **{
-                name: getattr(self, name)
-                for name in (
-                    "temperature",
-                    "top_p",
-                    "top_k",
-                    "max_new_tokens",
-                    "stop_strings",
-                    "sampling_seed",
-                    "sampling_engine",
-                    "sampling_batch_size",
-                    "vllm_python",
-                    "vllm_args",
-                )
-            },
+            **{entry.name: getattr(self, entry.name) for entry in dataclasses.fields(SamplingOptions)},
         )
 
     def for_iteration(self, number: int, **changes) -> "SPINConfig":
