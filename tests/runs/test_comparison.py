@@ -192,6 +192,22 @@ def test_rloo_samples_as_the_candidates_were(tmp_path):
     assert {name: getattr(args, name) for name in drawing} == drawing
 
 
+def test_what_was_trained_before_an_option_was_added_stays(tmp_path):
+    run = one_seed("--output_dir", str(tmp_path))
+    run.rounds = SimpleNamespace(run=SimpleNamespace(path=tmp_path.joinpath))
+    values = run.values_for("rl", METHODS["rl"], updates=4, answers=8)
+    folder = tmp_path / "rl" / "model"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").touch()
+    of_then = {name: value for name, value in values.items() if name not in ("min_p", "logging_steps")}
+    (folder / "config.yaml").write_text(yaml.safe_dump({**of_then, "model_name_or_path": "elsewhere"}))
+    with pytest.raises(ValueError, match="rl is trained, with other options .*: logging_steps was 10 and is 1. Set"):
+        run._refuse_other_options("rl", METHODS["rl"], values)
+    run._refuse_other_options("rl", METHODS["rl"], {**values, "logging_steps": 10})
+    with pytest.raises(ValueError, match="min_p was 0.0 and is 0.3"):
+        run._refuse_other_options("rl", METHODS["rl"], {**values, "logging_steps": 10, "min_p": 0.3})
+
+
 def test_what_is_set_for_the_comparison_reaches_the_methods(tmp_path):
     settings = json.dumps({"dpo_low": {"method": "dpo", "label": "low", "beta": 0.01}, "dpo": {"beta": 0.5}})
     words = ["--output_dir", str(tmp_path), "--settings", settings, "--weight_decay", "0.1", "--use_peft",
@@ -469,7 +485,7 @@ def test_every_method_is_compared_and_more_can_be_added(model_dir, prompts_file,
     # other options do not pass for those it was trained with
     again |= {"settings": json.dumps({**further, "slic_direct": {"delta": 2.0}})}
     printed = run(command(model_dir, prompts_file, output, "slic_direct", **again), code=1)
-    assert "slic_direct is trained, with other options than there are now: delta was None and is 2.0" in printed
+    assert "slic_direct is trained, with other options than there are now: delta was 1.0 and is 2.0" in printed
 
 
 @pytest.mark.slow

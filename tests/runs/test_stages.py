@@ -4,11 +4,13 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,9 +20,11 @@ from accelerate import PartialState
 from tests.support.data import REPOSITORY
 from tests.support.sampling import PROMPTS, SETTINGS, by_number, torchrun
 from tests.support.stage_functions import CALLS, end_early, look_around, run_a_sleeping_stage, sample
+from trl_ext import SPINConfig
 from trl_ext.runs.manifest import fingerprint, installed_versions, read_manifest, settings_of, start_afresh
 from trl_ext.runs.process import PRELOADED
 from trl_ext.runs.run import Run
+from trl_ext.runs.settings import run_settings, unset_value
 from trl_ext.sampling.config import SamplingConfig
 
 
@@ -112,6 +116,26 @@ def test_other_settings_are_refused(tmp_path):
         Run(tmp_path, changed, resume=True, may_change=["more", "name"])
     assert (tmp_path / "run.json").read_bytes() == before
     Run(tmp_path, changed, resume=True, may_change=["more", "name", "seed"])
+
+
+@pytest.mark.parametrize("missing", ["min_p", "stop_strings", "role_markers", "bf16", "beta", "weight_decay"])
+def test_a_run_from_before_an_option_was_added_is_resumed(missing, tmp_path, config_kwargs):
+    def run(resume, absent=(), **changed):
+        config = {name: changed.pop(name) for name in ("bf16", "beta", "weight_decay") if name in changed}
+        parsed = SPINConfig(**{**config_kwargs, **config}), SamplingConfig(**changed)
+        settings = {name: value for name, value in run_settings(parsed).items() if name not in absent}
+        return Run(tmp_path / "run", settings, resume=resume, default_of=partial(unset_value, parsed))
+
+    run(False, absent=[missing]).keep("prompts", {"train.jsonl": ""})
+    texts = {"stop_strings": ["x"], "role_markers": ["x"]}
+    other = {"min_p": 0.2, "bf16": True, "beta": 3.0, "weight_decay": 0.5, **texts}[missing]
+    with pytest.raises(ValueError, match=f"other settings: {missing} was .* and is {re.escape(str(other))}"):
+        run(True, **{missing: other})
+    run(True)
+    assert missing in settings_of(tmp_path / "run")
+    run(True)
+    with pytest.raises(ValueError, match=f"other settings: {missing} was"):
+        run(True, **{missing: other})
 
 
 def test_folders_of_something_else_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from accelerate import PartialState
@@ -16,7 +17,15 @@ from ..runs.config import RoundsConfig
 from ..runs.manifest import settings_of, start_afresh
 from ..runs.rounds import SFT_TITLE, STAGES_OF_ROUND, Rounds
 from ..runs.run import Run, all_processes
-from ..runs.settings import MAY_CHANGE, changed_fields, is_playground, loading_for_sampling, local_model, run_settings
+from ..runs.settings import (
+    MAY_CHANGE,
+    changed_fields,
+    is_playground,
+    loading_for_sampling,
+    local_model,
+    run_settings,
+    unset_value,
+)
 from ..runs.stages import merged_start
 from ..runtime.checkpoints import RESUME_LAST, wants_to_resume
 from ..runtime.headings import Headings
@@ -127,6 +136,7 @@ def start_rounds(
         settings,
         resume=resume,
         may_change=MAY_CHANGE,
+        default_of=partial(unset_value, parsed),
         patience=training_args.ddp_timeout,
         headings=headings,
     )

@@ -1,6 +1,7 @@
 """Starting self-play on the user's own data or on the playground."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
@@ -11,7 +12,7 @@ from ..methods.spin.self_play import SelfPlay
 from ..runs.manifest import settings_of, start_afresh
 from ..runs.rounds import SFT_TITLE
 from ..runs.run import Run
-from ..runs.settings import is_playground, local_model, model_init_kwargs, run_settings
+from ..runs.settings import is_playground, local_model, model_init_kwargs, run_settings, unset_value
 from ..runtime.checkpoints import RESUME_LAST, wants_to_resume
 from ..runtime.models import load_tokenizer
 from ..runtime.processes import all_gather_objects
@@ -90,6 +91,7 @@ def start_self_play(
         settings,
         resume=resume,
         may_change=may_change,
+        default_of=partial(unset_value, parsed),
         patience=config.ddp_timeout,
         headings=game.headings(on_playground + more_stages),
     )

@@ -19,11 +19,11 @@ from ..data.messages import as_text
 from ..data.rows import RowOptions
 from ..methods.spin.pairs import generate_stage
 from ..runs.rounds import Rounds, replaced
-from ..runs.settings import is_playground
+from ..runs.settings import is_playground, unset_value
 from ..runs.stages import merged_model
 from ..runtime.headings import Headings, count
 from ..runtime.jsonl import read_jsonl
-from ..runtime.settings import maybe_meant
+from ..runtime.settings import changes, maybe_meant
 from ..sampling.config import NEUTRAL
 from .arguments import _options, check_shared, shared_settings
 from .config import IDLE, ComparisonConfig
@@ -241,7 +241,7 @@ class SeedRun:
         values = self.values_for(name.partition("/")[0], method, **options)
         if method.recipe == "rl":
             values["rewards"] = [str(self._reward_model())]
-        self._refuse_other_options(name, values)
+        self._refuse_other_options(name, method, values)
         return self.rounds.run.stage(
             f"{name}/model",
             train_stage,
@@ -252,18 +252,18 @@ class SeedRun:
             values=values,
         )
 
-    def _refuse_other_options(self, name: str, values: dict[str, Any]) -> None:
+    def _refuse_other_options(self, name: str, method: Method, values: dict[str, Any]) -> None:
         """What is trained stays as it is: other options would not reach it."""
         folder = self.rounds.run.path(name, "model")
         if not (folder / "manifest.json").is_file():
             return
         before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        changed = sorted(key for key in {*values, *before} - set(NAMED) if before.get(key) != values.get(key))
+        read = self._check(name.partition("/")[0], method)
+        changed = changes(before, values, lambda key: NEUTRAL.get(key, unset_value(read, key)), apart_from=NAMED)
         if changed:
             raise ValueError(
-                f"{name} is trained, with other options than there are now: "
-                + ", ".join(f"{key} was {before.get(key)!r:.60} and is {values.get(key)!r:.60}" for key in changed)
-                + f". Set them back, or remove {folder.parent} to train it anew."
+                f"{name} is trained, with other options than there are now: {changed}. Set them back, or remove "
+                f"{folder.parent} to train it anew."
             )
 
     def _reward_model(self) -> Path:

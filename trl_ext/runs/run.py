@@ -26,6 +26,7 @@ from ..runtime.files import read_sealed, sealed, write_atomically
 from ..runtime.headings import Headings
 from ..runtime.processes import all_gather_objects, process_state, refuse_unless_all_see
 from ..runtime.run_lock import hold_folder
+from ..runtime.settings import changes
 from ..runtime.signals import EXIT_CODES, RESUME_HINT, STOP_SIGNALS, name_of
 from .manifest import (
     RUN_KEYS,
@@ -50,6 +51,8 @@ class Run:
         settings (`dict`): what determines the results, in JSON's types. Kept in `run.json` and compared on a resume.
         resume (`bool`): go on with what is in the folder. If not, the folder must not hold a run.
         may_change (`Sequence[str]`): names in `settings` that may differ on a resume.
+        default_of (`Callable`, *optional*): the value that a setting counts with if the folder's run was begun before
+            there was such an option; see [`~trl_ext.runs.settings.unset_value`].
         patience (`float`, defaults to 1800): seconds without a sign of life of a process, after which the run ends;
             see [`~trl_ext.runtime.faults.watched`].
         headings ([`Headings`], *optional*): numbers the stages that have a title; without it they are counted.
@@ -69,6 +72,7 @@ class Run:
         *,
         resume: bool,
         may_change: Sequence[str] = (),
+        default_of: Callable[[str], Any] = lambda name: None,
         patience: float = 1800,
         headings: Headings | None = None,
     ):
@@ -83,7 +87,7 @@ class Run:
         problem = None
         if self.state.is_main_process:
             try:
-                problem = self._check(settings, resume, may_change)
+                problem = self._check(settings, resume, may_change, default_of)
             except ValueError as error:  # of a file that was tampered with
                 problem = ValueError, str(error)
             if problem is None:
@@ -96,7 +100,7 @@ class Run:
         self.id = self.first_from_any_rank(self.id)
         refuse_unless_all_see(self.folder)
 
-    def _check(self, settings, resume, may_change) -> tuple[type[Exception], str] | None:
+    def _check(self, settings, resume, may_change, default_of) -> tuple[type[Exception], str] | None:
         found = settings_of(self.folder)
         if found is None:
             others = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
@@ -114,13 +118,12 @@ class Run:
                 "another `--output_dir`."
             )
         wanted = json.loads(json.dumps(settings, default=str))
-        changed = sorted(name for name in {*found, *wanted} - set(may_change) if found.get(name) != wanted.get(name))
+        changed = changes(found, wanted, default_of, apart_from=may_change)
         if not changed:
             return None
         return ValueError, (
-            f"{self.folder} was begun with other settings: "
-            + ", ".join(f"{name} was {found.get(name)!r:.80} and is {wanted.get(name)!r:.80}" for name in changed)
-            + ". Resume with the settings it was begun with, or set another `--output_dir`."
+            f"{self.folder} was begun with other settings: {changed}. Resume with the settings it was begun with, or "
+            "set another `--output_dir`."
         )
 
     def path(self, *parts: str) -> Path:

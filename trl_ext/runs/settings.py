@@ -68,8 +68,29 @@ def run_settings(parsed: Sequence[Any]) -> dict[str, Any]:
     for part in parsed:
         names = [entry.name for entry in dataclasses.fields(part) if entry.init and not entry.name.endswith("_token")]
         settings.update({name: getattr(part, name) for name in names})
+    return _in_json(settings)
+
+
+def _in_json(value: Any) -> Any:
     # objects without a JSON form say what they hold
-    return json.loads(json.dumps(settings, default=lambda value: getattr(value, "__dict__", None) or str(value)))
+    return json.loads(json.dumps(value, default=lambda one: getattr(one, "__dict__", None) or str(one)))
+
+
+def unset_value(parsed: Sequence[Any], name: str) -> Any:
+    """
+    The value of a setting that nobody sets, in JSON's types, the others being as they are; `None` of one that is not a
+    field of `parsed`. A config may replace a default, `bf16=None` for example.
+    """
+    for part in reversed(parsed):
+        for entry in dataclasses.fields(part):
+            if entry.name == name and entry.init:
+                value = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+                try:
+                    value = getattr(dataclasses.replace(part, **{name: value}), name)
+                except Exception:  # a config that refuses to be without it raises what it likes
+                    value = None if value is dataclasses.MISSING else value
+                return _in_json(value)
+    return None
 
 
 def use_for_stage(parsed: Sequence[Any], *, model: str, data: str, output_dir: str) -> None:

@@ -1,4 +1,4 @@
-"""Values of settings against their declared types, and hints for misspelt names."""
+"""Values of settings against their declared types and against earlier ones, and hints for misspelt names."""
 
 import difflib
 import functools
@@ -7,7 +7,7 @@ import numbers
 import os
 import reprlib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from enum import Enum
 from inspect import isclass
@@ -123,6 +123,32 @@ def _kind(value: Any) -> str:
 
 def _exceeds_floats(value: Any) -> bool:
     return isinstance(value, int) and abs(value) > sys.float_info.max
+
+
+def changes(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    default_of: Callable[[str], Any] = lambda name: None,
+    apart_from: Iterable[str] = (),
+) -> str:
+    """
+    Compare the settings that something was begun with and those of now.
+
+    Args:
+        before, now (`Mapping[str, Any]`): settings by name, in JSON's types.
+        default_of (`Callable`, *optional*): the value that a setting counts with where it is absent: an option may
+            have been added since.
+        apart_from (`Iterable[str]`, *optional*): names that are not compared.
+
+    Returns:
+        `str`: such as `"seed was 1 and is 2"`; empty if nothing differs.
+    """
+    found = []
+    for name in sorted({*before, *now} - set(apart_from)):
+        if name not in before or name not in now or before[name] != now[name]:
+            old, new = (one[name] if name in one else default_of(name) for one in (before, now))
+            found += [f"{name} was {old!r:.80} and is {new!r:.80}"] if old != new else []
+    return ", ".join(found)
 
 
 def maybe_meant(name: str, known: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from ..runtime.files import checksum, read_sealed, sealed, write_atomically
 from ..runtime.fingerprints import model_fingerprint
 from ..runtime.processes import all_gather_objects, process_state, read_when_there
+from ..runtime.settings import changes
 from .config import VLLM_ARGS_WITHOUT_EFFECT, WITHOUT_EFFECT, SamplingConfig
 
 MOST_PROMPTS_PER_SHARD = 64
@@ -79,27 +80,33 @@ def _check_identity(
             "chat_template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
             "dtype": dtype,
             "shard_size": shard_size,
-            **{name: value for name, value in asdict(config).items() if name not in WITHOUT_EFFECT},
-            "vllm_args": {n: v for n, v in (config.vllm_args or {}).items() if n not in VLLM_ARGS_WITHOUT_EFFECT},
+            **_identity_of(config),
         }
         identity = json.loads(json.dumps(identity))  # a tuple is a list there
         if problem is not None:
             pass
         elif found:
-            changed = sorted(key for key in identity if identity[key] != found.get(key))
+            changed = changes(found, identity, _identity_of(SamplingConfig()).get)
             if changed:
                 problem = (
-                    f"{folder} holds candidates that were sampled with something else: "
-                    + ", ".join(f"{key} was {found.get(key)!r:.80} and is {identity[key]!r:.80}" for key in changed)
-                    + ". Go on with what they were sampled with, or choose another folder."
+                    f"{folder} holds candidates that were sampled with something else: {changed}. Go on with what "
+                    "they were sampled with, or choose another folder."
                 )
         else:
             write_atomically(file, sealed(identity))
-        made_of = checksum({**identity, "shard_size": shard_size})
+        # of what is written there: shards from before an option was added have a hash without it
+        made_of = checksum(found or identity)
     problem, shard_size, made_of = all_gather_objects((problem, shard_size, made_of))[0]  # the main process's
     if problem is not None:
         raise FileExistsError(problem)
     return shard_size, made_of
+
+
+def _identity_of(config: SamplingConfig) -> dict[str, Any]:
+    """The settings that candidates depend on."""
+    settings = {name: value for name, value in asdict(config).items() if name not in WITHOUT_EFFECT}
+    vllm_args = {n: v for n, v in (config.vllm_args or {}).items() if n not in VLLM_ARGS_WITHOUT_EFFECT}
+    return {**settings, "vllm_args": vllm_args}
 
 
 def _default_shard_size(num_prompts: int, num_processes: int) -> int:

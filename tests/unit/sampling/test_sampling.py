@@ -38,14 +38,14 @@ from trl_ext.data.prompts import prompt_token_ids
 from trl_ext.data.tokens import tokenize_candidates
 from trl_ext.playground.model import byte_level_tokenizer
 from trl_ext.runs.process import PRELOADED
-from trl_ext.runtime.files import checksum
+from trl_ext.runtime.files import checksum, read_sealed, sealed
 from trl_ext.runtime.fingerprints import model_fingerprint
 from trl_ext.runtime.models import sampling_dtype
 from trl_ext.sampling.candidates import candidate_seed, sample_candidates
 from trl_ext.sampling.config import SamplingConfig
 from trl_ext.sampling.decoding import decode, decode_behind
 from trl_ext.sampling.engine import Generated
-from trl_ext.sampling.shards import _default_shard_size, _shard
+from trl_ext.sampling.shards import _default_shard_size, _read_shard, _shard
 from trl_ext.sampling.transformers_engine import TransformersEngine, keeps_keys_and_values
 
 
@@ -765,6 +765,25 @@ def test_a_folder_of_something_else_is_refused(sampler_dir, tmp_path, unlimited)
     assert rows[3]["completions"] == [*unlimited[3]["completions"], PROMPTS[3]["prompt"]]
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
     assert shard_files(folder) == files
+
+
+def test_candidates_from_before_an_option_was_added_are_kept(sampler_dir, tmp_path, unlimited):
+    """Their shards have a hash over the settings of that time."""
+    config = SamplingConfig(**SETTINGS)
+    sample_candidates(sampler_dir, PROMPTS, config, tmp_path, shard_size=5)
+    of_now = read_sealed(tmp_path / "sampling.json", {})
+    of_then = {name: value for name, value in of_now.items() if name not in ("min_p", "stop_strings")}
+    assert len(of_then) == len(of_now) - 2
+    (tmp_path / "sampling.json").write_text(sealed(of_then))
+    for shard in (tmp_path / "shards").iterdir():
+        shard.write_text(_shard(_read_shard(shard, checksum(of_now)), checksum(of_then)))
+    (tmp_path / "shards" / "00001.jsonl").unlink()
+    before = shard_files(tmp_path)
+    with pytest.raises(FileExistsError, match="something else: min_p was 0.0 and is 0.1. Go on"):
+        sample_candidates(sampler_dir, PROMPTS, SamplingConfig(**SETTINGS, min_p=0.1), tmp_path)
+    rows, _ = sample_candidates(sampler_dir, PROMPTS, config, tmp_path)
+    assert by_number(rows) == by_number(unlimited)
+    assert len(before) == 2 and shard_files(tmp_path).items() > before.items()
 
 
 def changed_files(folder):

@@ -19,6 +19,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from ...runs.intervals import TIE_RULE
 from ...runs.manifest import STAGE_MARKER, settings_of
 from ...runs.next_commands import after_self_play, print_next
 from ...runs.run import Run, all_processes
-from ...runs.settings import MAY_CHANGE, local_model, run_settings
+from ...runs.settings import MAY_CHANGE, local_model, run_settings, unset_value
 from ...runs.stages import merged_model, merged_start
 from ...runs.watch import change, format_change, format_wins, wins_over
 from ...runtime.files import write_atomically
@@ -417,6 +418,7 @@ class SelfPlay:
             self.settings(model=type(model).__name__ if is_object else f"{model}@{revision}"),
             resume=bool(resume_from_checkpoint),
             may_change=self.may_change(),
+            default_of=partial(unset_value, [self.config]),
             patience=self.config.ddp_timeout,
             headings=self.headings(),
         )
