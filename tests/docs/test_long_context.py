@@ -1,14 +1,7 @@
 """The search behind the table of longest prompts, on memory whose longest prompt is known."""
 
-import sys
-
-import pytest
-
-from tests.support.data import REPOSITORY
-
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-
 import long_context
+import pytest
 
 
 @pytest.mark.parametrize(

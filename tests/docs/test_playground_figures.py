@@ -2,16 +2,12 @@
 
 import csv
 import re
-import sys
-
-import pytest
-
-from tests.support.data import REPOSITORY
-
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 import playground as figures
 import plot
+import pytest
+
+from tests.support.data import REPOSITORY
 
 ROWS = figures.read_rows()
 MEASURED = sorted({recipe for recipe, _ in ROWS})

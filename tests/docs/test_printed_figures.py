@@ -1,16 +1,12 @@
 """Figures in the README and in `docs/` are those of the committed rows."""
 
 import csv
-import sys
 from statistics import fmean
 
 import pytest
+import scaling
 
 from tests.support.data import REPOSITORY
-
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-
-import scaling
 
 
 def rows(path: str) -> list[dict]:

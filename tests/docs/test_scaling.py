@@ -2,19 +2,15 @@
 
 import csv
 import functools
-import sys
 
 import pytest
+import scaling
+import scaling_model
+import scaling_tables
 import torch
 from transformers import LlamaConfig, LlamaModel
 
 from tests.support.data import REPOSITORY
-
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-
-import scaling
-import scaling_model
-import scaling_tables
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 

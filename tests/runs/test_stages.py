@@ -25,6 +25,7 @@ from trl_ext.runs.manifest import fingerprint, installed_versions, read_manifest
 from trl_ext.runs.process import PRELOADED
 from trl_ext.runs.run import Run
 from trl_ext.runs.settings import run_settings, unset_value
+from trl_ext.sampling.candidates import sample_candidates
 from trl_ext.sampling.config import SamplingConfig
 
 
@@ -337,4 +338,7 @@ def test_two_processes(tmp_path, sampler_dir, unlimited):  # noqa: F811
     assert read_manifest(tmp_path / "run" / "failing") is None
     run = Run(tmp_path / "run", {}, resume=True)
     assert run.stage("sampling", sample, inputs={"model": sampler_dir}) == first[2]
+    (tmp_path / "run" / "sampling" / "shards" / "00003.jsonl").unlink()
+    rows, _ = sample_candidates(sampler_dir, PROMPTS, SamplingConfig(**SETTINGS), tmp_path / "run" / "sampling")
+    assert by_number(rows) == by_number(unlimited)
     assert PartialState().num_processes == 1

@@ -4,11 +4,16 @@ import os
 import sys
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+)
 
 from tests.support import warm
 from tests.support.data import REPOSITORY
 from trl_ext.playground.model import byte_level_tokenizer
+from trl_ext.sampling.config import SamplingConfig
+from trl_ext.sampling.engine import Generated
+from trl_ext.sampling.transformers_engine import TransformersEngine
 
 TEXTS = [
     "a", "What is 2 + 2? ", "Capital of France: ", "Say yes. ", "b", "Opposite of up? ", "Go on: one, two, three, ",
@@ -55,3 +60,58 @@ def torchrun(file, *arguments, processes=2):
     return warm.run(
         [*command, str(file), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300
     )
+
+
+def chat(row):
+    return {**row, "prompt": [{"role": "user", "content": row["prompt"]}]}
+
+
+def answer(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def plain_generate(model, ids, max_new_tokens):
+    """One prompt at a time, with nothing of ours."""
+    inputs = torch.tensor([ids])
+    output = model.generate(
+        inputs, attention_mask=torch.ones_like(inputs), do_sample=False, max_new_tokens=max_new_tokens
+    )
+    return output[0, len(ids) :].tolist()
+
+
+def plain_logps(model, ids, token_ids):
+    with torch.no_grad():
+        logps = model(torch.tensor([ids + token_ids])).logits[0].log_softmax(dim=-1)
+    return [logps[len(ids) - 1 + place, token].item() for place, token in enumerate(token_ids)]
+
+
+def greedy(model, prompt_ids, segment=4, max_new_tokens=22, batch_size=64):
+    config = SamplingConfig(
+        num_candidates=1, temperature=0, max_new_tokens=max_new_tokens, sampling_batch_size=batch_size
+    )
+    engine = TransformersEngine(model, byte_level_tokenizer(), config, segment=segment)
+    return [row[0] for row in engine.generate(prompt_ids, [[0]] * len(prompt_ids))]
+
+
+class FakeVllm:
+    """Takes what `VllmEngine` takes, and answers with one token."""
+
+    started: list[dict] = []
+
+    def __init__(self, model, config, **settings):
+        FakeVllm.started.append(settings)
+        self.max_model_len = (config.vllm_args or {}).get("max_model_len", 128)
+
+    def generate(self, prompt_ids, seeds):
+        assert all(len(ids) + 28 <= self.max_model_len for ids in prompt_ids)
+        return [[Generated([7, 2], [-1.0, -1.0], True) for _ in row] for row in seeds]
+
+    def close(self):
+        pass
+
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}: {{ message['content'] }}{% if tools %} "
+    "[{{ tools | map(attribute='function') | map(attribute='name') | join(',') }}]{% endif %}{{ mood or '' }}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+)

@@ -19,7 +19,7 @@ def pytest_runtest_setup(item):
 LONGEST = (
     "test_playground_runs", "distributed/test_matrix", "distributed/test_distributed", "test_comparison",
     "hostile/test_faults", "test_self_play", "distributed/test_launches", "test_recipes", "test_printed_commands",
-    "test_fuzz", "test_rounds", "distributed/test_two_hosts",
+    "test_odd_rows", "test_odd_settings", "test_rounds", "distributed/test_two_hosts",
 )  # fmt: skip
 
 
