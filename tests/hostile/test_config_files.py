@@ -14,8 +14,6 @@ from trl_ext.runtime.settings import has_type
 from trl_ext.sampling.config import SamplingConfig
 
 DATACLASSES = (ScriptArguments, SLiCConfig, ModelConfig, DatasetMixtureConfig, SamplingConfig, RoundsConfig)
-
-
 BASE = {"model_name_or_path": "model", "dataset_name": "data", "output_dir": "out", "num_rounds": 1, "bf16": False}
 
 

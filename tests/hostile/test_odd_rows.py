@@ -38,23 +38,13 @@ MESSAGES = st.lists(
     ),
     max_size=3,
 )
-
-
 SOUND = st.text("abc ", min_size=1, max_size=8)
-
-
 SAID = st.one_of(SOUND, SOUND, TEXT, MESSAGES, NESTED)
-
-
 COLUMNS = [
     "prompt", "chosen", "rejected", "completions", "scores", "reference", "score_chosen", "score_rejected", "tools",
     "chat_template_kwargs", "rejected_is_cut",
 ]  # fmt: skip
-
-
 SOUND_ROWS = st.fixed_dictionaries({"prompt": SOUND, "chosen": st.just("b"), "rejected": SOUND})
-
-
 ODD_ROWS = st.fixed_dictionaries(
     {},
     optional={
@@ -71,13 +61,9 @@ ODD_ROWS = st.fixed_dictionaries(
         "rejected_is_cut": SCALARS,
     },
 )
-
-
 # one that is sound, but for a column or two; or nonsense throughout
 ROWS = st.one_of(ODD_ROWS, st.builds(lambda row, odd, keys: {**row, **{k: odd[k] for k in sorted(odd) if k in keys}},
                                      SOUND_ROWS, ODD_ROWS, st.sets(st.sampled_from(COLUMNS), max_size=2)))  # fmt: skip
-
-
 LISTS = st.integers(0, 4).flatmap(
     lambda k: st.fixed_dictionaries(
         {
@@ -97,8 +83,6 @@ LISTS = st.integers(0, 4).flatmap(
         },
     )
 )
-
-
 OPTIONS = st.builds(
     RowOptions,
     min_completions=st.integers(1, 3),

@@ -36,28 +36,18 @@ CONFIGS = (
     SLiCConfig, RRHFConfig, CLICKConfig, SPINConfig, IPOConfig, ORPOConfig, BestOfNConfig, KTOConfig, RewardConfig,
     RLOOConfig, ComparisonConfig, SampleAndRankConfig, SamplingConfig, RankingConfig, RoundsConfig,
 )  # fmt: skip
-
-
 OWN = {
     config: [entry.name for entry in fields(config) if entry.init and entry.name != "output_dir"] for config in CONFIGS
 }
-
-
 OF_DPO = {entry.name for entry in fields(DPOConfig)}
-
-
 VALUES = st.one_of(
     NUMBERS, SCALARS, NESTED, st.lists(TEXT, max_size=2), st.sampled_from(["true", "auto", "none", "{"])
 )
-
-
 ODD_VALUES = (
     None, True, 0, -1, 1.5, math.nan, math.inf, 10**400, -(10**400), "", "'", "\t", "None", "auto", "true", "1e400",
     "a\x00b", "\ud800", "a\u2028b", "{", "{}", "{%", "[1", "~nobody/x", "x" * 3000, "x" * 300 + "/y", b"x", {1.5}, [],
     [None], [[1]], ["x" * 3000], ["\ud800"], {}, {"a": "x" * 3000}, {"x" * 3000: 1}, {"a": {"b": [None]}},
 )  # fmt: skip
-
-
 OF_EACH_KIND = (
     None, True, -1, 1.5, math.nan, 10**400, "", "auto", "a\x00b", "\ud800", "{", "[1", "x" * 3000, b"x", {1.5}, [None],
     {"a": {"b": [None]}},
@@ -123,11 +113,7 @@ def test_settings_are_taken_or_refused_by_name(number):
 
 
 DATACLASSES = (ScriptArguments, SLiCConfig, ModelConfig, DatasetMixtureConfig, SamplingConfig, RoundsConfig)
-
-
 KEYS = sorted({entry.name for one in DATACLASSES for entry in fields(one) if entry.init} - {"output_dir"})
-
-
 PLAYGROUND = REPOSITORY / "recipes" / "configs" / "slic_playground.yaml"
 
 
@@ -160,28 +146,20 @@ OF_METHODS = st.dictionaries(
     VALUES | st.sampled_from(["dpo", "ipo", "spin"]),
     max_size=3,
 )
-
-
 ODD_SETTINGS = VALUES | st.dictionaries(
     st.sampled_from(["all", "reward_model", "dpo", "rl", "mine"]) | TEXT, OF_METHODS | VALUES, max_size=2
 )
-
-
 SOUND_SETTINGS = st.fixed_dictionaries(
     {},
     optional={"all": st.just({"learning_rate": 1e-6}), "dpo": st.just({"beta": 0.3}),
               "mine": st.just({"method": "ipo", "label": "mine"})},
 )  # fmt: skip
-
-
 # of the file, and of the command line
 BOTH_SETTINGS = st.one_of(
     st.tuples(SOUND_SETTINGS, st.none() | SOUND_SETTINGS),
     st.tuples(SOUND_SETTINGS, ODD_SETTINGS),
     st.tuples(ODD_SETTINGS, st.none() | SOUND_SETTINGS),
 )
-
-
 COMPARE = REPOSITORY / "recipes" / "compare.py"
 
 

@@ -7,8 +7,6 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 REWARDS = REPOSITORY / "tests" / "support" / "rewards.py"
-
-
 PAIRS = [
     {"prompt": "What is 2 + 2? ", "chosen": "4", "rejected": "22, I should think"},
     {"prompt": "Capital of France: ", "chosen": "Paris", "rejected": "Lyon"},
@@ -34,8 +32,6 @@ def read_jsonl(path) -> list[dict]:
 
 
 WORDS = ["no", "yes it is", "42", "perhaps so", "certainly not", "ask again", "x", "a rather long answer"]
-
-
 # one row for each K from 1 to 8: all different, with ties, and all equal
 LISTS = [
     {"prompt": f"{k} to rank? ", "completions": WORDS[:k], "scores": scores}

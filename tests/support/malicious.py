@@ -20,8 +20,6 @@ from trl_ext.sampling.config import SamplingConfig
 from trl_ext.scoring.build import build_scorers, check_scorers
 
 PROMPTS = [{"prompt": "a? "}, {"prompt": "b? "}]
-
-
 SFT = [{"prompt": f"{number}? ", "completion": str(number)} for number in range(8)]
 
 

@@ -10,8 +10,6 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 EXPECTED = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotImplementedError, RuntimeError, ImportError)
-
-
 # kinds of these that say nothing to somebody who has only made a mistake
 BARE = (UnicodeError, RecursionError, json.JSONDecodeError, pickle.PickleError)
 
@@ -47,18 +45,12 @@ TEXT = st.one_of(
     st.text(st.characters(exclude_categories=()), max_size=6),  # with surrogates
     st.sampled_from(["", " ", "\x00", "\ud800", "a\u2028b", "<|im_end|>", "{{ x }}", "{%", "x" * 3000, "NaN", "null"]),
 )
-
-
 NUMBERS = st.one_of(
     st.integers(-3, 3),
     st.floats(),
     st.sampled_from([0, 1.5, math.nan, math.inf, -math.inf, 10**400, -(10**30), 1e39, True, False]),
 )
-
-
 SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, TEXT)
-
-
 NESTED = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=6
 )

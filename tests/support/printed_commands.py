@@ -138,17 +138,9 @@ def _docstring_lines(text: str) -> list[str]:
 
 
 RUNS = "tests/runs/test_playground_runs.py::"
-
-
 PLAYGROUNDS = RUNS + "test_playgrounds_as_the_readme_has_them"
-
-
 HELP = "tests/unit/cli/test_recipe_help.py::test_help_takes_less_than_two_seconds"
-
-
 HERE = "tests/docs/test_printed_commands.py::"
-
-
 # run as printed; by which test. The playgrounds get an `--output_dir` and a `--seed`, nothing else but what is said
 RUN = {
     "accelerate launch recipes/slic.py": PLAYGROUNDS + "[slic]",

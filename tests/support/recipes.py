@@ -21,8 +21,6 @@ def command(recipe, model_dir, prompts, output_dir, launcher=(), **kwargs):
 
 
 RECIPES = {file.stem: file for file in sorted((REPOSITORY / "recipes").glob("*.py"))}
-
-
 DATACLASSES = {name: recipe_dataclasses(file) for name, file in RECIPES.items()}
 
 

@@ -19,11 +19,7 @@ TEXTS = [
     "a", "What is 2 + 2? ", "Capital of France: ", "Say yes. ", "b", "Opposite of up? ", "Go on: one, two, three, ",
     "One word. ", "Bye! ", "7 times 6? ", "Colour of grass? ", "Tell me a story about a cat that could not sleep. ",
 ]  # fmt: skip
-
-
 PROMPTS = [{"prompt": text, "number": number} for number, text in enumerate(TEXTS)]
-
-
 SETTINGS = {"num_candidates": 3, "temperature": 1.0, "max_new_tokens": 20, "keep_duplicates": True}
 
 

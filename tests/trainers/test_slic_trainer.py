@@ -43,8 +43,6 @@ def dataset_of(form, pairs, chat_pairs, ranked):
 
 
 FORMS = ["plain", "plain+reference", "chat", "chat+reference", "ranked"]
-
-
 REGULARISERS = ["cross_entropy", "kl"]
 
 
