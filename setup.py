@@ -1,4 +1,4 @@
-"""What `setup.cfg` cannot say: recipes and accelerate's configs are installed inside the package."""
+"""What `setup.cfg` cannot say: files that are no modules, and recipes and configs inside the package."""
 
 from setuptools import find_packages, setup
 
@@ -6,6 +6,7 @@ setup(
     packages=[*find_packages(include=["trl_ext*"]), "trl_ext.recipes", "trl_ext.accelerate_configs"],
     package_dir={"trl_ext.recipes": "recipes", "trl_ext.accelerate_configs": "accelerate_configs"},
     package_data={
+        "trl_ext.cli": ["options.json"],
         "trl_ext.recipes": ["*.md", "configs/*.yaml", "slurm/*"],
         "trl_ext.accelerate_configs": ["*"],
     },

@@ -19,7 +19,7 @@ from claim import REPOSITORY, RUNS
 
 sys.path.insert(0, str(REPOSITORY))
 
-from trl_ext.cli.help import recipe_dataclasses
+from trl_ext.cli.options import recipe_dataclasses
 from trl_ext.cli.parse import given_options
 from trl_ext.comparison.arguments import parse_comparison_args
 from trl_ext.comparison.results import MethodResult

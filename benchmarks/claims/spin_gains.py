@@ -24,7 +24,7 @@ from claim import REPOSITORY, RUNS, Claim, Expectation, main
 
 sys.path.insert(0, str(REPOSITORY))
 
-from trl_ext.cli.help import recipe_dataclasses
+from trl_ext.cli.options import recipe_dataclasses
 from trl_ext.cli.parse import parse_recipe_args
 from trl_ext.playground.stages import continue_sft
 from trl_ext.runtime.jsonl import read_jsonl

@@ -14,7 +14,7 @@ import yaml
 from claim import TEXTS, Claim, Expectation, judge, main
 
 from tests.support.data import REPOSITORY
-from trl_ext.cli.help import recipe_dataclasses
+from trl_ext.cli.options import recipe_dataclasses
 from trl_ext.comparison.arguments import parse_comparison_args
 
 FOLDER = REPOSITORY / "benchmarks" / "claims"

@@ -20,7 +20,7 @@ from trl import DatasetMixtureConfig, ScriptArguments
 from tests.support.data import REPOSITORY
 from tests.support.reference import sequence_logp
 from trl_ext import CLICKTrainer, IPOTrainer, RRHFTrainer, SLiCTrainer, SPINTrainer
-from trl_ext.cli.help import recipe_dataclasses
+from trl_ext.cli.options import recipe_dataclasses
 from trl_ext.cli.parse import imported
 from trl_ext.data.limits import Limits
 from trl_ext.data.load import load_datasets, load_prompts

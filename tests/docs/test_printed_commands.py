@@ -1,7 +1,6 @@
 """
-Every command that the project prints: run as printed here or by another test; or read by its recipe's own parser and
-taken as far as the built trainer, with small stand-ins for models and data of the Hub; or among the few that no test
-can run, with the reason.
+Every command that the project prints is tried, by its kind (`KINDS`): run as printed, here or by another test; or read
+by its recipe's own parser and taken as far as the built trainer, with small stand-ins for models and data of the Hub.
 """
 
 import argparse
@@ -26,98 +25,48 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
 from tests.support.data import PAIRS, REPOSITORY, read_jsonl
-from tests.support.printed_commands import RUN, commands_of, printed_commands
-from tests.support.recipes import recipe_module
+from tests.support.printed_commands import KINDS, RUN, commands_of, kind_of, printed_commands
+from tests.support.recipes import RECIPES, recipe_module
 from trl_ext import SPINTrainer
-from trl_ext.cli.help import options_of, read_dataclass, recipe_dataclasses
 from trl_ext.cli.main import recipes, split_options
+from trl_ext.cli.options import options_of, recipe_dataclasses
 from trl_ext.cli.parse import parse_recipe_args
 from trl_ext.runs.run import Run
 
 PRINTED = printed_commands()
-SUITE = "the suite itself; .ci/run runs all of it"
-NETWORK = "downloads packages"
-MEASURES = "measures for minutes or hours, and wants a quiet machine; its options are parsed"
-AGAINST = "downloads packages; its options are parsed, and tests/upstream/test_run_against.py has the rest"
-NOT_RUN = {
-    "pytest": SUITE,
-    "pytest -m slow": SUITE,
-    "pytest -m matrix": SUITE,
-    "pytest -m slow tests/hostile/test_faults.py": SUITE,
-    "pytest tests/hostile": SUITE,
-    'pip install -c constraints.txt -e ".[test]"': "downloads packages; .ci/run runs it as printed",
-    'pip install -c constraints.txt -e ".[docs]"': "downloads packages; .ci/run runs it and builds the site",
-    "pip install -c constraints.txt -e .": NETWORK,
-    'pip install -e ".[quantization]"': NETWORK,
-    'pip install "trl_ext[deepspeed]"': NETWORK,
-    "python -m venv ENV": NETWORK,
-    "ENV/bin/pip install vllm": NETWORK,
-    "python tests/upstream/run_against.py oldest": AGAINST,
-    "python tests/upstream/run_against.py newest": AGAINST,
-    'python tests/upstream/run_against.py 1.16.0 -m "not slow and not matrix" tests/upstream/test_trl_canary.py': (
-        AGAINST
-    ),
-    "python tests/upstream/run_against.py --free transformers --free accelerate newest": AGAINST,
-    "python benchmarks/fit_cost_model.py": MEASURES,
-    "python benchmarks/playground.py": MEASURES,
-    "python benchmarks/playground.py --recipes slic rrhf --seeds 1 2 3": MEASURES,
-    "python benchmarks/long_context.py --budget_gib 4": MEASURES,
-    "python benchmarks/long_context.py --budget_gib 1 --answer 64 --max_completions_per_forward 0": MEASURES,
-    "python benchmarks/prefix_sharing_memory.py": MEASURES,
-    "python benchmarks/prefix_sharing_speed.py": MEASURES,
-    "python benchmarks/sampling_speed.py": MEASURES,
-    "python benchmarks/scaling.py --measure": MEASURES,
-    "python benchmarks/scaling.py --time": MEASURES,
-    "python benchmarks/slic_memory.py": MEASURES,
-    "python benchmarks/claims/NAME.py": MEASURES,
-    "python benchmarks/claims/NAME.py --seeds 1 2": MEASURES,
-}
+COMMANDS = {kind: sorted({one.command for one in PRINTED if kind_of(one.command) == kind}) for kind in KINDS}
 CLAIMS = sorted(
     file.stem for file in (REPOSITORY / "benchmarks" / "claims").glob("*.py") if "\nCLAIM = " in file.read_text()
 )
-NOT_RUN |= {f"python benchmarks/claims/{name}.py": MEASURES for name in CLAIMS}
 RECIPE = re.compile(r"recipes/(\w+)\.py(?= |$)(.*)")
 
 
 @functools.cache
 def options_of_recipe(name) -> set[str]:
-    paths = recipe_dataclasses(REPOSITORY / "recipes" / f"{name}.py")
-    return {option for path in paths for option in options_of(read_dataclass(path))}
+    return set(options_of(*recipe_dataclasses(REPOSITORY / "recipes" / f"{name}.py")))
 
 
-def launched(command: str) -> tuple[str, list[str]] | None:
-    """The recipe that a command launches with options, or leaves to the batch script, and these options."""
+def launched(command: str) -> tuple[str, list[str]]:
+    """The recipe that a command launches, and its options as far as they are printed."""
     if command.startswith("trl-ext "):
         _, recipe, *words = shlex.split(command)
         launcher, words = split_options(words, dict.fromkeys(options_of_recipe(recipes()[recipe].stem)))
         launch_command_parser().parse_args([*launcher, "recipe.py"])
         return recipes()[recipe].stem, words
     match = RECIPE.search(command)
-    if match is None or not command.startswith(("accelerate launch ", "STRATEGY=")) or not match[2]:
-        return None
     return match[1], [word for word in shlex.split(match[2]) if word != "..."]
 
 
-# read by the recipe's own parser, and its trainer built
-BUILT = sorted({one.command for one in PRINTED if launched(one.command)} - {*RUN})
-TABLES = {"RUN": set(RUN), "BUILT": set(BUILT), "NOT_RUN": set(NOT_RUN)}
-
-
-def test_every_printed_command_is_accounted_for():
-    assert len(PRINTED) > 80 and len(BUILT) > 40
+def test_every_printed_command_is_tried():
+    assert len(PRINTED) > 80 and len(COMMANDS["recipe"]) > 40
     for one in PRINTED:
-        tables = [name for name, commands in TABLES.items() if one.command in commands]
-        assert len(tables) == 1, (
-            f"{one.where} prints `{one.command}`, which is in {' and '.join(tables) or 'none'} of RUN, BUILT and "
-            "NOT_RUN. Let a test run it and name that in RUN, or say in NOT_RUN why none can."
+        assert kind_of(one.command), (
+            f"{one.where} prints `{one.command}`, which no test tries. Give it a kind in KINDS of "
+            "tests/support/printed_commands.py, and a test that tries this kind."
         )
-    printed = {one.command for one in PRINTED}
-    for name, commands in TABLES.items():
-        assert commands <= printed, f"{name} has what nobody prints: {sorted(commands - printed)}"
-    for command, test in RUN.items():
-        file, function, value = re.fullmatch(r"(.+)::(\w+)(?:\[(\w+)\])?", test).groups()
-        found = re.search(rf"((?:^@.*\n)*)^def {function}\(", (REPOSITORY / file).read_text(), flags=re.MULTILINE)
-        assert found and (value is None or f'"{value}"' in found[1]), f"{command}: there is no {test}"
+    assert set(COMMANDS["run"]) == set(RUN), "nobody prints it"
+    for command in (*COMMANDS["playground"], *COMMANDS["help"]):
+        assert RECIPE.search(command)[1] in {*RECIPES, "NAME"}, command
 
 
 # Recipes, as far as the trainer
@@ -254,7 +203,7 @@ def write_rows(name, rows):
     Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@pytest.mark.parametrize("command", BUILT, ids=lambda command: launched(command)[0])
+@pytest.mark.parametrize("command", COMMANDS["recipe"], ids=lambda command: launched(command)[0])
 def test_printed_recipes_are_read_and_their_trainers_built(command, here, built):
     recipe, words = launched(command)
     if command.startswith("accelerate launch "):
@@ -348,16 +297,11 @@ def in_a_shell(command, folder):
 
 
 def test_pages_that_are_made(tmp_path):
-    shutil.copytree(REPOSITORY / "recipes", tmp_path / "recipes")
-    (tmp_path / "docs").mkdir()
     shutil.copytree(REPOSITORY / "benchmarks" / "claims", tmp_path / "benchmarks" / "claims")
-    for command, page in (
-        ("python -m trl_ext.cli.options_page recipes > docs/options.md", "docs/options.md"),
-        ("python benchmarks/claims/summary.py", "benchmarks/claims/README.md"),
-    ):
-        (tmp_path / page).write_text("")
-        in_a_shell(command, tmp_path)
-        assert (tmp_path / page).read_text() == (REPOSITORY / page).read_text()
+    page = Path("benchmarks/claims/README.md")
+    (tmp_path / page).write_text("")
+    in_a_shell("python benchmarks/claims/summary.py", tmp_path)
+    assert (tmp_path / page).read_text() == (REPOSITORY / page).read_text()
 
 
 def test_committed_measurements_are_drawn_and_printed(tmp_path):
@@ -385,10 +329,11 @@ def as_main(command, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")  # it is imported already
-@pytest.mark.parametrize("name", ["tiny-model", "DIRECTORY"])
-def test_a_small_model(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("command", COMMANDS["small model"])
+def test_a_small_model(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    as_main(f"python -m trl_ext.playground {name}", monkeypatch)
+    as_main(command, monkeypatch)
+    name = command.split()[-1]
     assert AutoModelForCausalLM.from_pretrained(name).num_parameters() > 100_000
     assert AutoTokenizer.from_pretrained(name)("a").input_ids
 
@@ -397,7 +342,7 @@ class ParsedError(Exception):
     """The options of a script are parsed."""
 
 
-@pytest.mark.parametrize("command", [command for command, why in NOT_RUN.items() if "parsed" in why])
+@pytest.mark.parametrize("command", COMMANDS["script"])
 def test_options_of_scripts_are_parsed(command, monkeypatch):
     parse_args = argparse.ArgumentParser.parse_args
 
@@ -415,7 +360,7 @@ def test_what_the_other_commands_name_is_there():
     setup = configparser.ConfigParser()
     setup.read(REPOSITORY / "setup.cfg")
     markers = (REPOSITORY / "pyproject.toml").read_text()
-    for command in NOT_RUN:
+    for command in (*COMMANDS["suite"], *COMMANDS["script"]):
         for extra in re.findall(r"\[(\w+)\]", command):
             assert extra in setup["options.extras_require"], command
         for file in re.findall(r"[\w/]+\.(?:py|txt|sbatch)(?= |$)", command.replace("NAME", "claim")):

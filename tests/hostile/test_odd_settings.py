@@ -15,7 +15,7 @@ from tests.support.data import REPOSITORY
 from tests.support.odd import NESTED, NUMBERS, SCALARS, TEXT, cases, more_or_less, refused
 from tests.support.stage_functions import look_around
 from trl_ext import CLICKConfig, RRHFConfig, SLiCConfig, SPINConfig
-from trl_ext.cli.help import recipe_dataclasses
+from trl_ext.cli.options import recipe_dataclasses
 from trl_ext.cli.parse import parse_recipe_args
 from trl_ext.cli.sample_and_rank_config import SampleAndRankConfig
 from trl_ext.comparison.arguments import parse_comparison_args

@@ -8,7 +8,7 @@ from peft import LoraConfig
 
 from tests.support.data import REPOSITORY, REWARDS
 from trl_ext import SPINConfig, SPINTrainer
-from trl_ext.cli.help import recipe_dataclasses
+from trl_ext.cli.options import recipe_dataclasses
 from trl_ext.cli.parse import parse_recipe_args
 from trl_ext.cli.start import start_rounds
 from trl_ext.cli.start_spin import start_self_play

@@ -19,7 +19,7 @@ from trl import DatasetMixtureConfig, ScriptArguments
 
 from tests.support import warm
 from tests.support.data import PAIRS, REPOSITORY, REWARDS, read_jsonl, real_data
-from trl_ext.cli.help import recipe_dataclasses
+from trl_ext.cli.options import recipe_dataclasses
 from trl_ext.cli.parse import parse_recipe_args
 from trl_ext.cli.start import in_rounds, start_rounds
 from trl_ext.data.load import load_datasets, load_prompts

@@ -2,7 +2,7 @@
 
 from tests.support import warm
 from tests.support.data import REPOSITORY
-from trl_ext.cli.help import recipe_dataclasses
+from trl_ext.cli.options import recipe_dataclasses
 from trl_ext.cli.parse import given_options
 from trl_ext.comparison.arguments import parse_comparison_args
 from trl_ext.comparison.seed_run import SeedRun

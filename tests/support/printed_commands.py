@@ -30,6 +30,29 @@ FENCE = re.compile(r" *```")
 INLINE = re.compile(r"`([^`]+)`")
 CONTINUED = re.compile(r"\s*\\+$")  # two in a docstring
 REMARK = re.compile(r"\s{2,}# .*$")
+# what a test of its own runs as printed
+RUN = (
+    "python -m trl_ext.cli.options_page",
+    "python benchmarks/claims/summary.py",
+    "python benchmarks/playground.py --table",
+    "python benchmarks/plot.py FOLDER",
+    "python benchmarks/scaling.py",
+    "trl reward --config reward.yaml",
+)
+# how a command is tried -> which commands are of this kind; the first that fits counts
+KINDS = {
+    "run": "|".join(map(re.escape, RUN)),
+    # run with an `--output_dir` and a `--seed`, by tests/runs/test_playground_runs.py
+    "playground": r"accelerate launch recipes/\w+\.py",
+    # read by the recipe's own parser, and its trainer built
+    "recipe": r"(?:[A-Z_]+=\S+ )*(?:accelerate launch|sbatch) .*recipes/\w+\.py.*|trl-ext .+",
+    "help": r"python recipes/\w+\.py --help",  # run for every recipe, by tests/unit/cli/test_recipe_help.py
+    "small model": r"python -m trl_ext\.playground [\w-]+",  # run
+    # measures for minutes or hours, or downloads packages: its options are parsed
+    "script": r"python (?:benchmarks|tests)/\S+\.py.*",
+    # runs the tests or downloads packages, as .ci/run does: what it names is there
+    "suite": r"pytest.*|(?:\S+/)?pip install .+|python -m venv ENV",
+}
 # between backticks, what is only named: a program, or a part of a command
 PART = re.compile(r"(accelerate launch|pip install|sbatch|ruff|trl|trl-ext)( \w+| --\w+)?$|.*(\.\.\.|…)")
 
@@ -46,6 +69,11 @@ class Printed:
 
     command: str
     where: str
+
+
+def kind_of(command: str) -> str | None:
+    """How a command is tried, a key of `KINDS`; `None` if no pattern there fits."""
+    return next((kind for kind, pattern in KINDS.items() if re.fullmatch(pattern, command)), None)
 
 
 def printed_commands(root: Path = REPOSITORY) -> list[Printed]:
@@ -135,37 +163,3 @@ def _docstring_lines(text: str) -> list[str]:
             first, last = docstring.lineno - 1, docstring.end_lineno
             lines[first:last] = (line.replace('"""', "   ") for line in written[first:last])
     return lines
-
-
-RUNS = "tests/runs/test_playground_runs.py::"
-PLAYGROUNDS = RUNS + "test_playgrounds_as_the_readme_has_them"
-HELP = "tests/unit/cli/test_recipe_help.py::test_help_takes_less_than_two_seconds"
-HERE = "tests/docs/test_printed_commands.py::"
-# run as printed; by which test. The playgrounds get an `--output_dir` and a `--seed`, nothing else but what is said
-RUN = {
-    "accelerate launch recipes/slic.py": PLAYGROUNDS + "[slic]",
-    # go on, with `--resume_from_checkpoint true`, from what the one above has made and they would have made themselves
-    "accelerate launch recipes/rrhf.py": PLAYGROUNDS + "[rrhf]",
-    "accelerate launch recipes/train_click.py": PLAYGROUNDS + "[train_click]",
-    "accelerate launch recipes/dpo.py": PLAYGROUNDS + "[dpo]",
-    "accelerate launch recipes/ipo.py": PLAYGROUNDS + "[ipo]",
-    "accelerate launch recipes/orpo.py": PLAYGROUNDS + "[orpo]",
-    "accelerate launch recipes/kto.py": PLAYGROUNDS + "[kto]",
-    "accelerate launch recipes/best_of_n.py": PLAYGROUNDS + "[best_of_n]",
-    "accelerate launch recipes/reward.py": RUNS + "test_the_playground_of_a_reward_model",
-    "accelerate launch recipes/rl.py": PLAYGROUNDS + "[rl]",
-    # likewise, with `--seeds 1 --methods dpo`
-    "accelerate launch recipes/compare.py": RUNS + "test_the_playground_of_a_comparison",
-    "accelerate launch recipes/spin.py": RUNS + "test_the_playground_of_spin",  # with `--num_iterations 1`
-    "python recipes/slic.py --help": HELP,
-    "python recipes/NAME.py --help": HELP,
-    "python -m trl_ext.playground DIRECTORY": HERE + "test_a_small_model",
-    "python -m trl_ext.playground tiny-model": HERE + "test_a_small_model",
-    # TRL's own script, called as its launcher does; with `bf16: false` and `max_steps: 1` in the file
-    "trl reward --config reward.yaml": HERE + "test_trls_reward_script",
-    "python -m trl_ext.cli.options_page recipes > docs/options.md": HERE + "test_pages_that_are_made",
-    "python benchmarks/claims/summary.py": HERE + "test_pages_that_are_made",
-    "python benchmarks/plot.py FOLDER": HERE + "test_committed_measurements_are_drawn_and_printed",
-    "python benchmarks/playground.py --table": HERE + "test_committed_measurements_are_drawn_and_printed",
-    "python benchmarks/scaling.py": HERE + "test_committed_measurements_are_drawn_and_printed",
-}

@@ -5,7 +5,7 @@ import importlib.util
 import sys
 
 from tests.support.data import REPOSITORY, REWARDS
-from trl_ext.cli.help import recipe_dataclasses
+from trl_ext.cli.options import recipe_dataclasses
 
 
 def command(recipe, model_dir, prompts, output_dir, launcher=(), **kwargs):

@@ -15,8 +15,8 @@ from functools import cache
 from pathlib import Path
 
 from .arguments import did_you_mean, with_config_apart
-from .help import options_of, read_dataclass, recipe_dataclasses
 from .mistakes import is_known, print_mistake
+from .options import options_of, recipe_dataclasses
 from .preflight import check_before_imports
 from .run import asks_for_help, print_help
 
@@ -139,8 +139,7 @@ def main() -> None:
         return
     try:
         dataclasses = recipe_dataclasses(script)
-        known = {name: one for path in dataclasses for name, one in options_of(read_dataclass(path)).items()}
-        launcher, words = split_options(args, known)
+        launcher, words = split_options(args, options_of(*dataclasses))
         check_before_imports(dataclasses, words)
     except Exception as error:
         if not is_known(error):

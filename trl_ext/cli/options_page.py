@@ -1,33 +1,25 @@
 """
-A page with every option of every recipe, as Markdown:
+Everything that is made from the recipes' dataclasses: `options.json`, and a page with every option as Markdown. In the
+folder of a checkout:
 
-    python -m trl_ext.cli.options_page recipes > docs/options.md
+    python -m trl_ext.cli.options_page
 """
 
-import argparse
 import ast
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import MISSING
 from pathlib import Path
 
-from .help import (
-    OUR_PACKAGE,
-    Option,
-    declaring_classes,
-    package_of,
-    place_of,
-    read_dataclass,
-    recipe_dataclasses,
-    shown_text,
-    shown_value,
-    unused_fields,
-)
+from ..runtime.files import write_atomically
+from .help import place_of, shown_text, shown_value
+from .options import PACKAGE, Classes, Option, OptionClass, classes_in, recipe_dataclasses, table_of, unused_fields
 
 INTRODUCTION = """\
 # Options of the recipes
 
-Made by `python -m trl_ext.cli.options_page recipes > docs/options.md`; do not edit.
+Made by `python -m trl_ext.cli.options_page`; do not edit.
 
 Each option is given on the command line (`--name value`) or in a file (`name: value`, with `--config FILE`); the
 command line wins. On the command line the values of a list have spaces between them and a dict is JSON; in a file
@@ -43,38 +35,39 @@ first counts.
 """
 
 
-def options_page(folder: Path) -> str:
+def options_page(folder: Path, classes: Classes) -> str:
     """
     The page about a folder of recipes.
 
     Args:
         folder (`Path`): every `.py` file in it is a recipe, with the dotted names of its dataclasses as `DATACLASSES`.
+        classes (`Classes`): what these names stand for.
 
     Raises:
-        ValueError: a file is none, or a dataclass cannot be read.
+        ValueError: a file is not a recipe.
     """
     lines = [INTRODUCTION, "| Recipe | | Classes |", "|---|---|---|"]
-    sections, offered = {}, set()
+    sections, offered = {}, {}
     for file in sorted(folder.glob("*.py")):
-        named = [read_dataclass(path) for path in recipe_dataclasses(file)]
-        classes = [one for reading in named for one in declaring_classes(reading) if one.own]
-        sections.update({_title(one): one for one in classes})
-        offered.update(named)
+        named = [classes[path] for path in recipe_dataclasses(file)]
+        declaring = [one for inherited in named for one in inherited if one.own]
+        sections.update({_title(one): one for one in declaring})
+        offered.update({inherited[0]: unused_fields(inherited) for inherited in named})
         summary = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[0]
-        links = ", ".join(f"[{one.__name__}](#{_anchor(_title(one))})" for one in classes)
+        links = ", ".join(f"[{one.name}](#{_anchor(_title(one))})" for one in declaring)
         lines.append(f"| `{file.name}` | {_cell(summary)} | {links} |")
     for title, one in sorted(sections.items(), key=lambda item: (place_of(item[1]), item[0].lower())):
         lines += ["", f"## {title}", ""]
-        lines += _whole_table(one.own.values()) if package_of(one) == OUR_PACKAGE else _names(one.own.values())
-        refused = unused_fields(one) if one in offered else {}
+        lines += _whole_table(one.own) if one.package == PACKAGE.name else _names(one.own)
+        refused = offered.get(one)
         if refused:
             lines += ["", "Inherited, and refused if set:", "", "| Option | Instead |", "|---|---|"]
             lines += [f"| `{name}` | {_cell(why)} |" for name, why in refused.items()]
     return "\n".join(lines) + "\n"
 
 
-def _title(reading: type) -> str:
-    return f"{package_of(reading)}.{reading.__name__}"
+def _title(one: OptionClass) -> str:
+    return f"{one.package}.{one.name}"
 
 
 def _anchor(title: str) -> str:
@@ -109,9 +102,10 @@ def _cell(text: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Print a page with every option of every recipe, as Markdown.")
-    parser.add_argument("folder", type=Path, help="Folder of the recipes.")
-    print(options_page(parser.parse_args().folder), end="")
+    recipes = Path("recipes")
+    table = table_of(sorted({path for file in recipes.glob("*.py") for path in recipe_dataclasses(file)}))
+    write_atomically(Path(PACKAGE.name, "cli", "options.json"), json.dumps(table, indent=1) + "\n")
+    write_atomically(Path("docs", "options.md"), options_page(recipes, classes_in(table)))
 
 
 if __name__ == "__main__":

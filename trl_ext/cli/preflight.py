@@ -1,7 +1,7 @@
 """
 What a recipe looks at before it imports torch and TRL, which takes many seconds: options, config file, paths, columns.
 
-The dataclasses are read from their source files (see `cli/help.py`). What they check themselves comes later.
+The options are known without their dataclasses (see `cli/options.py`). What these check themselves comes later.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from ..data.column_names import check_columns
 from ..runtime.model_folders import refuse_without_tokenizer
 from ..runtime.settings import list_items
 from .arguments import INSTEAD_OF, explained, read_config, refuse_unknown_options, typed_options, with_config_apart
-from .help import Option, options_of, read_dataclass
+from .options import Option, options_of
 
 LOOKED_AT = 4 << 20  # bytes of a data file
 TYPES = {"Any": Any, "Literal": Literal}
@@ -35,7 +35,7 @@ def check_before_imports(dataclass_types: Sequence[str], args: Sequence[str]) ->
         FileNotFoundError, ValueError, TypeError: as [`parse_recipe_args`] raises, and for paths and columns.
     """
     args = with_config_apart(args)
-    options = {name: one for path in dataclass_types for name, one in options_of(read_dataclass(path)).items()}
+    options = options_of(*dataclass_types)
     hints = {name: _hint(option) for name, option in options.items()}
     refuse_unknown_options(hints, args)
     values: dict[str, Any] = {}

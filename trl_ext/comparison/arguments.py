@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli.arguments import read_config, typed_options, with_config_apart
-from ..cli.help import recipe_dataclasses
+from ..cli.options import recipe_dataclasses
 from ..cli.parse import imported, option_hints, parse_recipe_args
 from ..runtime.settings import maybe_meant
 from .config import IDLE, ComparisonConfig

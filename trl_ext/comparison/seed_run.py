@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from accelerate import PartialState
 
-from ..cli.help import recipe_dataclasses
+from ..cli.options import recipe_dataclasses
 from ..cli.parse import parse_recipe_args
 from ..cli.start import start_rounds
 from ..data.messages import as_text

@@ -1,82 +1,53 @@
-"""What recipes say about their options: read from source files, and compared with the classes themselves."""
+"""What recipes say about their options: as their dataclasses say it, and without importing them."""
 
 import dataclasses
+import json
 import os
 import re
 import resource
 import subprocess
 import sys
-from enum import Enum
 from importlib import import_module
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Union, get_args, get_origin, get_type_hints
 
 import pytest
-from transformers import HfArgumentParser
 
 from tests.support.data import REPOSITORY
-from trl_ext.cli.help import (
-    AsWritten,
-    groups,
-    options_of,
-    read_dataclass,
-    recipe_dataclasses,
-    recipe_help,
-    refused_options,
-    unused_fields,
-)
-from trl_ext.cli.options_page import options_page
+from trl_ext.cli import options as cli_options
+from trl_ext.cli import options_page
+from trl_ext.cli.help import groups, recipe_help, refused_options
+from trl_ext.cli.options import SHIPPED, classes_in, inherited_options, load_classes, recipe_dataclasses, table_of
 from trl_ext.cli.parse import imported
 from trl_ext.cli.run import asks_for_help
 
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.py"))
 PATHS = sorted({path for file in RECIPES for path in recipe_dataclasses(file)})
-# choices that are computed when their module is imported, and which the help texts name
-COMPUTED_CHOICES = {"log_level", "log_level_replica"}
 HEAVY = {"accelerate", "datasets", "matplotlib", "numpy", "peft", "scipy", "torch", "transformers", "trl"}
 
 recipes = pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
 
 
-def shown_type(hint) -> str:
-    if get_origin(hint) in (Union, UnionType):
-        return " | ".join(dict.fromkeys(shown_type(one) for one in get_args(hint) if one is not NoneType))
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return "str"
-    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else re.sub(r"\b\w+\.", "", str(hint))
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """A folder in which the command has been called that makes `options.json` and the options page."""
+    (tmp_path / "recipes").symlink_to(REPOSITORY / "recipes")
+    monkeypatch.chdir(tmp_path)
+    options_page.main()
+    return tmp_path
 
 
-def assert_as_imported(path: str) -> int:
-    """Compare every option of a dataclass with its field and with transformers' parser; their number."""
-    (real,) = imported([path])
-    reading = read_dataclass(path)
-    options = options_of(reading)
-    hints = get_type_hints(real)
-    fields = {entry.name: entry for entry in dataclasses.fields(real) if entry.init}
-    assert list(options) == list(fields)
-    choices = {action.dest: action.choices for action in HfArgumentParser(real)._actions[::-1]}
-    for name, option in options.items():
-        entry = fields[name]
-        default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
-        default = default.value if isinstance(default, Enum) else default
-        assert not isinstance(option.default, AsWritten), name
-        assert option.default is default or (option.default == default and type(option.default) is type(default)), name
-        assert option.type == shown_type(hints[name]), name
-        if "help" in entry.metadata:
-            assert option.help == entry.metadata["help"], name
-        if name in COMPUTED_CHOICES:
-            assert option.choices is None and all(f"'{one}'" in fields["log_level"].metadata["help"] for one in
-                                                  ("debug", "passive"))  # fmt: skip
-        else:
-            assert list(option.choices or ()) == list(choices[name] or ()), name
-    assert unused_fields(reading) == getattr(real, "unused_fields", {})
-    return len(options)
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_what_is_read_is_what_the_classes_say(path):
-    assert assert_as_imported(path) >= 3
+def test_what_is_made_is_up_to_date(made):
+    shipped, now = json.loads(SHIPPED.read_text()), json.loads((made / "trl_ext/cli/options.json").read_text())
+    if shipped["versions"] != now["versions"]:
+        pytest.skip(f"options.json is made with {shipped['versions']}")
+    page = (REPOSITORY / "docs" / "options.md").read_text()
+    assert (now, (made / "docs/options.md").read_text()) == (shipped, page), "run `python -m trl_ext.cli.options_page`"
+    links = set(re.findall(r"\]\(#([^)]+)\)", page))
+    headings = {re.sub(r"[^\w-]", "", title.lower()) for title in re.findall(r"^## (\S+)$", page, flags=re.M)}
+    assert len(links) > 10 and links == headings
+    for classes in classes_in(now).values():
+        for name in inherited_options(classes):
+            assert re.search(rf"(\| |^|, )`{name}`( \||,| =|\.$)", page, flags=re.M), name
 
 
 @recipes
@@ -141,37 +112,19 @@ def test_help_is_printed_once_and_its_reader_may_leave():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_options_page_is_up_to_date():
-    page = (REPOSITORY / "docs" / "options.md").read_text()
-    assert page == options_page(REPOSITORY / "recipes"), (
-        "run `python -m trl_ext.cli.options_page recipes > docs/options.md`"
-    )
-    links = set(re.findall(r"\]\(#([^)]+)\)", page))
-    headings = {re.sub(r"[^\w-]", "", title.lower()) for title in re.findall(r"^## (\S+)$", page, flags=re.M)}
-    assert len(links) > 10 and links == headings
-    for path in PATHS:
-        for name in options_of(read_dataclass(path)):
-            assert re.search(rf"(\| |^|, )`{name}`( \||,| =|\.$)", page, flags=re.M), name
-
-
-# Source files of every kind
+# Classes of every kind
 
 
 FIRST = '''
+import os
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import ClassVar, Literal, Optional
-
-NAMES = ("one", "two")
-SHARED = {name: "no" for name in NAMES if name != "two"}
+from typing import ClassVar, Optional
 
 
 class Colour(str, Enum):
     RED = "red"
     BLUE = "blue"
-
-    def lighter(self):
-        return self
 
 
 @dataclass
@@ -187,20 +140,14 @@ class First:
 
     needed: str
     plain: int = 3
-    unused_fields: ClassVar[dict[str, str]] = {**SHARED, "plain": "set `joined`"}
-    default_name = "a"
-    if len(NAMES) > 1:
-        default_name = "b"
-    by_name: Optional[str] = field(default=default_name, metadata={"help": f"One of {', '.join(NAMES)}, " "or not."})
+    unused_fields: ClassVar[dict[str, str]] = {"one": "no", "plain": "set `joined`"}
+    by_name: Optional[str] = field(default="b", metadata={"help": "One or two, or not."})
     hidden: int = field(default=0, init=False)
 '''
 SECOND = """
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from . import first as elsewhere
-from .first import NAMES as WORDS
 from .first import Colour, First
 
 
@@ -210,66 +157,85 @@ class NotADataclass:
 
 @dataclass
 class Second(NotADataclass, First):
-    plain: int = field(default=-4, metadata={"help": "Another " + WORDS[0]})
-    joined: list[str] | None = field(default_factory=lambda: [word.upper() for word in WORDS])
+    plain: int = field(default=-4, metadata={"help": "Another one"})
+    joined: list[str] | None = field(default_factory=lambda: ["ONE", "TWO"])
     colour: Colour | str = field(default=Colour.RED, metadata={"help": "c"})
     only: Literal["x", "y"] = field(default="x", metadata={"help": "o"})
-    chosen: str = field(default="one", metadata={"help": "h", "choices": list(WORDS)})
+    chosen: str = field(default="one", metadata={"help": "h", "choices": ["one", "two"]})
     empty: list[int] = field(default_factory=list)
 """
 
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package of two modules, which can be imported and read; its name."""
+    """A package of two modules; its name."""
     name = f"read_{tmp_path.name}"
     folder = tmp_path / name
     folder.mkdir()
-    (folder / "__init__.py").write_text("if True:\n    from .second import Second as Public\n")
+    (folder / "__init__.py").write_text("from .second import Second as Public\n")
     (folder / "first.py").write_text(FIRST)
     (folder / "second.py").write_text(SECOND)
     monkeypatch.syspath_prepend(tmp_path)
-    return name
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    load_classes.cache_clear()
+    yield name
+    load_classes.cache_clear()
 
 
-def test_reading_follows_bases_constants_and_expressions(package):
+def test_classes_outside_the_file_are_imported_once_by_another_process(package, tmp_path, monkeypatch):
     path = f"{package}.Public"
-    options = options_of(read_dataclass(path))
-    assert package not in sys.modules, "nothing is imported to read it"
-    assert assert_as_imported(path) == len(options) == 8
+    options = inherited_options(load_classes(path)[path])
+    assert package not in sys.modules
+    assert list(options) == [entry.name for entry in dataclasses.fields(imported([path])[0]) if entry.init]
     assert options["needed"].default is dataclasses.MISSING
     assert options["needed"].help == "it has to be given."
-    assert options["by_name"].help == "One of one, two, or not." and options["by_name"].default == "b"
-    assert options_of(read_dataclass(f"{package}.first.First"))["plain"].help == (
-        "what the docstring says, in two lines."
-    )
+    assert (options["by_name"].type, options["by_name"].default) == ("str", "b")
+    assert inherited_options(load_classes(path)[path][1:])["plain"].help == "what the docstring says, in two lines."
     text = recipe_help("x.py", "X.", [path], width=80)
-    assert "--needed str, required\n" in text and "--only str" not in text
+    assert "--needed str, required\n" in text and "--only Literal['x', 'y'] = x\n      o. One of: x, y.\n" in text
     assert "--colour str = red\n      c. One of: red, blue.\n" in text
+    assert "--chosen str = one\n      h. One of: one, two.\n" in text
     assert "--plain: set `joined`" in text and "--one: no" not in text, "only what there is is refused"
 
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it is imported again"))
+    load_classes.cache_clear()
+    assert inherited_options(load_classes(path)[path]) == options
+    source = tmp_path / package / "second.py"
+    source.write_text(source.read_text().replace("-4", "-5"))
+    load_classes.cache_clear()
+    with pytest.raises(pytest.fail.Exception, match="imported again"):
+        load_classes(path)
 
-def test_what_cannot_be_read_is_said_or_shown_as_written(package, tmp_path):
-    module = tmp_path / package / "third.py"
-    head = "import os\nfrom dataclasses import dataclass, field\n\n@dataclass\n"
-    module.write_text(head + "class Third:\n    cores: int = field(default=os.cpu_count(), metadata={'help': 'c'})\n")
-    text = recipe_help("x.py", "X.", [f"{package}.third.Third"], width=80)
-    assert "--cores int = os.cpu_count()\n" in text
-    (tmp_path / package / "fifth.py").write_text(
-        head + "class Fifth:\n    size = 1\n    size = size + 1\n    a: int = size\n"
+
+def test_another_version_or_a_changed_file_is_not_answered_from_the_file(tmp_path, monkeypatch):
+    table = json.loads(SHIPPED.read_text())
+    assert cli_options._is_current(table)
+    assert set(table["versions"]) == {"transformers", "trl"} and "trainers/common_config.py" in table["files"]
+    assert not cli_options._is_current({**table, "versions": {**table["versions"], "trl": "1.15.0"}})
+    changed = {**table, "files": {**table["files"], "methods/ipo/config.py": "0"}}
+    monkeypatch.setattr(cli_options, "SHIPPED", tmp_path / "options.json")
+    cli_options.SHIPPED.write_text(json.dumps(changed))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "cache").write_text("a file, in which nothing can be kept")
+    done = subprocess.CompletedProcess(
+        [], 0, f"said by a library\n{json.dumps(table_of(['trl_ext.IPOConfig']))}\n", ""
     )
-    assert "--a int = size\n" in recipe_help("x.py", "X.", [f"{package}.fifth.Fifth"], width=80)
-    (tmp_path / package / "fourth.py").write_text(head + "class Fourth(make_base()):\n    a: int = 1\n")
-    with pytest.raises(ValueError, match=r"Fourth in .*fourth.py inherits make_base\(\), which is not found"):
-        read_dataclass(f"{package}.fourth.Fourth")
-    with pytest.raises(ValueError, match=r"has no Sixth that can be read"):
-        read_dataclass(f"{package}.third.Sixth")
-    with pytest.raises(ValueError, match=r"no source file of the module \w+\.nowhere"):
-        read_dataclass(f"{package}.nowhere.One")
+    calls = []
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: calls.append(words) or done)
+    load_classes.cache_clear()
+    assert [one.name for one in load_classes("trl_ext.IPOConfig")["trl_ext.IPOConfig"]][0] == "IPOConfig"
+    assert calls == [[sys.executable, "-m", "trl_ext.cli.options", "trl_ext.IPOConfig"]]
+    load_classes.cache_clear()
+
+
+def test_what_cannot_be_read_is_said(package, tmp_path):
+    with pytest.raises(ImportError, match=rf"options of {package}.Gone cannot be read: AttributeError: .*'Gone'"):
+        load_classes(f"{package}.Gone")
     recipe = tmp_path / "recipe.py"
-    recipe.write_text("print('no options')\n")
-    with pytest.raises(ValueError, match="does not say which options it has.* Set DATACLASSES"):
-        recipe_dataclasses(recipe)
+    for text in ("print('no options')\n", "DATACLASSES = tuple(names)\n"):
+        recipe.write_text(text)
+        with pytest.raises(ValueError, match="does not say which options it has.* Set DATACLASSES"):
+            recipe_dataclasses(recipe)
 
 
 def test_recipes_name_classes_that_are_there():

@@ -11,7 +11,7 @@ from datasets import Dataset
 from tests.support.comparing import PLAYGROUND, RECIPE, RECIPES, one_seed, parsed_from
 from tests.support.data import PAIRS, read_jsonl
 from trl_ext import SLiCConfig, SLiCTrainer
-from trl_ext.cli.help import recipe_dataclasses
+from trl_ext.cli.options import recipe_dataclasses
 from trl_ext.cli.parse import given_options, parse_recipe_args
 from trl_ext.comparison.arguments import shared_settings
 from trl_ext.comparison.compare import _with_labels_of_now, compare
