@@ -49,6 +49,7 @@ BORROWED = {
     "trl.trainer.dpo_trainer:create_model_from_path": ("model_id", "architecture", "kwargs"),
     # wrapped while a trainer is being constructed (see `after_fused_lm_head`)
     "trl.trainer.dpo_trainer:add_fused_lm_head": ("model", "temperature", "cast_lm_head_to_fp32", "outputs"),
+    "trl.trainer.kto_trainer:add_fused_lm_head": ("model", "temperature", "cast_lm_head_to_fp32", "outputs"),
     # overridden in `trainers/candidate_trainer.py`
     "trl.trainer.dpo_trainer:DPOTrainer._prepare_dataset": (
         "self",
@@ -243,20 +244,29 @@ def without_rotation():
 
 @contextlib.contextmanager
 def after_fused_lm_head(callback):
-    """Call `callback(model)` on every model to which a `DPOTrainer` being constructed adds TRL's fused LM head."""
-    from trl.trainer import dpo_trainer
+    """
+    Call `callback(model)` on every model to which a `DPOTrainer` or a `KTOTrainer` being constructed adds TRL's fused
+    LM head.
+    """
+    from trl.trainer import dpo_trainer, kto_trainer
 
-    add = dpo_trainer.add_fused_lm_head
+    modules = dpo_trainer, kto_trainer
+    added_by = [module.add_fused_lm_head for module in modules]
 
-    def add_and_call(model, *args, **kwargs):
-        add(model, *args, **kwargs)
-        callback(model)
+    def calling_back(add):
+        def add_and_call(model, *args, **kwargs):
+            add(model, *args, **kwargs)
+            callback(model)
 
-    dpo_trainer.add_fused_lm_head = add_and_call
+        return add_and_call
+
+    for module, add in zip(modules, added_by, strict=True):
+        module.add_fused_lm_head = calling_back(add)
     try:
         yield
     finally:
-        dpo_trainer.add_fused_lm_head = add
+        for module, add in zip(modules, added_by, strict=True):
+            module.add_fused_lm_head = add
 
 
 _checked = False

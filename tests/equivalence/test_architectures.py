@@ -27,6 +27,27 @@ def test_architecture(model_type):
     assert prefix_sharing.statistics.positions_computed < 0.7 * prefix_sharing.statistics.positions_padded
 
 
+@pytest.mark.parametrize("model_type", SHARING)
+def test_padding_on_the_left_without_positions(model_type):
+    """
+    Prompts are padded on the left, answers on the right, as RLOO and GRPO have them. Each model then uses positions of
+    its own, the columns or the tokens' numbers, which learned positions show.
+    """
+    padded, shared, prefix_sharing = two_of(model_type)
+    sequences = random_sequences(3, 3, (WINDOW + 1, 3 * WINDOW), (1, 2 * WINDOW))
+    batch = batch_of(sequences)
+    length = max(len(prompt) for prompt, _ in sequences)
+    rows = {name: torch.full((len(sequences), length + 2 * WINDOW), 0) for name in ("input_ids", "attention_mask")}
+    rows["labels"] = torch.full_like(rows["input_ids"], -100)
+    for n, (prompt, answer) in enumerate(sequences):
+        both = len(prompt) + len(answer)
+        for name in rows:
+            rows[name][n, length - len(prompt) :][:both] = batch[name][n, :both]
+    assert_same(padded, shared, rows)
+    statistics = prefix_sharing.statistics
+    assert statistics.batches_shared == 1 and statistics.positions_computed < 0.7 * statistics.positions_padded
+
+
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "mixtral", "gpt2"])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing(model_type, use_reentrant):

@@ -6,12 +6,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from trl import DPOConfig, DPOTrainer
 
 from tests.equivalence.baseline import padded_dpo_trainer
 from tests.equivalence.small_models import make
 from tests.support.data import read_jsonl, real_data
+from tests.support.whole_runs import assert_same_run, remember
 from trl_ext import SLiCConfig, SLiCTrainer, enable_prefix_sharing, share_prefixes
 from trl_ext.playground.model import byte_level_tokenizer
 
@@ -32,75 +33,6 @@ LOSS_TYPES = [
     "sft",
     "sigmoid_norm",
 ]
-NOT_RESULTS = ("runtime", "per_second", "flos")
-
-
-@pytest.fixture(scope="module")
-def strong_model_dir(tmp_path_factory, model_dir):
-    """The small model with weights large enough that mistakes show."""
-    directory = str(tmp_path_factory.mktemp("strong"))
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
-    model.save_pretrained(directory)
-    byte_level_tokenizer().save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture
-def long_prompts():
-    question = "Here is a question that takes its time: what is {} plus {}? "
-    return Dataset.from_list(
-        [
-            {"prompt": question.format(a, b), "chosen": f"{a + b}" + "." * (a % 4), "rejected": f"{a - b}, I think"}
-            for a, b in [(1, 2), (30, 4), (5, 600), (7, 8), (90, 1), (11, 12), (13, 140)]
-        ]
-    )
-
-
-@pytest.fixture
-def settings(config_kwargs):
-    # SGD: Adam turns gradients that are only rounding (keys' biases) into steps of full size
-    config_kwargs.update(optim="sgd", learning_rate=0.02, max_grad_norm=1.0, seed=3)
-    return config_kwargs
-
-
-def history(trainer):
-    return [
-        {k: v for k, v in entry.items() if not any(word in k for word in NOT_RESULTS)}
-        for entry in trainer.state.log_history
-    ]
-
-
-def remember(trainer):
-    """Keep the weights as they are before training."""
-    trainer.initial = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-
-
-def assert_same_run(expected, found, *, tolerance=1e-5):
-    """Every logged number and every weight of two finished runs."""
-    a, b = history(expected), history(found)
-    assert [list(entry) for entry in a] == [list(entry) for entry in b] and len(a) > 2
-    for entry_a, entry_b in zip(a, b, strict=True):
-        for name, value in entry_a.items():
-            if name.endswith("accuracies") and abs(entry_a[name.replace("accuracies", "margins")]) < 1e-4:
-                continue  # before the first step all rewards are 0 up to rounding, and so is which of them is larger
-            # a difference of large numbers is as exact as those are, and a loss or a gradient made of differences too
-            is_difference = not any(word in name for word in ("logps", "entropy", "num_tokens", "accurac", "lengths"))
-            assert entry_b[name] == pytest.approx(
-                value, rel=tolerance, abs=(10 if is_difference else 1) * tolerance
-            ), name
-    # what training did to the weights, not the weights, which are far larger
-    updates = {name: p.detach() - expected.initial[name] for name, p in expected.model.named_parameters()}
-    total = torch.stack([update.norm() for update in updates.values()]).norm()
-    assert total > 1e-4
-    for name, q in found.model.named_parameters():
-        difference = q.detach() - expected.initial[name] - updates[name]
-        # rounding of the weights themselves is 6e-8 of their size, a step long
-        assert difference.norm() <= 10 * tolerance * max(updates[name].norm(), 0.1 * total) + 1e-6 * q.norm(), name
 
 
 def train_both(model, settings, dataset, *, peft_config=None, ref_model=None, **changed):
@@ -290,55 +222,6 @@ def test_dropout_is_drawn_in_either_layout(strong_model_dir, settings, long_prom
         means.append((logps.mean(), logps.std() / len(logps) ** 0.5))
     difference, error = means[0][0] - means[1][0], (means[0][1] ** 2 + means[1][1] ** 2) ** 0.5
     assert abs(difference) < 4 * error
-
-
-def other_trainer(kind, model, settings, dataset):
-    """A trainer of TRL that is not `DPOTrainer`, with nothing of ours."""
-    if kind == "reward":
-        model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
-        trainer, config = RewardTrainer, RewardConfig(**{**settings, "max_length": 256})
-    elif kind == "kto":
-        trainer, config = KTOTrainer, KTOConfig(**{**settings, "max_length": 256})
-        rows = [
-            {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
-            for row in dataset
-            for name in ("chosen", "rejected")
-        ]
-        dataset = Dataset.from_list(rows)
-    else:
-        from trl.experimental import cpo, orpo
-
-        trainer, config = {
-            "orpo": (orpo.ORPOTrainer, orpo.ORPOConfig),
-            "cpo": (cpo.CPOTrainer, cpo.CPOConfig),
-        }[kind]
-        config = config(**{**settings, "max_length": 256})
-    if isinstance(model, str) and kind in ("orpo", "cpo"):
-        model = AutoModelForCausalLM.from_pretrained(model)
-    torch.manual_seed(0)
-    return trainer(model=model, args=config, train_dataset=dataset, processing_class=byte_level_tokenizer())
-
-
-@pytest.mark.parametrize("kind", ["reward", "kto", "orpo", "cpo"])
-def test_other_trainers_of_trl(kind, strong_model_dir, settings, long_prompts):
-    trainers = []
-    for enabled in (False, True):
-        trainer = other_trainer(kind, strong_model_dir, settings, long_prompts)
-        remember(trainer)
-        if enabled:
-            if trainers:  # a new head is drawn anew
-                trainer.model.load_state_dict(trainers[0].initial, strict=False)
-                remember(trainer)
-            enable_prefix_sharing(trainer, True)
-        trainer.train()
-        trainers.append(trainer)
-    if kind in ("orpo", "cpo"):  # they average logits over padding too, which is not computed
-        for entry in (entry for trainer in trainers for entry in trainer.state.log_history):
-            entry.pop("logits/chosen", None), entry.pop("logits/rejected", None)
-    assert_same_run(*trainers, tolerance=1e-4)
-    statistics = trainers[1].prefix_sharing.statistics
-    assert statistics.batches_shared > 0 and statistics.positions_computed < statistics.positions_padded
-    trainers[1].prefix_sharing.remove()
 
 
 def test_only_trainers_whose_calls_are_known(strong_model_dir):

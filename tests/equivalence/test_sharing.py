@@ -223,7 +223,9 @@ def test_under_zero_3_all_processes_check_when_one_can(monkeypatch):
     others, checked = iter([0.0, 1.0]), []
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda can, op: can.fill_(max(can.item(), next(others))))
     compare = sharing.compare
-    monkeypatch.setattr(sharing, "compare", lambda *args, slots: checked.append(slots) or compare(*args, slots=slots))
+    monkeypatch.setattr(
+        sharing, "compare", lambda *args, slots, **named: checked.append(slots) or compare(*args, slots, **named)
+    )
     one = batch_of(random_sequences(1, 1, (12, 20), (3, 6)))
     run(shared, one)
     assert checked == []

@@ -102,8 +102,7 @@ def plan_layout(
         [`Layout`], or `None` if no token has to be computed.
 
     Raises:
-        ValueError: a sequence with holes in its mask, a scored token whose predecessor is masked, or padding on the
-            left without `position_ids`.
+        ValueError: a sequence with holes in its mask, or a scored token whose predecessor is masked.
     """
     num_sequences, num_columns = input_ids.shape
     attention_mask = attention_mask.astype(bool)
@@ -111,8 +110,6 @@ def plan_layout(
         raise ValueError("the attention mask has holes: tokens, then padding, then tokens again")
     scored = scored.copy()
     scored[:, 0] = False  # nothing predicts the first column; TRL's shifted labels leave it out as well
-    if position_ids is None and (~attention_mask[:, 0] & attention_mask.any(axis=1)).any():
-        raise ValueError("padding on the left without `position_ids`: models differ in the positions they then use")
     predecessor = np.zeros_like(attention_mask)
     predecessor[:, 1:] = attention_mask[:, :-1]
     if (scored & ~predecessor).any():
@@ -127,26 +124,26 @@ def plan_layout(
 
     columns = [np.flatnonzero(row) for row in needed]
     positions = position_ids if position_ids is not None else np.broadcast_to(np.arange(num_columns), input_ids.shape)
-    tokens = [
-        np.stack([input_ids[n, columns[n]], positions[n, columns[n]]], axis=1).astype(np.int64)
-        for n in range(num_sequences)
-    ]
-    # big-endian bytes sort like the numbers; an equal beginning makes neighbours
+    placed = (input_ids.astype(np.int64) << 32) + positions  # one number for a token and its position
+    as_bytes = placed.astype(">i8")  # which sort like the numbers; an equal beginning makes neighbours
+    tokens = [row[own] for row, own in zip(placed, columns, strict=True)]
     order = sorted(
         (n for n in range(num_sequences) if len(tokens[n])),
-        key=lambda n: tokens[n].astype(">i8").tobytes(),
+        key=lambda n: as_bytes[n, columns[n]].tobytes(),
     )
     lengths = [len(tokens[n]) for n in order]
     common = [0] + [_common_prefix(tokens[a], tokens[b]) for a, b in zip(order, order[1:], strict=False)]
+    whole_trees = {rule: _grow_trees(lengths, common, sum(lengths), rule) for rule in LINK_RULES}
 
     if cost is None:
-        trees = _grow_trees(lengths, common, sum(lengths), LINK_RULES[0])
+        trees = whole_trees[LINK_RULES[0]]
         num_slots = -(-sum(tree.num_slots for tree in trees) // multiple_of) * multiple_of
         return _write(trees, [list(range(len(trees)))], num_slots, order=order, columns=columns, shape=input_ids.shape)
     best, best_cost = None, float("inf")
-    for capacity in _capacities(lengths, common, longest_row):
-        for least_shared in LINK_RULES:
-            trees = _grow_trees(lengths, common, capacity, least_shared)
+    for capacity in _capacities(lengths, whole_trees[LINK_RULES[0]], longest_row):
+        for least_shared, trees in whole_trees.items():
+            if capacity < max(tree.num_slots for tree in trees):
+                trees = _grow_trees(lengths, common, capacity, least_shared)
             rows = _pack(trees, capacity)
             row_length = max(sum(trees[t].num_slots for t in row) for row in rows)
             row_length = -(-row_length // multiple_of) * multiple_of
@@ -158,13 +155,13 @@ def plan_layout(
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     length = min(len(a), len(b))
-    differs = (a[:length] != b[:length]).any(axis=1)
+    differs = a[:length] != b[:length]
     return int(differs.argmax()) if differs.any() else length
 
 
-def _capacities(lengths: list[int], common: list[int], longest_row: int | None) -> list[int]:
+def _capacities(lengths: list[int], whole_trees: list[_Tree], longest_row: int | None) -> list[int]:
     """Row lengths worth trying: the longest sequence, the largest tree, and the total over 1, 2, 3, 4, 6... rows."""
-    trees = [tree.num_slots for tree in _grow_trees(lengths, common, sum(lengths), LINK_RULES[0])]
+    trees = [tree.num_slots for tree in whole_trees]
     longest, total = max(lengths), sum(trees)
     capacities = {longest, max(trees)}
     num_rows = 1

@@ -5,6 +5,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from .layout import Layout
+from .transfer import to_device
 
 # side of a FlexAttention block; row lengths are rounded up to it
 FLEX_BLOCK_SIZE = 128
@@ -23,11 +24,11 @@ def visibility(layout: Layout, window: int | None, device: torch.device) -> torc
             sequence, itself included, however far apart they are in the row.
         device (`torch.device`): where to build it.
     """
-    subtree_end = torch.from_numpy(layout.subtree_end).to(device)
+    subtree_end = to_device(layout.subtree_end, device)
     slot = torch.arange(layout.row_length, device=device)
     visible = (slot[:, None] >= slot) & (slot[:, None] < subtree_end[:, None, :])
     if window is not None:
-        depth = torch.from_numpy(layout.depth).to(device)
+        depth = to_device(layout.depth, device)
         visible &= (depth[:, :, None] - depth[:, None, :]) < window
     return visible.unsqueeze(1)
 
@@ -74,8 +75,8 @@ def block_mask(layout: Layout, window: int | None, device: torch.device) -> Bloc
     if window is not None:
         some &= depth.min(axis=2)[:, :, None] - depth.max(axis=2)[:, None, :] < window
         whole &= depth.max(axis=2)[:, :, None] - depth.min(axis=2)[:, None, :] < window
-    subtree_end = torch.from_numpy(layout.subtree_end).to(device)
-    depths = torch.from_numpy(layout.depth).to(device)
+    subtree_end = to_device(layout.subtree_end, device)
+    depths = to_device(layout.depth, device)
 
     def causal_in_tree(row, _head, q, k):
         return (q >= k) & (q < subtree_end[row, k])
@@ -83,20 +84,16 @@ def block_mask(layout: Layout, window: int | None, device: torch.device) -> Bloc
     def windowed_causal_in_tree(row, head, q, k):
         return causal_in_tree(row, head, q, k) & (depths[row, q] - depths[row, k] < window)
 
-    num_mixed, mixed = _block_list(some & ~whole)
-    num_full, full = _block_list(whole)
     return BlockMask.from_kv_blocks(
-        num_mixed.to(device),
-        mixed.to(device),
-        num_full.to(device),
-        full.to(device),
+        *_block_list(some & ~whole, device),
+        *_block_list(whole, device),
         BLOCK_SIZE=size,
         mask_mod=causal_in_tree if window is None else windowed_causal_in_tree,
         seq_lengths=(layout.row_length, layout.row_length),
     )
 
 
-def _block_list(blocks: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+def _block_list(blocks: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """`(R, Q, K)` bool to the number `(R, 1, Q)` and the indices `(R, 1, Q, K)` of the marked key blocks, int32."""
     indices = np.argsort(~blocks, axis=2, kind="stable").astype(np.int32)
-    return torch.from_numpy(blocks.sum(axis=2).astype(np.int32))[:, None], torch.from_numpy(indices)[:, None]
+    return to_device(blocks.sum(axis=2).astype(np.int32), device)[:, None], to_device(indices, device)[:, None]

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from .cost import CostModel
+from .flex import refuse_unfused_flex
 from .layout import Layout, plan_layout
 from .masks import FLEX_BLOCK_SIZE, FLEX_LONGEST_ROW, attention_mask
 from .support import Support
-from .varlen import Segments, TreeMask
+from .varlen import Segments, TreeMask, take_tree_masks
 
 # On CUDA, rows that need a mask are rounded up to this: cuDNN builds a plan for each new length (25 to 100 ms), and
 # the gradients of its masked kernel can be NaN where T mod 128 is 64 (github.com/pytorch/pytorch/issues/196678)
@@ -28,11 +29,13 @@ class Plan:
         layout ([`Layout`], *optional*): `None` leaves the batch as it is.
         source (`torch.Tensor` of shape `(R, T)`, int64, *optional*): the layout's `source` on the batch's device.
         segments ([`Segments`], *optional*): where attention goes by segments and not by masks.
+        position_ids (`torch.Tensor` of shape `(N, L)`, int64, *optional*): see [`positions_of`].
     """
 
     layout: Layout | None
     source: torch.Tensor | None = None
     segments: Segments | None = None
+    position_ids: torch.Tensor | None = None
     # weakly, so that a mask goes with the last pass that needs it, and not with the next batch
     masks: weakref.WeakValueDictionary = field(default_factory=weakref.WeakValueDictionary)
 
@@ -60,7 +63,7 @@ class Plan:
 
     def rearranged(self, kwargs: dict[str, Any], masks: Any) -> dict[str, Any]:
         """The arguments of a backbone in the layout, with `masks` as its attention mask."""
-        input_ids, position_ids = kwargs["input_ids"], kwargs.get("position_ids")
+        input_ids, position_ids = kwargs["input_ids"], self.position_ids
         if position_ids is None:
             position_ids = torch.arange(input_ids.size(1), device=input_ids.device)
         source = self.source.clamp(min=0)
@@ -115,6 +118,21 @@ def query_dtype(module: torch.nn.Module, device: torch.device) -> torch.dtype:
     return module.dtype
 
 
+def positions_of(
+    support: Support, mask: torch.Tensor | None, position_ids: torch.Tensor | None
+) -> torch.Tensor | None:
+    """
+    The positions `(N, L)` at which a model computes the tokens of a batch. `None`: the columns.
+
+    Args:
+        support ([`Support`]): of the model.
+        mask, position_ids (`torch.Tensor` of shape `(N, L)`, *optional*): what the model is called with.
+    """
+    if position_ids is None and mask is not None and support.positions_from_mask:
+        return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    return position_ids
+
+
 def choose_layout(
     ids: np.ndarray,
     mask: np.ndarray,
@@ -158,12 +176,19 @@ def choose_layout(
     return None
 
 
-def avoid_cudnn_masks(backend: str, device: torch.device, plan: Plan | None) -> None:
+def prepare_attention(backend: str, device: torch.device, plan: Plan | None) -> None:
     """
-    Switch cuDNN's SDPA off where a mask would reach it: its gradients can be NaN, those of padded rows as well, see
-    `CUDA_MULTIPLE`. Which kernel runs is chosen in the forward, and no other switch reaches layers that are run again.
+    Make an attention implementation ready for a plan, or for padded rows.
+
+    cuDNN's SDPA is switched off where a mask would reach it: its gradients can be NaN, those of padded rows as well,
+    see `CUDA_MULTIPLE`. Which kernel runs is chosen in the forward, and no other switch reaches layers that are run
+    again.
     """
-    if device.type == "cuda" and backend == "sdpa" and (plan is None or plan.segments is None):
+    if plan is not None and plan.segments is not None:
+        take_tree_masks(backend)
+    elif backend == "flex_attention":
+        refuse_unfused_flex()
+    elif backend == "sdpa" and device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 

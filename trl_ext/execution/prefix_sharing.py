@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Iterator
 
 import torch
@@ -10,18 +9,18 @@ import transformers
 from accelerate.utils import is_peft_model
 from peft import PeftConfig
 from transformers import PreTrainedModel, Trainer
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, KTOTrainer
 
 from .._trl import after_fused_lm_head
 from ..runtime.models import load_config
 from ..runtime.parallelism import refuse_sharding_that_would_not_be, sequence_split
 from .chunking import chunking_outermost
 from .shared_prefixes import SharedPrefixes, reason_against
-from .sharing import PrefixSharing, cannot_be_honoured
+from .sharing import PrefixSharing, cannot_be_honoured, warn_not_shared
 from .support import adapter_reason, inspect_model
 
 # TRL's trainers that score completions with the fused LM head, and those that read what the whole model returns
-WITH_FUSED_HEAD = {"DPOTrainer", "KTOTrainer"}
+WITH_FUSED_HEAD = {"DPOTrainer", "KTOTrainer", "RLOOTrainer", "GRPOTrainer"}
 WITHOUT_FUSED_HEAD = {"RewardTrainer", "ORPOTrainer", "CPOTrainer"}
 
 
@@ -42,11 +41,12 @@ def enable_prefix_sharing(
     inside [`share_prefixes`] to have that shared as well.
 
     Args:
-        trainer ([`~trl.DPOTrainer`], [`~trl.KTOTrainer`], [`~trl.RewardTrainer`], or `ORPOTrainer` or `CPOTrainer` of
-            `trl.experimental`):
+        trainer ([`~trl.DPOTrainer`], [`~trl.KTOTrainer`], [`~trl.RLOOTrainer`], [`~trl.GRPOTrainer`],
+            [`~trl.RewardTrainer`], or `ORPOTrainer` or `CPOTrainer` of `trl.experimental`):
             The trainer, before or between calls of `train` and `evaluate`. A reward model shares the prompt of a
             pair. ORPO and CPO share it too; their LM head still sees every position, and `logits/chosen`, which
-            TRL averages over padding as well, differs.
+            TRL averages over padding as well, differs. RLOO and GRPO share prompts wherever they compute
+            log-probabilities, as far as TRL puts answers to a prompt into the same micro-batch; sampling is theirs.
         prefix_sharing (`str` or `bool`, *optional*, defaults to `"auto"`):
             `"auto"` rearranges the batches for which that is expected to be faster, and leaves models alone that
             cannot share, with one warning that says why. `True` rearranges every batch, and what cannot be is an
@@ -54,12 +54,13 @@ def enable_prefix_sharing(
         self_check (`bool`, *optional*, defaults to `False`):
             Run two sequences of the first batch that shares anything both ways, compare their per-token
             log-probabilities and the gradients that reach their embedded tokens, and stop with the difference if they
-            disagree. Not under FSDP, and for DPO and KTO alone.
+            disagree. Not under FSDP. For reward models, ORPO and CPO, hidden states take the place of
+            log-probabilities.
 
     Returns:
-        [`PrefixSharing`] for DPO and KTO, [`SharedPrefixes`] for the others, also kept as `trainer.prefix_sharing`.
-        `statistics` tells what was saved, `remove()` undoes this call. `None` with `prefix_sharing=False`, and where
-        the model of one of the others cannot share.
+        [`PrefixSharing`] for DPO, KTO, RLOO and GRPO, [`SharedPrefixes`] for the others, also kept as
+        `trainer.prefix_sharing`. `statistics` tells what was saved, `remove()` undoes this call. `None` with
+        `prefix_sharing=False`, and where the model of one of the others cannot share.
 
     Raises:
         TypeError: not one of these trainers.
@@ -75,8 +76,7 @@ def enable_prefix_sharing(
     trainer.train()
     ```
     """
-    bases = {base.__name__ for base in type(trainer).__mro__ if base.__module__.startswith("trl.")}
-    if not bases & (WITH_FUSED_HEAD | WITHOUT_FUSED_HEAD):
+    if not _is_one_of(trainer, WITH_FUSED_HEAD | WITHOUT_FUSED_HEAD):
         known = ", ".join(sorted(WITH_FUSED_HEAD | WITHOUT_FUSED_HEAD))
         raise TypeError(f"`trainer` must be TRL's {known}, or a subclass of one, got a {type(trainer).__name__}.")
     if prefix_sharing not in ("auto", True, False):
@@ -87,8 +87,8 @@ def enable_prefix_sharing(
     if prefix_sharing is False:
         return None
     refuse_sharding_that_would_not_be(trainer.args)
-    if not bases & WITH_FUSED_HEAD:
-        trainer.prefix_sharing = _share_without_fused_head(trainer, prefix_sharing)
+    if not _is_one_of(trainer, WITH_FUSED_HEAD):
+        trainer.prefix_sharing = _share_without_fused_head(trainer, prefix_sharing, self_check)
         return trainer.prefix_sharing
     sharing = PrefixSharing(prefix_sharing, self_check)
     try:
@@ -107,25 +107,59 @@ def enable_prefix_sharing(
     return sharing
 
 
-def _share_without_fused_head(trainer: Trainer, mode: str | bool) -> SharedPrefixes | None:
+def _is_one_of(trainer: Trainer, names: set[str]) -> bool:
+    return any(base.__name__ in names and base.__module__.startswith("trl.") for base in type(trainer).__mro__)
+
+
+def _share_without_fused_head(trainer: Trainer, mode: str | bool, self_check: bool) -> SharedPrefixes | None:
     model, always = trainer.accelerator.unwrap_model(trainer.model), mode is True
     reason = settings_reason(trainer.args, model) or reason_against(model, always=always)
     if reason is None:
-        sharing = SharedPrefixes(model, always=always)
+        sharing = SharedPrefixes(model, always=always, self_check=self_check)
         sharing.install()
         return sharing
     if always:
         raise ValueError(cannot_be_honoured(reason))
-    warnings.warn(f"Prompts are not shared between their completions: {reason}.", stacklevel=3)
+    warn_not_shared(reason)
     return None
+
+
+@contextlib.contextmanager
+def sharing_from_the_start(trainer: Trainer, prefix_sharing: str | bool, *, self_check: bool) -> Iterator[None]:
+    """
+    [`enable_prefix_sharing`] around the constructor of a trainer. What the constructor itself computes with a fused LM
+    head, the reference's log-probabilities, is shared as well.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): the trainer whose TRL constructor is called inside the block.
+        prefix_sharing, self_check:
+            As in [`enable_prefix_sharing`].
+    """
+    if prefix_sharing is False or not _is_one_of(trainer, WITH_FUSED_HEAD):
+        yield
+        if prefix_sharing is not False:
+            enable_prefix_sharing(trainer, prefix_sharing, self_check=self_check)
+        return
+    sharing = PrefixSharing(prefix_sharing, self_check)
+    try:
+        with after_fused_lm_head(sharing.install):
+            yield
+    except BaseException:
+        sharing.remove()  # a model that was passed in is left as it was
+        raise
+    trainer.prefix_sharing = sharing
+    reason = settings_reason(trainer.args, trainer.model)
+    if reason is not None:
+        sharing.remove()
+        sharing.cannot(reason)
 
 
 @contextlib.contextmanager
 def share_prefixes(prefix_sharing: str | bool = "auto", *, self_check: bool = False) -> Iterator[None]:
     """
-    [`enable_prefix_sharing`] for every [`~trl.DPOTrainer`] constructed inside the block, from its first forward on.
-    Needed only where the constructor itself runs the model, which it does with `precompute_ref_log_probs=True`. The
-    trainers of this package follow their config instead.
+    [`enable_prefix_sharing`] for every [`~trl.DPOTrainer`] and [`~trl.KTOTrainer`] constructed inside the block, from
+    its first forward on. Needed only where the constructor itself runs the model, which it does with
+    `precompute_ref_log_probs=True`. The trainers of this package follow their config instead.
 
     Args:
         prefix_sharing, self_check:
@@ -138,30 +172,24 @@ def share_prefixes(prefix_sharing: str | bool = "auto", *, self_check: bool = Fa
     trainer.train()
     ```
     """
-    construct = DPOTrainer.__init__
+    constructors = {trainer_class: trainer_class.__init__ for trainer_class in (DPOTrainer, KTOTrainer)}
 
-    @functools.wraps(construct)
-    def construct_sharing(self, *args, **kwargs):
-        if getattr(self, "shares_by_config", False) or prefix_sharing is False:
-            return construct(self, *args, **kwargs)
-        sharing = PrefixSharing(prefix_sharing, self_check)
-        try:
-            with after_fused_lm_head(sharing.install):
+    def sharing_constructor(construct):
+        @functools.wraps(construct)
+        def construct_sharing(self, *args, **kwargs):
+            mode = False if getattr(self, "shares_by_config", False) else prefix_sharing
+            with sharing_from_the_start(self, mode, self_check=self_check):
                 construct(self, *args, **kwargs)
-        except BaseException:
-            sharing.remove()  # a model that was passed in is left as it was
-            raise
-        self.prefix_sharing = sharing
-        reason = settings_reason(self.args, self.model)
-        if reason is not None:
-            sharing.remove()
-            sharing.cannot(reason)
 
-    DPOTrainer.__init__ = construct_sharing
+        return construct_sharing
+
+    for trainer_class, construct in constructors.items():
+        trainer_class.__init__ = sharing_constructor(construct)
     try:
         yield
     finally:
-        DPOTrainer.__init__ = construct
+        for trainer_class, construct in constructors.items():
+            trainer_class.__init__ = construct
 
 
 def settings_reason(args: DPOConfig, model: str | PreTrainedModel) -> str | None:

@@ -1,4 +1,4 @@
-"""Run the same sequences in two ways and compare log-probabilities and gradients."""
+"""Run the same sequences in two ways and compare the outputs and gradients."""
 
 from collections.abc import Callable
 
@@ -9,16 +9,19 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 
-def compare(module: nn.Module, padded: Callable, shared: Callable, slots: torch.Tensor | None) -> str | None:
+def compare(
+    module: nn.Module, padded: Callable, shared: Callable, slots: torch.Tensor | None, *, outputs: str
+) -> str | None:
     """
     `None` if two ways to run the same sequences agree, else what differs.
 
-    Compared are the log-probabilities and the gradient of a signed sum of them with respect to the embedded tokens,
-    which passes through every layer. Runs in eval mode, where neither dropout nor activation checkpointing is active.
+    Compared are the outputs and the gradient of a weighted sum of them with respect to the embedded tokens, which
+    passes through every layer. Runs in eval mode, where neither dropout nor activation checkpointing is active.
 
     Args:
         module (`torch.nn.Module`): the model, unwrapped.
-        padded, shared (`Callable`): run it; each returns an output with `log_probs` `(N, L - 1)`.
+        padded, shared (`Callable`): run it; each returns log-probabilities `(N, L - 1)` or hidden states `(N, L, H)`.
+        outputs (`str`): what these are, for the message.
         slots (`torch.Tensor` of shape `(N * L,)`, *optional*): where `shared` computes each token of `padded`, -1
             where it does not. `None` if both are the same.
 
@@ -46,23 +49,25 @@ def compare(module: nn.Module, padded: Callable, shared: Callable, slots: torch.
             hook = module.get_input_embeddings().register_forward_hook(start_graph)
             try:
                 with torch.enable_grad():
-                    log_probs = run().log_probs
-                    signs = torch.ones_like(log_probs, dtype=torch.float32)
-                    signs[:, ::2] = -0.5  # so that an error in one direction does not cancel
-                    (gradient,) = torch.autograd.grad((log_probs.float() * signs).sum(), embedded)
+                    output = run()
+                    weights = torch.ones_like(output, dtype=torch.float32)
+                    weights[:, ::2] = -0.5  # so that an error in one direction does not cancel
+                    if output.dim() == 3:  # the sum of a normalised state is a constant
+                        weights *= torch.arange(output.size(2), device=output.device).cos()
+                    (gradient,) = torch.autograd.grad((output.float() * weights).sum(), embedded)
             finally:
                 hook.remove()
-            results.append((log_probs.detach().float(), gradient.float().flatten(0, 1)))
+            results.append((output.detach().float(), gradient.float().flatten(0, 1)))
     finally:
         for m, training in modes:
             m.training = training
-    (padded_logps, padded_gradient), (shared_logps, shared_gradient) = results
+    (padded_output, padded_gradient), (shared_output, shared_gradient) = results
     if slots is not None:
         used = slots >= 0
         padded_gradient = torch.zeros_like(shared_gradient).index_add(0, slots[used], padded_gradient[used])
     tolerance = _tolerance(module, any(autocast))
     for name, a, b in (
-        ("log-probabilities", padded_logps, shared_logps),
+        (outputs, padded_output, shared_output),
         ("gradients", padded_gradient, shared_gradient),
     ):
         error = ((a - b).norm() / a.norm().clamp(min=1e-30)).item()
@@ -72,6 +77,25 @@ def compare(module: nn.Module, padded: Callable, shared: Callable, slots: torch.
                 f"{(a - b).abs().max().item():.3g}"
             )
     return None
+
+
+def can_check(module: nn.Module, this_process_can: bool) -> bool:
+    """Whether this process can check, or under ZeRO-3 any process."""
+    if not any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+        return this_process_can
+    device = next(module.parameters()).device
+    can = torch.tensor(float(this_process_can), device=device)
+    torch.distributed.all_reduce(can, op=torch.distributed.ReduceOp.MAX)
+    return bool(can)
+
+
+def stop_if_different(difference: str | None, module: nn.Module) -> None:
+    """Stop if [`compare`] has found a difference."""
+    if difference is not None:
+        raise RuntimeError(
+            f"The first batch gives other numbers with shared prompts than padded: {difference}. Set "
+            f"prefix_sharing=False for {type(module).__name__}, and please report this."
+        )
 
 
 def closest_pair(slots: np.ndarray) -> list[int] | None:

@@ -6,7 +6,7 @@ Sequences of a batch that begin alike (a prompt with several completions) are co
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,11 @@ from transformers import PreTrainedModel
 from .cost import CostModel
 from .layout import Layout
 from .logits import logit_transform
-from .plan import Plan, SharingStatistics, avoid_cudnn_masks, choose_layout, query_dtype
+from .plan import Plan, SharingStatistics, choose_layout, positions_of, prepare_attention, query_dtype
+from .self_check import can_check, closest_pair, compare, stop_if_different
 from .support import base_model_of, inspect_model
-from .varlen import Segments, can_use_segments, take_tree_masks
+from .transfer import on_host, to_device
+from .varlen import Segments, can_use_segments
 
 # arguments of a backbone that are rearranged, that may be present, and that make the call go through as it is
 REARRANGED = {"input_ids", "attention_mask", "position_ids"}
@@ -36,13 +38,13 @@ def shared_prefixes(model: PreTrainedModel, *, always: bool = False) -> Iterator
 
     The call and its outputs stay those of the padded batch `(N, L)`: hidden states, logits (also with
     `logits_to_keep`) and gradients, in its own coordinates and up to rounding. Hidden states of padding are zero.
-    Calls that cannot be rearranged run padded: with a cache, with `inputs_embeds`, with `output_attentions`, or with
-    padding on the left and no `position_ids`.
+    Calls that cannot be rearranged run padded: with a cache, with `inputs_embeds`, or with `output_attentions`.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or a PEFT model): causal language model, unwrapped.
         always (`bool`, *optional*, defaults to `False`): rearrange every batch. `False` rearranges those for which
-            a cost model expects a gain, of architectures that are tested.
+            a cost model expects a gain, of architectures that are tested. `True` compares the first batch of others
+            with a padded one.
 
     Yields:
         [`SharedPrefixes`], which counts what was saved.
@@ -89,8 +91,9 @@ class SharedPrefixes:
         statistics ([`SharingStatistics`]): what was saved so far.
     """
 
-    def __init__(self, model: PreTrainedModel, *, always: bool):
+    def __init__(self, model: PreTrainedModel, *, always: bool, self_check: bool = False):
         self.support = inspect_model(model)
+        self.must_check = self_check or not self.support.verified
         self.model = base_model_of(model)
         self.cost = CostModel.of(self.model)
         self.always = always
@@ -115,27 +118,19 @@ class SharedPrefixes:
         """The arguments of the backbone in the layout; a forward pre-hook."""
         names = list(inspect.signature(type(backbone).forward).parameters)[1:]
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        self._plan = plan = self._plan_of(kwargs)
-        if plan is None:
-            return (), kwargs
-        if plan.segments is not None:
-            take_tree_masks(self.support.backend)
-        device = plan.source.device
-        avoid_cudnn_masks(self.support.backend, device, plan)
-        masks = plan.attention_masks(self.support, query_dtype(self.model, device))
-        return (), plan.rearranged(kwargs, masks) | {"use_cache": False}
+        plan = self._plan_of(kwargs)
+        prepare_attention(self.support.backend, self.model.device, plan)
+        if self.must_check:
+            stop_if_different(self._self_check(backbone, kwargs, plan), self.model)
+        self._plan = plan
+        return (), kwargs if plan is None else self._in_layout(plan, kwargs)
 
     def put_back(self, _backbone: nn.Module, _args: tuple, output: Any) -> Any:
         """The outputs of the backbone where the padded batch has them; a forward hook."""
         plan, self._plan = self._plan, None
         if plan is None:
             return output
-        slots = torch.from_numpy(plan.layout.slots).to(plan.source.device)
-        is_token, index = (slots >= 0).unsqueeze(-1), slots.clamp(min=0)
-
-        def batch_of(states: torch.Tensor) -> torch.Tensor:
-            return states.flatten(0, 1)[index] * is_token
-
+        index, batch_of = _in_batch(plan)
         if isinstance(output, tuple):
             return (batch_of(output[0]), *output[1:])
         output.last_hidden_state = batch_of(output.last_hidden_state)
@@ -145,6 +140,34 @@ class SharedPrefixes:
             output.router_logits = tuple(logits.flatten(0, -2)[index.flatten()] for logits in output.router_logits)
         return output
 
+    def _in_layout(self, plan: Plan, kwargs: dict[str, Any]) -> dict[str, Any]:
+        masks = plan.attention_masks(self.support, query_dtype(self.model, plan.source.device))
+        return plan.rearranged(kwargs, masks) | {"use_cache": False}
+
+    def _self_check(self, backbone: nn.Module, kwargs: dict[str, Any], plan: Plan | None) -> str | None:
+        """Compare hidden states of two sequences both ways, as [`PrefixSharing`] does; what differs, or `None`."""
+        pair = None if plan is None else closest_pair(plan.layout.slots)
+        rows = [0] if pair is None else pair
+        if kwargs.get("input_ids") is not None:
+            tensors = {name: kwargs[name] for name in REARRANGED if kwargs.get(name) is not None}
+            kwargs = kwargs | {name: tensor.expand_as(kwargs["input_ids"])[rows] for name, tensor in tensors.items()}
+        plan = None if pair is None else SharedPrefixes(self.model, always=True)._plan_of(kwargs)
+        shares = plan is not None and plan.layout.shares
+        if not can_check(self.model, shares):
+            return None
+        self.must_check = False
+        kwargs = kwargs | {"use_cache": False}
+
+        def padded() -> torch.Tensor:
+            states = backbone.forward(**kwargs).last_hidden_state
+            return states * (to_device(plan.layout.slots >= 0, states.device).unsqueeze(-1) if shares else 1)
+
+        def shared() -> torch.Tensor:
+            return _in_batch(plan)[1](backbone.forward(**self._in_layout(plan, kwargs)).last_hidden_state)
+
+        slots = to_device(plan.layout.slots, plan.source.device).flatten() if shares else None
+        return compare(self.model, padded, shared if shares else padded, slots=slots, outputs="hidden states")
+
     def _plan_of(self, kwargs: dict[str, Any]) -> Plan | None:
         given = {name for name, value in kwargs.items() if value is not None and value is not False}
         if "input_ids" not in given or given - REARRANGED - LEFT_ALONE or kwargs.get("return_dict") is False:
@@ -152,20 +175,21 @@ class SharedPrefixes:
         input_ids, mask, position_ids = (kwargs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
             return None
+        position_ids = positions_of(self.support, mask, position_ids)
         stacked = [input_ids, torch.ones_like(input_ids) if mask is None else mask.long()]
         if position_ids is not None:
             stacked.append(position_ids.expand_as(input_ids))
-        on_host = torch.stack(stacked).cpu().numpy()  # one transfer
         backend, device = self.support.backend, input_ids.device
         by_segment = can_use_segments(self.model, backend, device, query_dtype(self.model, device))
-        layout = self._layout_of(*on_host, backend=backend, by_segment=by_segment, device=device)
+        layout = self._layout_of(*on_host(stacked), backend=backend, by_segment=by_segment, device=device)
         self.statistics.add(input_ids.numel(), layout)
         if layout is None:
             return None
         return Plan(
             layout=layout,
-            source=torch.from_numpy(layout.source).to(device),
+            source=to_device(layout.source, device),
             segments=Segments.of(layout, device) if by_segment else None,
+            position_ids=position_ids,
         )
 
     def _layout_of(
@@ -183,13 +207,20 @@ class SharedPrefixes:
                 positions,
                 keep_unscored=True,
                 cost=self.cost,
-                is_forced=lambda _: self.always,
+                is_forced=lambda layout: self.always or (self.must_check and layout.shares),
                 **where,
             )
-        except ValueError:  # padding that leaves positions open
+        except ValueError:  # a mask with holes
             if self.always:
                 raise
             return None
+
+
+def _in_batch(plan: Plan) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """Which slot has each token `(N, L)`, and what brings states `(R, T, H)` there, with zeros on padding."""
+    slots = to_device(plan.layout.slots, plan.source.device)
+    is_token, index = (slots >= 0).unsqueeze(-1), slots.clamp(min=0)
+    return index, lambda states: states.flatten(0, 1)[index] * is_token
 
 
 def per_token_logps(
@@ -211,7 +242,7 @@ def per_token_logps(
         input_ids, attention_mask (`torch.Tensor` of shape `(N, L)`, int64): the padded batch.
         completion_mask (`torch.Tensor` of shape `(N, L)`): non-zero on the tokens to score. The first column predicts
             nothing and is not scored.
-        position_ids (`torch.Tensor` of shape `(N, L)`, *optional*): needed where padding is on the left.
+        position_ids (`torch.Tensor` of shape `(N, L)`, *optional*): the model's own, where left out.
         temperature (`float`, *optional*, defaults to 1.0): divides the logits.
 
     Returns:

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 
 from .cost import CostModel
 from .forward import IGNORE_INDEX, MODEL_KEYS, PER_TOKEN_FIELDS, unbound
-from .plan import Plan, SharingStatistics, avoid_cudnn_masks, choose_layout, query_dtype
-from .self_check import closest_pair, compare
+from .plan import Plan, SharingStatistics, choose_layout, positions_of, prepare_attention, query_dtype
+from .self_check import can_check, closest_pair, compare, stop_if_different
 from .support import Support, base_model_of, inspect_model
-from .varlen import Segments, can_use_segments, take_tree_masks
+from .transfer import on_host, to_device
+from .varlen import Segments, can_use_segments
 
 # what a batch may contain to be rearranged; images, caches or token types would have to be rearranged too
 KNOWN_INPUTS = set(MODEL_KEYS)
@@ -37,6 +38,7 @@ class _Plan(Plan):
     """A batch's layout (`None`: as it is) and the tensors that follow from it, made once for all models."""
 
     scored: torch.Tensor  # (N, L - 1), bool: positions of the output that are asked for
+    scored_index: torch.Tensor  # (M,): the same as flat indices
     predictors: torch.Tensor  # (M,): where, among all computed positions, each scored token is predicted
 
 
@@ -146,8 +148,7 @@ class PrefixSharing:
             raise ValueError(cannot_be_honoured(reason))
         if reason not in self._said:
             self._said.add(reason)
-            if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-                warnings.warn(f"Prompts are not shared between their completions: {reason}.", stacklevel=2)
+            warn_not_shared(reason)
 
     def _forward(self, module, inner, state: "_ModelState", labels: torch.Tensor, kwargs: dict[str, Any]):
         if module.config._attn_implementation != state.support.backend and state.support.reason is None:
@@ -168,14 +169,9 @@ class PrefixSharing:
                     f"{state.support.max_columns} tokens"
                 )
             plan = self._plan(module, kwargs, labels, state)
+        prepare_attention(state.support.backend, labels.device, plan)
         if state.must_check:
-            difference = self._self_check(module, inner, state, plan, labels, kwargs)
-            if difference is not None:
-                raise RuntimeError(
-                    f"The first batch gives other numbers with shared prompts than padded: {difference}. Set "
-                    f"prefix_sharing=False for {type(module).__name__}, and please report this."
-                )
-        avoid_cudnn_masks(state.support.backend, labels.device, plan)
+            stop_if_different(self._self_check(module, inner, state, plan, labels, kwargs), module)
         if plan is None:
             return inner(**kwargs, labels=labels, fused_lm_head=True)
         return _run(module, inner, state.support, plan, labels, kwargs)
@@ -199,21 +195,18 @@ class PrefixSharing:
             tensors = [kwargs["input_ids"], labels, kwargs.get("attention_mask"), kwargs.get("position_ids")]
             plan = PrefixSharing(True)._make_plan(tensors, _PlanSettings.of(module, state, kwargs, labels), state)
             shares = plan is not None and plan.layout is not None and plan.layout.shares
-        if not _one_can_check(module, shares):
+        if not can_check(module, shares):
             return None
         state.must_check = False
 
         def padded():
-            return inner(**kwargs, labels=labels, fused_lm_head=True)
+            return inner(**kwargs, labels=labels, fused_lm_head=True).log_probs
 
-        if not shares:
-            return compare(module, padded, padded, slots=None)
-        return compare(
-            module,
-            padded,
-            lambda: _run(module, inner, state.support, plan, labels, kwargs),
-            slots=torch.from_numpy(plan.layout.slots).to(labels.device).flatten(),
-        )
+        def shared():
+            return _run(module, inner, state.support, plan, labels, kwargs).log_probs
+
+        slots = to_device(plan.layout.slots, labels.device).flatten() if shares else None
+        return compare(module, padded, shared if shares else padded, slots=slots, outputs="log-probabilities")
 
     def _plan(self, module, kwargs: dict[str, Any], labels: torch.Tensor, state: "_ModelState") -> _Plan | None:
         """The batch's plan, made anew only if the tensors are not those of the call before."""
@@ -238,22 +231,23 @@ class PrefixSharing:
         if (position_ids is not None and position_ids.dim() != 2) or (mask is not None and mask.dim() != 2):
             self.cannot("the batch brings positions or an attention mask of more than two dimensions")
             return None
+        position_ids = positions_of(state.support, mask, position_ids)
         scored = labels != IGNORE_INDEX
-        stacked = [input_ids, torch.ones_like(input_ids) if mask is None else mask.long(), scored.long()]
+        stacked = [input_ids, torch.ones_like(input_ids) if mask is None else mask, scored]
         if position_ids is not None:
             stacked.append(position_ids.expand_as(input_ids))
-        on_host = torch.stack(stacked).cpu().numpy()  # one transfer
-        scored_on_host = on_host[2, :, 1:].astype(bool)
-        if not scored_on_host.any():
+        ids, used, scored_on_host, *positions = on_host(stacked)
+        scored_on_host = scored_on_host.astype(bool)
+        if not scored_on_host[:, 1:].any():
             return None
         layout = None
         if settings.rearrange:
             try:
                 layout = choose_layout(
-                    on_host[0],
-                    on_host[1],
-                    on_host[2].astype(bool),
-                    on_host[3] if position_ids is not None else None,
+                    ids,
+                    used,
+                    scored_on_host,
+                    positions[0] if positions else None,
                     keep_unscored=settings.keep_unscored,
                     cost=state.cost,
                     backend=settings.backend,
@@ -270,20 +264,18 @@ class PrefixSharing:
         return _Plan(
             layout=layout,
             scored=scored[:, 1:],
-            predictors=torch.from_numpy(slots[:, :-1][scored_on_host]).to(device),
-            source=None if layout is None else torch.from_numpy(layout.source).to(device),
+            scored_index=to_device(np.flatnonzero(scored_on_host[:, 1:]), device),
+            predictors=to_device(slots[:, :-1][scored_on_host[:, 1:]], device),
+            source=None if layout is None else to_device(layout.source, device),
             segments=Segments.of(layout, device) if layout is not None and settings.by_segment else None,
+            position_ids=position_ids,
         )
 
 
-def _one_can_check(module: torch.nn.Module, this_one_can: bool) -> bool:
-    """Whether this process can check, or under ZeRO-3 any process."""
-    if not any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
-        return this_one_can
-    device = next(module.parameters()).device
-    can = torch.tensor(float(this_one_can), device=device)
-    torch.distributed.all_reduce(can, op=torch.distributed.ReduceOp.MAX)
-    return bool(can)
+def warn_not_shared(reason: str) -> None:
+    """Say, by the main process alone, why prompts are not shared."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        warnings.warn(f"Prompts are not shared between their completions: {reason}.", stacklevel=3)
 
 
 def cannot_be_honoured(reason: str) -> str:
@@ -324,9 +316,9 @@ def _run(module, inner, support: Support, plan: _Plan, labels: torch.Tensor, kwa
     """The forward in the plan's layout; the outputs in the batch's own."""
     kwargs = dict(kwargs)
     scored = plan.scored
-    shift_labels = labels[:, 1:][scored].unsqueeze(0)
+    shift_labels = labels[:, 1:].flatten()[plan.scored_index].unsqueeze(0)
     if kwargs.get("hidden_mask") is not None:
-        kwargs["hidden_mask"] = kwargs["hidden_mask"][scored].unsqueeze(0)
+        kwargs["hidden_mask"] = kwargs["hidden_mask"].flatten()[plan.scored_index].unsqueeze(0)
 
     def rearrange(_module, args, backbone_kwargs):
         dtype = query_dtype(module, labels.device)
@@ -341,13 +333,11 @@ def _run(module, inner, support: Support, plan: _Plan, labels: torch.Tensor, kwa
         output.last_hidden_state = hidden_states.flatten(0, 1)[plan.predictors].unsqueeze(0)
         if plan.layout is not None and getattr(output, "router_logits", None) is not None:
             # the balancing loss counts every token of every sequence
-            slots = torch.from_numpy(plan.layout.slots).to(hidden_states.device).clamp(min=0).flatten()
+            slots = to_device(plan.layout.slots, hidden_states.device).clamp(min=0).flatten()
             output.router_logits = tuple(logits.flatten(0, -2)[slots] for logits in output.router_logits)
         return output
 
     backbone = module.base_model
-    if plan.segments is not None:
-        take_tree_masks(support.backend)
     hooks = [backbone.register_forward_hook(pick_scored)]
     if plan.layout is not None:
         hooks.append(backbone.register_forward_pre_hook(rearrange, with_kwargs=True))

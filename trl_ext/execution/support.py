@@ -28,6 +28,10 @@ VERIFIED = frozenset(
 )
 
 
+# those that number a row's tokens by its attention mask where no positions are given; all others use the columns
+POSITIONS_FROM_MASK = frozenset(("opt",))
+
+
 # adapters that treat every token alike, whatever else is in its row
 WEIGHT_ADAPTERS = frozenset(
     (
@@ -56,6 +60,8 @@ class Support:
             Whether the architecture is one of [`VERIFIED`].
         positions_are_tokens (`bool`):
             Whether a row of hidden states has one position for each token given, also where prefixes are not shared.
+        positions_from_mask (`bool`):
+            Whether the model, given no positions, counts the tokens of a row and not the columns.
         outputs_router_logits (`bool`):
             Whether the config asks for a balancing loss over all tokens.
     """
@@ -66,6 +72,7 @@ class Support:
     max_columns: int | None = None
     verified: bool = False
     positions_are_tokens: bool = True
+    positions_from_mask: bool = False
     outputs_router_logits: bool = False
 
     def is_too_long(self, num_columns: int) -> bool:
@@ -136,6 +143,7 @@ def inspect_model(model: PreTrainedModel) -> Support:
         windows=windows,
         max_columns=length_dependent_positions(config),
         verified=verified,
+        positions_from_mask=config.model_type in POSITIONS_FROM_MASK,
         outputs_router_logits=bool(getattr(config, "output_router_logits", False)),
     )
 

@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from transformers.utils.generic import is_flash_attention_requested
 
 from .layout import Layout
+from .transfer import to_device
 
 # what PyTorch's own kernel runs on
 VARLEN_DEVICES = ("cuda",)
@@ -87,12 +88,12 @@ class Segments:
                 key_lengths.append(sum(b - a for a, b in path))
 
         def offsets(lengths: list[int]) -> torch.Tensor:
-            return torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32).to(device)
+            return to_device(np.cumsum([0, *lengths]).astype(np.int32), device)
 
         return cls(
             cu_seqlens_q=offsets(query_lengths),
             cu_seqlens_k=offsets(key_lengths),
-            key_index=torch.from_numpy(np.concatenate(keys)).to(device),
+            key_index=to_device(np.concatenate(keys), device),
             max_seqlen_q=max(query_lengths),
             max_seqlen_k=max(key_lengths),
         )

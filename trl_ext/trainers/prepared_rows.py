@@ -10,6 +10,7 @@ from ..data.limits import Limits
 from ..data.prepare import PREPARED_FEATURES, PreparationReport, is_prepared, prepare_dataset
 from ..data.rows import RowOptions
 from ..data.tokens import tokenizer_of
+from ..execution.prefix_sharing import refuse_unless_shareable, sharing_from_the_start
 from ..runtime.models import load_processor, model_to_start_from
 from ..runtime.trust import explain_remote_code, weights_only
 from .adapter_checks import check_adapter, keeps_base_weights
@@ -36,6 +37,8 @@ class PreparedRowsMixin(ResumableTrainer):
     columns_for: ClassVar[Callable[[dict[str, list]], dict[str, list]]]
     # whether log-probabilities are computed from the LM head's weight
     uses_fused_head: ClassVar[bool] = True
+    # it follows its config, whatever `share_prefixes` is around its constructor
+    shares_by_config = True
     # columns that are kept beside the tokens
     kept_columns: ClassVar[tuple[str, ...]] = ()
 
@@ -50,8 +53,10 @@ class PreparedRowsMixin(ResumableTrainer):
         **kwargs: Any,
     ):
         self.data_reports: dict[str, PreparationReport] = {}
-        self.prefix_sharing = None
+        self.prefix_sharing, mode = None, getattr(args, "prefix_sharing", False)
         peft_config = kwargs.get("peft_config")
+        if mode is True:
+            refuse_unless_shareable(model, args, peft_config)
         check_sampling_strategy(args, train_dataset)
         check_adapter(model, args, peft_config, fused_head=self.uses_fused_head)
         self._limits = Limits(model, args)
@@ -68,7 +73,8 @@ class PreparedRowsMixin(ResumableTrainer):
             elif eval_dataset is not None:
                 eval_dataset = self.trl_rows(eval_dataset, processing_class, args, "eval")
             model = model_to_start_from(model, args, gets_adapter=peft_config is not None)
-            with keeps_base_weights(model):
+            self_check = getattr(args, "check_prefix_sharing", False)
+            with keeps_base_weights(model), sharing_from_the_start(self, mode, self_check=self_check):
                 super().__init__(
                     model=model,
                     args=args,

@@ -5,7 +5,6 @@ from typing import Any
 import trl
 
 from ...data.trl_columns import for_dpo
-from ...execution.prefix_sharing import refuse_unless_shareable, share_prefixes
 from ...trainers.adapter_checks import refuse_drifting_reference
 from ...trainers.prepared_rows import PreparedRowsMixin
 
@@ -19,9 +18,6 @@ class DPOTrainer(PreparedRowsMixin, trl.DPOTrainer):
     columns_for = staticmethod(for_dpo)
 
     def __init__(self, model: Any, *, args: Any, peft_config: Any = None, **kwargs: Any):
-        if args.prefix_sharing is True:
-            refuse_unless_shareable(model, args, peft_config)
         if kwargs.get("ref_model") is None:
             refuse_drifting_reference(model, peft_config, "DPO")
-        with share_prefixes(args.prefix_sharing, self_check=args.check_prefix_sharing):
-            super().__init__(model, args=args, peft_config=peft_config, **kwargs)
+        super().__init__(model, args=args, peft_config=peft_config, **kwargs)

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import trl
 
-from ...trainers.common_config import CommonConfig
+from ...trainers.common_config import SharingConfig
 
 
 @dataclass
-class KTOConfig(CommonConfig, trl.KTOConfig):
-    """[`~trl.KTOConfig`] with the fields of [`CommonConfig`]."""
+class KTOConfig(SharingConfig, trl.KTOConfig):
+    """[`~trl.KTOConfig`] with the fields of [`SharingConfig`]."""
 
     def __post_init__(self):
         self.check_types()

@@ -20,7 +20,8 @@ class KTOTrainer(PreparedRowsMixin, trl.KTOTrainer):
     """
     [`~trl.KTOTrainer`] on single answers that are good or bad: rows of `prompt`, `completion` and `label`, or of
     several answers, of which the best is good and the worst bad. They are shuffled by `args.seed`: the reference point
-    is estimated from prompts with the answer of the row before, which has to be another prompt's.
+    is estimated from prompts with the answer of the row before, which has to be another prompt's. So a batch seldom
+    holds a prompt twice, and prefix sharing (`args.prefix_sharing`) mostly leaves out padding.
     """
 
     row_options = RowOptions(min_completions=1)

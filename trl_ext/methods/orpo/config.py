@@ -5,12 +5,12 @@ from typing import ClassVar
 
 from trl.experimental.orpo import ORPOConfig as TRLORPOConfig
 
-from ...trainers.common_config import CommonConfig
+from ...trainers.common_config import SharingConfig
 
 
 @dataclass
-class ORPOConfig(CommonConfig, TRLORPOConfig):
-    """TRL's `ORPOConfig` with the fields of [`CommonConfig`]."""
+class ORPOConfig(SharingConfig, TRLORPOConfig):
+    """TRL's `ORPOConfig` with the fields of [`SharingConfig`]."""
 
     unused_fields: ClassVar[dict[str, str]] = {
         "max_completion_length": "answers are cut by `max_length`",

@@ -10,7 +10,10 @@ from ...trainers.prepared_rows import PreparedRowsMixin
 
 
 class ORPOTrainer(PreparedRowsMixin, TRLORPOTrainer):
-    """TRL's `ORPOTrainer` on the best and the worst answer to each prompt."""
+    """
+    TRL's `ORPOTrainer` on the best and the worst answer to each prompt, computing each prompt once for both
+    (`args.prefix_sharing`).
+    """
 
     columns_for = staticmethod(for_orpo)
     uses_fused_head = False

@@ -5,13 +5,13 @@ from typing import ClassVar
 
 import trl
 
-from ...trainers.common_config import TOKENISED, CommonConfig
+from ...trainers.common_config import TOKENISED, SharingConfig
 
 
 @dataclass
-class RewardConfig(CommonConfig, trl.RewardConfig):
+class RewardConfig(SharingConfig, trl.RewardConfig):
     """
-    [`~trl.RewardConfig`] with the fields of [`CommonConfig`], and
+    [`~trl.RewardConfig`] with the fields of [`SharingConfig`], and
 
     Parameters:
         difference_penalty (`float`, *optional*, defaults to `0.0`):

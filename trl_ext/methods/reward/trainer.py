@@ -11,7 +11,8 @@ from ...trainers.prepared_rows import PreparedRowsMixin
 class RewardTrainer(PreparedRowsMixin, trl.RewardTrainer):
     """
     [`~trl.RewardTrainer`] on the best and the worst answer to each prompt, with two ways to keep rewards bounded; see
-    [`bradley_terry_loss`]. Rows may have a `margin` (https://huggingface.co/papers/2307.09288, eq. 2).
+    [`bradley_terry_loss`]. Rows may have a `margin` (https://huggingface.co/papers/2307.09288, eq. 2). The prompt of a
+    pair is computed once (`args.prefix_sharing`).
     """
 
     columns_for = staticmethod(for_reward)

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 import trl
 
 from ...scoring.config import ScorerConfig
-from ...trainers.common_config import CommonConfig
+from ...trainers.common_config import SharingConfig
 
 
 @dataclass
-class RLOOConfig(ScorerConfig, CommonConfig, trl.RLOOConfig):
+class RLOOConfig(ScorerConfig, SharingConfig, trl.RLOOConfig):
     """
-    [`~trl.RLOOConfig`] with the fields of [`CommonConfig`] and of [`ScorerConfig`], and
+    [`~trl.RLOOConfig`] with the fields of [`SharingConfig`] and of [`ScorerConfig`], and
 
     Parameters:
         rewards (`list[str]`, *optional*): what the policy is trained towards: `file.py:function`,

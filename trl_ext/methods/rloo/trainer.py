@@ -13,6 +13,7 @@ from ...data.prompts import check_prompts, prompt_token_ids
 from ...data.row_error import RowError
 from ...data.rows import RowOptions, prompt_of
 from ...data.tokens import num_repeated_start_tokens, without_repeated_start
+from ...execution.prefix_sharing import enable_prefix_sharing, refuse_unless_shareable
 from ...runtime.models import is_adapter, load_tokenizer, model_to_start_from
 from ...runtime.trust import explain_remote_code, weights_only
 from ...scoring.build import build_scorers, check_scorers
@@ -28,7 +29,8 @@ class RLOOTrainer(ResumableTrainer, trl.RLOOTrainer):
     """
     [`~trl.RLOOTrainer`] towards `args.rewards`, which are checked with the prompts before any weight is loaded. A
     reward gets what [`FunctionScorer`] gives it, and a reward model reads what it was trained on, see
-    [`reward_functions`].
+    [`reward_functions`]. Where log-probabilities are computed, a prompt is computed once for all its answers in a
+    micro-batch (`args.prefix_sharing`).
 
     Raises:
         ValueError: no rewards, prompts that cannot be used, or columns that a reward function does not take.
@@ -44,6 +46,9 @@ class RLOOTrainer(ResumableTrainer, trl.RLOOTrainer):
         name = model if isinstance(model, str) else model.config._name_or_path
         revision = (args.model_init_kwargs or {}).get("revision") or "main"
         peft_config = kwargs.get("peft_config")
+        self.prefix_sharing = None
+        if args.prefix_sharing is True:
+            refuse_unless_shareable(model, args, peft_config)
         check_adapter(model, args, peft_config)
         if args.beta:
             refuse_drifting_reference(model, peft_config, "RLOO")
@@ -69,6 +74,8 @@ class RLOOTrainer(ResumableTrainer, trl.RLOOTrainer):
                 eval_dataset=eval_dataset,
                 **kwargs,
             )
+        if args.prefix_sharing is not False:
+            enable_prefix_sharing(self, args.prefix_sharing, self_check=args.check_prefix_sharing)
 
 
 def _check_prompt_lengths(dataset: Dataset, tokenizer: Any, limits: Limits, args: Any) -> None:
