@@ -1,10 +1,8 @@
 """The model call in parts: a few completions at a time, and still one forward and one backward for whoever calls."""
 
 import contextlib
-import functools
 from collections.abc import Iterator
-from itertools import count, groupby
-from types import MethodType
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,12 +13,12 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .._trl import FusedCausalLMOutput
-from .forward import IGNORE_INDEX, MODEL_KEYS, PER_TOKEN_FIELDS, unbound
+from .forward import IGNORE_INDEX, MODEL_KEYS, PER_TOKEN_FIELDS
+from .install import add_layer
 from .support import length_dependent_positions
 
 BY_ROW = (*MODEL_KEYS, "labels")
 RETURNED = (*PER_TOKEN_FIELDS, "label_mask")
-_KEYS = count()
 
 
 def chunk_sizes(prompt_index: list[int], most: int) -> list[int]:
@@ -69,20 +67,15 @@ def add_chunking(model: PreTrainedModel, multiple_of: int = 1) -> None:
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Model to patch, unwrapped; after prefix sharing, so that this works within each part.
+            Model to patch, unwrapped. Prefix sharing, added before or after, works within each part.
         multiple_of (`int`, *optional*, defaults to 1):
             Cut columns off only down to a multiple of this.
     """
-    # kept on the model, so that what is inside can be exchanged, for a deep copy of the model by itself
-    key = next(_KEYS)
-    vars(model).setdefault("_inside_chunking", {})[key] = unbound(model.forward, model)
     longest_to_trim = length_dependent_positions(model.config.get_text_config())
 
-    @functools.wraps(type(model).forward)
-    def forward(module, *args, chunk_sizes=None, **kwargs):
-        call_on = module._inside_chunking[key]
+    def layer(module, call, *args, chunk_sizes=None, **kwargs):
         if chunk_sizes is None:
-            return call_on(module, *args, **kwargs)
+            return call(*args, **kwargs)
         num_rows, num_columns = kwargs["labels"].shape
         trim = longest_to_trim is None or num_columns <= longest_to_trim
         chunks = _cut(kwargs, chunk_sizes, multiple_of if trim else num_columns)
@@ -90,7 +83,7 @@ def add_chunking(model: PreTrainedModel, multiple_of: int = 1) -> None:
         outputs = []
         with _recomputing(module.base_model) if torch.is_grad_enabled() else contextlib.nullcontext():
             for chunk in chunks:
-                output = call_on(module, **chunk, **settings)
+                output = call(**chunk, **settings)
                 outputs.append({name: output[name] for name in RETURNED if output.get(name) is not None})
         return FusedCausalLMOutput(
             **{
@@ -99,30 +92,7 @@ def add_chunking(model: PreTrainedModel, multiple_of: int = 1) -> None:
             }
         )
 
-    forward.chunking_key = key
-    model.forward = MethodType(forward, model)
-
-
-@contextlib.contextmanager
-def chunking_outermost(model: PreTrainedModel) -> Iterator[None]:
-    """
-    What wraps the model's `forward` inside the block gets inside of [`add_chunking`]'s wrapper, if there is one, be it
-    under other wrappers: accelerate's for mixed precision lies on top of it once `train` was called.
-    """
-    outermost = model.forward
-    wrapper = getattr(outermost, "__func__", outermost)
-    while wrapper is not None and not hasattr(wrapper, "chunking_key"):
-        wrapper = getattr(wrapper, "__wrapped__", None)
-    if wrapper is None:
-        yield
-        return
-    key = wrapper.chunking_key
-    model.forward = MethodType(model._inside_chunking[key], model)
-    try:
-        yield
-    finally:
-        model._inside_chunking[key] = unbound(model.forward, model)
-        model.forward = outermost
+    add_layer(model, "chunking", layer)
 
 
 @contextlib.contextmanager

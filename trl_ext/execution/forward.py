@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .._trl import ChunkedDivergenceFunction, FusedCausalLMOutput
+from .install import add_layer
 from .logits import logit_transform
 
 IGNORE_INDEX = -100
@@ -52,16 +52,6 @@ def score_completions(model: nn.Module, inputs: dict[str, torch.Tensor], **model
     return outputs
 
 
-def unbound(forward: Callable, model: nn.Module) -> Callable:
-    """
-    A model's `forward` as a function of the model and the arguments. Where it is the model's own, a deep copy of the
-    model, with its wrapped `forward`, then runs its own weights.
-    """
-    if getattr(forward, "__self__", None) is model:
-        return forward.__func__
-    return lambda _module, *args, **kwargs: forward(*args, **kwargs)
-
-
 @dataclass
 class KLOutput(FusedCausalLMOutput):
     """
@@ -98,20 +88,19 @@ def add_kl_head(model: PreTrainedModel, reference_head: Callable[[], nn.Module] 
         reference_head (`Callable`, *optional*):
             Returns the reference's LM head. `None` for the reference itself.
     """
-    fused_forward = model.forward
     transform = logit_transform(model.config.get_text_config())
 
-    def forward(self, *args, hidden_mask=None, reference_hidden=None, **kwargs):
+    def layer(module, call, *args, hidden_mask=None, reference_hidden=None, **kwargs):
         if hidden_mask is None:
-            return fused_forward(*args, **kwargs)
+            return call(*args, **kwargs)
         captured = {}
 
         def keep_hidden_states(_module, _args, output):
             captured["hidden_states"] = output.last_hidden_state
 
-        hook = self.base_model.register_forward_hook(keep_hidden_states)
+        hook = module.base_model.register_forward_hook(keep_hidden_states)
         try:
-            outputs = fused_forward(*args, **kwargs)
+            outputs = call(*args, **kwargs)
         finally:
             hook.remove()
         hidden_states = captured["hidden_states"]
@@ -122,7 +111,7 @@ def add_kl_head(model: PreTrainedModel, reference_head: Callable[[], nn.Module] 
         if reference_hidden is None:
             outputs.hidden_states = hidden_states
             return outputs
-        head, frozen_head = self.get_output_embeddings(), reference_head()
+        head, frozen_head = module.get_output_embeddings(), reference_head()
         outputs.kl, _entropy = ChunkedDivergenceFunction.apply(
             hidden_states,
             _whole(head.weight),
@@ -137,7 +126,7 @@ def add_kl_head(model: PreTrainedModel, reference_head: Callable[[], nn.Module] 
         )
         return outputs
 
-    model.forward = MethodType(forward, model)
+    add_layer(model, "kl_head", layer)
 
 
 def _whole(parameter: torch.Tensor | None) -> torch.Tensor | None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import torch
 import transformers
-from accelerate.utils import is_peft_model
 from peft import PeftConfig
 from transformers import PreTrainedModel, Trainer
 from trl import DPOConfig, DPOTrainer, KTOTrainer
@@ -14,7 +13,6 @@ from trl import DPOConfig, DPOTrainer, KTOTrainer
 from .._trl import after_fused_lm_head
 from ..runtime.models import load_config
 from ..runtime.parallelism import refuse_sharding_that_would_not_be, sequence_split
-from .chunking import chunking_outermost
 from .shared_prefixes import SharedPrefixes, reason_against
 from .sharing import PrefixSharing, cannot_be_honoured, warn_not_shared
 from .support import adapter_reason, inspect_model
@@ -97,9 +95,7 @@ def enable_prefix_sharing(
             sharing.cannot(reason)
         for model in (trainer.model, trainer.ref_model):
             if model is not None and reason is None:
-                model = trainer.accelerator.unwrap_model(model)
-                with chunking_outermost(model.get_base_model() if is_peft_model(model) else model):
-                    sharing.install(model)
+                sharing.install(trainer.accelerator.unwrap_model(model))
     except ValueError:
         sharing.remove()
         raise

@@ -5,8 +5,8 @@ import functools
 import inspect
 import warnings
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from .cost import CostModel
-from .forward import IGNORE_INDEX, MODEL_KEYS, PER_TOKEN_FIELDS, unbound
+from .forward import IGNORE_INDEX, MODEL_KEYS, PER_TOKEN_FIELDS
+from .install import add_layer, remove_layer
 from .plan import Plan, SharingStatistics, choose_layout, positions_of, prepare_attention, query_dtype
 from .self_check import can_check, closest_pair, compare, stop_if_different
 from .support import Support, base_model_of, inspect_model
@@ -77,8 +78,7 @@ class PrefixSharing:
         self.self_check = self_check
         self.statistics = SharingStatistics()
         self.shares = False
-        self._installed: list[weakref.ref] = []
-        self._active = True
+        self._installed: list[tuple[weakref.ref, Callable]] = []
         self._said: set[str] = set()
         self._last: tuple | None = None
 
@@ -106,17 +106,13 @@ class PrefixSharing:
             if not support.positions_are_tokens:
                 return
         model = base_model_of(model)
-        inner = model.forward
-        call_on = unbound(inner, model)
         shares = support.reason is None
         must_check = shares and (self.self_check or not support.verified)
         state = _ModelState(support, CostModel.of(model), must_check)
         self.shares |= shares
 
-        @functools.wraps(type(model).forward)
-        def forward(module, *args, fused_lm_head=False, labels=None, **kwargs):
-            call = functools.partial(call_on, module)
-            if not (fused_lm_head and labels is not None and self._active):
+        def layer(module, call, *args, fused_lm_head=False, labels=None, **kwargs):
+            if not (fused_lm_head and labels is not None):
                 passed_on = {"labels": labels} if labels is not None else {}
                 passed_on |= {"fused_lm_head": True} if fused_lm_head else {}
                 return call(*args, **passed_on, **kwargs)
@@ -125,20 +121,14 @@ class PrefixSharing:
                 kwargs.update(zip(names, args, strict=False))
             return self._forward(module, call, state, labels, kwargs)
 
-        forward.replaced = (self, forward, inner)  # kept here, so that this object keeps no model alive
-        model.forward = MethodType(forward, model)
-        self._installed.append(weakref.ref(model))
+        add_layer(model, "sharing", layer)
+        self._installed.append((weakref.ref(model), layer))
 
     def remove(self) -> None:
         """Undo every [`~PrefixSharing.install`]."""
-        self._active = False
-        for model in filter(None, (reference() for reference in self._installed)):
-            current = getattr(model.forward, "__func__", None)
-            owner, ours, inner = getattr(current, "replaced", (None, None, None))
-            # if someone wrapped it since (and `functools.wraps` copied the attribute), ours stays underneath and
-            # passes everything on
-            if owner is self and ours is current:
-                model.forward = inner
+        for reference, layer in self._installed:
+            if (model := reference()) is not None:
+                remove_layer(model, "sharing", layer)
         self._installed.clear()
         self._last = None
 
