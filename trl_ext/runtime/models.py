@@ -330,6 +330,16 @@ def load_causal_lm(model_name_or_path: str | Path, **model_init_kwargs) -> PreTr
     kwargs.setdefault("dtype", torch.float32 if device.type == "cpu" else "auto")
     with explain_remote_code(), weights_only():
         model = AutoModelForCausalLM.from_pretrained(model_name_or_path, **kwargs)
+    return for_inference(model, device)
+
+
+def for_inference(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """
+    A model on a device, without gradients and dropout. On CUDA, cuDNN's attention is switched off: it prepares itself
+    for each new length, and a sampled answer has a new one at every token.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return model.to(device).requires_grad_(False).eval()
 
 

@@ -24,6 +24,7 @@ from ..data.columns import as_given
 from ..data.messages import as_text, template_kwargs
 from ..data.tokens import text_ids, without_end
 from ..runtime.fingerprints import model_fingerprint
+from ..runtime.models import for_inference
 from ..runtime.processes import process_state
 from ..runtime.trust import UnsafeFileError, explain_remote_code, weights_only
 from .config import DEFAULT_LABELS, DEFAULT_TEMPLATE
@@ -148,7 +149,7 @@ class RewardModelScorer:
                 "be noise. Train it as a reward model first (TRL's RewardTrainer), or name one that is trained."
             )
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id  # finds the last token by it
-        self.model.to(process_state().device).eval()
+        for_inference(self.model, process_state().device)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[list[float | None]]:
         """
@@ -309,7 +310,7 @@ class RankerModelJudge:
         self.label_ids = _label_ids(self.tokenizer, template, labels)
         self.identity = [*_model_identity(path, revision, dtype, self.max_length), template, list(labels)]
         self.model = _load(AutoModelForCausalLM, path, "judge", config=config, dtype=dtype, **kwargs)
-        self.model.to(process_state().device).eval()
+        for_inference(self.model, process_state().device)
         # logits at the last tokens only, where the model offers that: all of them would be much the largest tensor
         self._can_keep_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
