@@ -27,13 +27,14 @@ from typing import Any
 
 from common import REPOSITORY, RESULTS, append, circumstances
 
+from trl_ext.methods import METHODS
+
 FILE = RESULTS / "playground.csv"
 RUNS = REPOSITORY / "runs" / "playground"
 TUNED_WITH = 42
 SEEDS = (1, 2, 3, TUNED_WITH)
-RECIPES = (
-    "slic", "rrhf", "spin", "train_click", "dpo", "ipo", "orpo", "kto", "best_of_n", "reward", "rl",
-)  # fmt: skip
+LABELS = {method.recipe: method.label for method in METHODS.values()}
+RECIPES = tuple(LABELS)
 # what training logs about the order of answers: the share of pairs that are ordered rightly
 ORDERED = ("rewards/accuracies", "accuracy")
 
@@ -184,12 +185,6 @@ def read_rows() -> dict[tuple[str, int], list[dict[str, Any]]]:
                 row |= {name: float(row[name]) if row[name] else None for name in (*FIGURES, "minutes")}
                 found.setdefault((row["recipe"], int(row["seed"])), []).append(row)
     return found
-
-
-LABELS = {
-    "slic": "SLiC-HF", "rrhf": "RRHF", "spin": "SPIN", "train_click": "CLICK", "dpo": "DPO", "ipo": "IPO",
-    "orpo": "ORPO", "kto": "KTO", "best_of_n": "best-of-n", "reward": "reward model", "rl": "RLOO",
-}  # fmt: skip
 
 
 def table(rows: dict[tuple[str, int], list[dict[str, Any]]]) -> str:

@@ -1,5 +1,5 @@
 """
-For mkdocs: the README as the home page, and files outside `docs/` that pages link to.
+For mkdocs: the README as the home page, files outside `docs/` that pages link to, and the lists of methods.
 
 Links in the Markdown are those of the repository, so that they work there as well. A linked file outside `docs/`
 becomes `repository/PATH` of the site.
@@ -7,11 +7,18 @@ becomes `repository/PATH` of the site.
 
 import os.path
 import re
+import runpy
 from pathlib import Path
 
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
+# by its file, as the package need not be installed; those with classes of this package come first
+METHODS = sorted(
+    runpy.run_path(str(ROOT / "trl_ext" / "methods" / "__init__.py"))["METHODS"].values(),
+    key=lambda method: not method.is_public,
+)
+CLASSES = re.compile(r"<!-- methods: .*? -->")
 LINK = re.compile(r"\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)")
 FENCE = re.compile(r"^ *```.*?^ *```", re.S | re.M)
 
@@ -32,6 +39,13 @@ def linked(page: Path) -> list[Path]:
     return [Path(os.path.normpath(page.parent / match[1])) for match in LINK.finditer(text)]
 
 
+def on_config(config):
+    """Fill the list of methods in the navigation."""
+    entry = next(entry for entry in config.nav if "Methods" in entry)
+    entry["Methods"] = [{method.label[0].upper() + method.label[1:]: method.page} for method in METHODS]
+    return config
+
+
 def on_files(files, config):
     """Add the README and every linked file that exists, and what these link to."""
     waiting = [ROOT / "README.md", *(Path(file.abs_src_path) for file in files if file.is_documentation_page())]
@@ -49,7 +63,14 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Turn links of the repository into links of the site."""
+    """Turn links of the repository into links of the site, and list the classes of methods."""
+    sections = (
+        f"## {method.label}\n\n::: trl_ext.methods.{method.folder}.trainer.{method.classes}Trainer\n"
+        f"::: trl_ext.methods.{method.folder}.config.{method.classes}Config"
+        for method in METHODS
+        if method.is_public
+    )
+    markdown = CLASSES.sub("\n\n".join(sections), markdown)
     source = Path(page.file.abs_src_path)
     here = os.path.dirname(site_path(source))
 

@@ -1,9 +1,9 @@
 """
 Train a model with best-of-n (rejection sampling, RAFT): imitate the best of n answers, by TRL's `SFTTrainer`.
 
-With no arguments, an offline playground runs on a CPU: a small model learns to read numbers, and
-an unfriendly tone with it; its own answers are sampled and ranked, the best are imitated, and both models
-are compared on held-out numbers.
+With no arguments, an offline playground runs on a CPU: a small model learns to read numbers, and an unfriendly tone
+with it; its own answers are sampled and ranked, the best are imitated, and both models are compared on held-out
+numbers.
 
     accelerate launch recipes/best_of_n.py
 
@@ -12,8 +12,8 @@ On ranked answers (one row: `prompt`, `completions`, `scores`; or `prompt`, `cho
     accelerate launch recipes/best_of_n.py --model_name_or_path MODEL --dataset_name ranked.jsonl \
         --output_dir runs/best_of_n
 
-On prompts alone (one row: `prompt`, and whatever the reward needs): the model's own answers are sampled and scored,
-as often as there are rounds:
+On prompts alone (one row: `prompt`, and whatever the reward needs): the model's own answers are sampled and scored, as
+often as there are rounds:
 
     accelerate launch recipes/best_of_n.py --model_name_or_path MODEL --dataset_name prompts.jsonl \
         --output_dir runs/best_of_n --num_rounds 1 --rewards my_rewards.py:score

@@ -1,8 +1,8 @@
 """
 Compare methods: train them on the same data with the same budget, and see what each does.
 
-With no arguments, an offline playground runs on a CPU: SFT, best-of-n, SLiC-HF direct and sample-rank, RRHF in one and
-in two rounds, SPIN, CLICK, DPO, IPO, ORPO, KTO and RLOO.
+With no arguments, an offline playground runs on a CPU, with SFT and every method: SLiC-HF direct and sample-rank, RRHF
+in one and in two rounds.
 
     accelerate launch recipes/compare.py
 
@@ -13,9 +13,9 @@ SLiC-HF direct, with `reference` for SPIN and CLICK):
         --output_dir runs/compare --rewards my_rewards.py:score --methods slic_sample_rank rrhf dpo --seeds 1 2 3 \\
         --max_steps 200
 
-What comes out: `comparison.html`, a page to read; `comparison.md`, a table to paste;
-`comparison.csv`, every figure. Options of a method: `--settings '{"dpo": {"beta": 0.3}}'`. To go on after an
-interruption, or to add methods: the same command and `--resume_from_checkpoint true`. All values of a run in one file:
+What comes out: `comparison.html`, a page to read; `comparison.md`, a table to paste; `comparison.csv`, every figure.
+Options of a method: `--settings '{"dpo": {"beta": 0.3}}'`. To go on after an interruption, or to add methods: the same
+command and `--resume_from_checkpoint true`. All values of a run in one file:
 `--config recipes/configs/compare_tldr.yaml`.
 """
 

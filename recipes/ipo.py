@@ -1,20 +1,19 @@
 """
-Train a model with IPO: with log-ratios per token, as in TRL, or of whole answers, the paper's formula
-(`--log_ratios sum`).
+Train a model with IPO: log-ratios per token, as in TRL, or with `--log_ratios sum` of whole answers, as in the paper.
 
-With no arguments, an offline playground runs on a CPU: a small model learns to read numbers, and
-an unfriendly tone with it; its own answers are sampled and ranked, IPO trains on the pairs, and both models
-are compared on held-out numbers.
+With no arguments, an offline playground runs on a CPU: a small model learns to read numbers, and an unfriendly tone
+with it; its own answers are sampled and ranked, IPO trains on the ranked lists, and both models are compared on
+held-out numbers.
 
     accelerate launch recipes/ipo.py
 
-On preferences (one row: `prompt`, `chosen`, `rejected`; or `prompt`, `completions`, `scores`; a Hub name, a file
-or a folder):
+On preferences (one row: `prompt`, `chosen`, `rejected`; or `prompt`, `completions`, `scores`; a Hub name, a file or a
+folder):
 
     accelerate launch recipes/ipo.py --model_name_or_path MODEL --dataset_name pairs.jsonl --output_dir runs/ipo
 
 On prompts alone (one row: `prompt`, and whatever the reward needs): the model's own answers are sampled, scored, and
-the best is set against the worst, as often as there are rounds:
+every better one is set against every worse one, as often as there are rounds:
 
     accelerate launch recipes/ipo.py --model_name_or_path MODEL --dataset_name prompts.jsonl --output_dir runs/ipo \
         --num_rounds 1 --rewards my_rewards.py:score

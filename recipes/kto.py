@@ -1,9 +1,9 @@
 """
 Train a model with KTO, by TRL's `KTOTrainer`: on single answers that are good or bad.
 
-With no arguments, an offline playground runs on a CPU: a small model learns to read numbers, and
-an unfriendly tone with it; its own answers are sampled and ranked, KTO trains on the best and the worst, and both
-models are compared on held-out numbers.
+With no arguments, an offline playground runs on a CPU: a small model learns to read numbers, and an unfriendly tone
+with it; its own answers are sampled and ranked, KTO trains on the best and the worst, and both models are compared on
+held-out numbers.
 
     accelerate launch recipes/kto.py
 

@@ -1,14 +1,14 @@
 """
 Train a model with ORPO, by TRL's `ORPOTrainer`.
 
-With no arguments, an offline playground runs on a CPU: a small model learns to read numbers, and
-an unfriendly tone with it; its own answers are sampled and ranked, ORPO trains on the pairs, and both models
-are compared on held-out numbers.
+With no arguments, an offline playground runs on a CPU: a small model learns to read numbers, and an unfriendly tone
+with it; its own answers are sampled and ranked, ORPO trains on the pairs, and both models are compared on held-out
+numbers.
 
     accelerate launch recipes/orpo.py
 
-On preferences (one row: `prompt`, `chosen`, `rejected`; or `prompt`, `completions`, `scores`; a Hub name, a file
-or a folder):
+On preferences (one row: `prompt`, `chosen`, `rejected`; or `prompt`, `completions`, `scores`; a Hub name, a file or a
+folder):
 
     accelerate launch recipes/orpo.py --model_name_or_path MODEL --dataset_name pairs.jsonl --output_dir runs/orpo
 

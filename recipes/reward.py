@@ -1,9 +1,8 @@
 """
 Train a reward model on preferences with the Bradley-Terry loss, by TRL's `RewardTrainer`.
 
-With no arguments, an offline playground runs on a CPU: a small model learns to read numbers, and
-an unfriendly tone with it; its own answers are ranked, and a reward model learns the ranking, and is tried on answers
-to other numbers.
+With no arguments, an offline playground runs on a CPU: a small model learns to read numbers, and an unfriendly tone
+with it; its own answers are ranked, and a reward model learns the ranking, and is tried on answers to other numbers.
 
     accelerate launch recipes/reward.py
 
@@ -13,9 +12,10 @@ Hub name, a file or a folder):
     accelerate launch recipes/reward.py --model_name_or_path MODEL --dataset_name pairs.jsonl --output_dir runs/reward
 
 Rewards that grow without bound, as certain preferences make them: `--difference_penalty 0.01` or `--max_difference 4`.
-The model goes wherever rewards are named: `--rewards runs/reward`. LoRA: `--use_peft --lora_task_type SEQ_CLS
---lora_modules_to_save score`; merge the adapter before use. To go on after an interruption: the same command and
-`--resume_from_checkpoint true`. All values of a run in one file: `--config recipes/configs/reward_ultrafeedback.yaml`.
+The model goes wherever rewards are named: `--rewards runs/reward`. LoRA:
+`--use_peft --lora_task_type SEQ_CLS --lora_modules_to_save score`; merge the adapter before use. To go on after an
+interruption: the same command and `--resume_from_checkpoint true`. All values of a run in one file:
+`--config recipes/configs/reward_ultrafeedback.yaml`.
 """
 
 from pathlib import Path
@@ -41,28 +41,23 @@ def train(arguments, **stage):
     return train_and_save(RewardTrainer, parsed, panels=REWARD_PANELS, **stage)
 
 
-def play_on_the_playground(parsed, arguments):
-    """A reward model of ranked answers, and how often it tells the better one of others."""
+def main(arguments):
     from trl_ext.cli import start_playground
     from trl_ext.playground.stages import pair_accuracy
 
+    parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
+    if not is_playground(*parsed):
+        train(arguments)
+        return
     if parsed[2].use_peft:
         raise ValueError(
-            "The playground tries its reward model out, and an adapter has to be merged before. Leave `--use_peft` "
-            "out, or train on your own data."
+            "The playground evaluates its reward model, and an adapter has to be merged before that. Leave out "
+            "`--use_peft`, or train on your own data."
         )
     rounds = start_playground(parsed, num_stages=7)
     data = rounds.make_candidates("candidates", rounds.model)
     model = rounds.train("reward", train, rounds.model, data, arguments)
     pair_accuracy(rounds, model)
-
-
-def main(arguments):
-    parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
-    if is_playground(*parsed):
-        play_on_the_playground(parsed, arguments)
-    else:
-        train(arguments)
 
 
 if __name__ == "__main__":

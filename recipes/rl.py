@@ -1,10 +1,9 @@
 """
-Train a model by reinforcement learning towards a reward, by TRL's `RLOOTrainer`: the stand-in for PPO, which TRL no
-longer has.
+Train a model by reinforcement learning towards a reward, by TRL's `RLOOTrainer`.
 
-With no arguments, an offline playground runs on a CPU: a small model learns to read numbers, and
-an unfriendly tone with it; a reward model learns from its ranked answers; RLOO trains towards the reward model, and
-both models are compared on held-out numbers by the true reward, which the training has never seen.
+With no arguments, an offline playground runs on a CPU: a small model learns to read numbers, and an unfriendly tone
+with it; a reward model learns from its ranked answers; RLOO trains towards the reward model, and both models are
+compared on held-out numbers by the true reward, which the training has never seen.
 
     accelerate launch recipes/rl.py
 
@@ -41,15 +40,18 @@ def train(arguments, **stage):
     return train_and_save(RLOOTrainer, parsed, panels=RL_PANELS, **stage)
 
 
-def play_on_the_playground(parsed, arguments):
-    """A reward model of ranked answers, and RLOO towards it, or towards the `rewards` that are given."""
+def main(arguments):
     from trl_ext.cli import start_playground
     from trl_ext.playground.stages import reward_stage
 
+    parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
+    if not is_playground(*parsed):
+        train(arguments)
+        return
     rewards = parsed[1].rewards
     rounds = start_playground(parsed, num_stages=4 if rewards else 7)
     rounds.evaluate("start", rounds.model)
-    if not rewards:
+    if not rewards:  # a reward model of ranked answers
         data = rounds.make_candidates("candidates", rounds.model)
         rounds.run.stage("reward/model", reward_stage, inputs={"model": Path(rounds.model), "data": data},
                          seed=rounds.seed, title="training a reward model on the answers")  # fmt: skip
@@ -59,14 +61,6 @@ def play_on_the_playground(parsed, arguments):
     rounds.model_to_take = str(model)
     rounds.write_report()
     rounds.report("RLOO")
-
-
-def main(arguments):
-    parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
-    if is_playground(*parsed):
-        play_on_the_playground(parsed, arguments)
-    else:
-        train(arguments)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """
 Train a model with RRHF: rank K answers to each prompt.
 
-With no arguments, an offline playground runs on a CPU: a small model learns to read numbers,
-and an unfriendly tone with it; its answers to further ones are scored; RRHF trains on the ranked lists; the new model
-answers again and is trained again. Beside it, the same model is trained on the best answers alone.
+With no arguments, an offline playground runs on a CPU: a small model learns to read numbers, and an unfriendly tone
+with it; its answers to further ones are scored; RRHF trains on the ranked lists; the new model answers again and is
+trained again. Beside it, the same model is trained on the best answers alone.
 
     accelerate launch recipes/rrhf.py
 

@@ -52,10 +52,8 @@ def main(arguments):
     with state.main_process_first():
         prompts = load_prompts(script_args, dataset_args)
     config.check_scorers(list(prompts[0]))
-    load = {
-        "model_init_kwargs": {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation},
-        "trust_remote_code": config.trust_remote_code,
-    }
+    init = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    load = {"model_init_kwargs": init, "trust_remote_code": config.trust_remote_code}
     sample_stage(folder, model=model, prompts=prompts, config=sampling, mix_in=config.mix_in or (), load=load)
     state.wait_for_everyone()
     if state.is_main_process:  # what an earlier call has made of other candidates

@@ -1,9 +1,9 @@
 """
 Train a model with SLiC-HF.
 
-With no arguments, an offline playground runs on a CPU: a small model learns to read numbers, and
-an unfriendly tone with it; its own answers are sampled and ranked, SLiC-HF trains on the pairs, and both models are
-compared on held-out numbers.
+With no arguments, an offline playground runs on a CPU: a small model learns to read numbers, and an unfriendly tone
+with it; its own answers are sampled and ranked, SLiC-HF trains on the pairs, and both models are compared on held-out
+numbers.
 
     accelerate launch recipes/slic.py
 
@@ -20,8 +20,7 @@ sampled, scored and paired by a knock-out tournament; the regulariser's target i
         --rewards my_rewards.py:score
 
 The same with LoRA: add `--use_peft`. To go on after an interruption: the same command and
-`--resume_from_checkpoint true`.
-All values of a run in one file: `--config recipes/configs/slic_ultrafeedback.yaml`.
+`--resume_from_checkpoint true`. All values of a run in one file: `--config recipes/configs/slic_ultrafeedback.yaml`.
 """
 
 from pathlib import Path

@@ -1,8 +1,8 @@
 """
 Train a model with SPIN: self-play against itself, with nothing but the answers of SFT.
 
-With no arguments, an offline playground runs on a CPU: a small model learns to read numbers; then three
-iterations of SPIN on the same examples. Beside them, SFT goes on for as many updates.
+With no arguments, an offline playground runs on a CPU: a small model learns to read numbers; then three iterations of
+SPIN on the same examples. Beside them, SFT goes on for as many updates.
 
     accelerate launch recipes/spin.py
 
@@ -31,8 +31,6 @@ DATACLASSES = (
     "trl.ModelConfig",
     "trl.DatasetMixtureConfig",
 )
-# of SFT going on: of 1e-4, 2e-4 and 5e-4 the best with seed 42, when it saw a part of the examples again and again
-CONTROL_LEARNING_RATE = 2e-4
 PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "spin_playground.yaml"
 
 
@@ -45,34 +43,26 @@ def train(arguments, **stage):
     return train_and_save(SPINTrainer, parsed, panels=SPIN_PANELS, **stage)
 
 
-def play_on_the_playground(parsed):
-    """Three iterations, and SFT going on for as many updates as they have had."""
-    from trl_ext import SPINTrainer
-    from trl_ext.cli import start_self_play
-    from trl_ext.playground.stages import continue_sft
-
-    game = start_self_play(parsed, SPINTrainer, more_stages=2 * parsed[1].num_iterations)
-    game.play()
-    game.report(continue_sft(game, learning_rate=CONTROL_LEARNING_RATE))
-
-
 def main(arguments):
     from trl_ext import SPINTrainer
     from trl_ext.cli import start_self_play
     from trl_ext.methods.spin.rows import is_sft_data
+    from trl_ext.playground.stages import continue_sft
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
-    if is_playground(*parsed):
-        play_on_the_playground(parsed)
-        return
     script_args, config, _, dataset_args = parsed
-    datasets = load_datasets(script_args, dataset_args, with_eval=config.eval_strategy != "no", seed=config.seed)
-    if is_sft_data(datasets[0]):
-        game = start_self_play(parsed, SPINTrainer, *datasets)
+    if is_playground(*parsed):
+        game = start_self_play(parsed, SPINTrainer, more_stages=2 * config.num_iterations)
         game.play()
-        game.report()
-    else:
+        game.report(continue_sft(game))
+        return
+    datasets = load_datasets(script_args, dataset_args, with_eval=config.eval_strategy != "no", seed=config.seed)
+    if not is_sft_data(datasets[0]):
         train(arguments)
+        return
+    game = start_self_play(parsed, SPINTrainer, *datasets)
+    game.play()
+    game.report()
 
 
 if __name__ == "__main__":

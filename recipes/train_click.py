@@ -1,9 +1,9 @@
 """
 Train a model with CLICK: keep it from certain answers, at little cost to the task.
 
-With no arguments, an offline playground runs on a CPU: a small model learns to read numbers, and
-a rude tone with it; its own answers are labelled polite or not and paired by their likelihood; CLICK trains on the
-pairs beside the task's data.
+With no arguments, an offline playground runs on a CPU: a small model learns to read numbers, and a rude tone with it;
+its own answers are labelled polite or not and paired by their likelihood; CLICK trains on the pairs beside the task's
+data.
 
     accelerate launch recipes/train_click.py
 

@@ -2,7 +2,7 @@
 
 from tests.support.data import REPOSITORY
 
-MOST_LINES = 500
+MOST_LINES, MOST_OF_A_RECIPE = 500, 70
 
 
 def test_no_file_is_longer_than_a_sitting():
@@ -13,3 +13,5 @@ def test_no_file_is_longer_than_a_sitting():
     ]
     lengths = {str(file.relative_to(REPOSITORY)): len(file.read_text().splitlines()) for file in files}
     assert not {name: length for name, length in lengths.items() if length > MOST_LINES}
+    recipes = {name: length for name, length in lengths.items() if name.startswith("recipes")}
+    assert recipes and max(recipes.values()) <= MOST_OF_A_RECIPE, recipes

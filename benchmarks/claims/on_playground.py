@@ -30,6 +30,11 @@ from trl_ext.runs.intervals import wins
 RECIPES = REPOSITORY / "recipes"
 PLAYGROUND = RECIPES / "configs" / "compare_playground.yaml"
 FOLDER = RUNS / "playground"
+# whose values in the playground's config count in every claim, tried or not; later ones count where they are tried
+FIRST_METHODS = {
+    "all", "best_of_n", "slic_direct", "slic_sample_rank", "rrhf", "rrhf_two_rounds", "spin", "click", "dpo", "ipo",
+    "orpo", "kto",
+}  # fmt: skip
 
 
 def settings(**methods: dict[str, Any]) -> dict[str, Any]:
@@ -37,8 +42,9 @@ def settings(**methods: dict[str, Any]) -> dict[str, Any]:
     values = yaml.safe_load(PLAYGROUND.read_text(encoding="utf-8"))
     values["num_checkpoints"] = 0
     del values["output_dir"], values["seeds"]
-    if "rl" not in {of.get("method", name) for name, of in methods.items()}:
-        del values["settings"]["rl"], values["settings"]["reward_model"]
+    used = {of.get("method", name) for name, of in methods.items()}
+    used |= {"reward_model"} if "rl" in used else set()
+    values["settings"] = {name: of for name, of in values["settings"].items() if name in used | FIRST_METHODS}
     return {"playground": values, "methods": methods}
 
 

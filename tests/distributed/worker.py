@@ -22,29 +22,18 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, LlamaModel, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from trl_ext import (
-    CLICKConfig,
-    CLICKTrainer,
-    IPOConfig,
-    IPOTrainer,
-    RRHFConfig,
-    RRHFTrainer,
-    SLiCConfig,
-    SLiCTrainer,
-    SPINConfig,
-    SPINTrainer,
-    enable_prefix_sharing,
-)
+import trl_ext
+from trl_ext import enable_prefix_sharing, methods
 from trl_ext._trl import after_fused_lm_head, take_down_deepspeed
 from trl_ext.cli.run import run_recipe
 
 METHODS = {
-    "click": (CLICKTrainer, CLICKConfig),
     "dpo": (DPOTrainer, DPOConfig),
-    "ipo": (IPOTrainer, IPOConfig),
-    "rrhf": (RRHFTrainer, RRHFConfig),
-    "slic": (SLiCTrainer, SLiCConfig),
-    "spin": (SPINTrainer, SPINConfig),
+    **{
+        name: tuple(getattr(trl_ext, method.classes + kind) for kind in ("Trainer", "Config"))
+        for name, method in methods.METHODS.items()
+        if method.is_public
+    },
 }
 counts = {"models": 0, "forwards": 0}
 

@@ -18,19 +18,15 @@ from transformers import AutoModelForSequenceClassification
 from trl import DatasetMixtureConfig, ScriptArguments
 
 from tests.support.data import REPOSITORY
+from tests.support.methods import all_but
 from tests.support.reference import sequence_logp
-from trl_ext import CLICKTrainer, IPOTrainer, RRHFTrainer, SLiCTrainer, SPINTrainer
 from trl_ext.cli.options import recipe_dataclasses
 from trl_ext.cli.parse import imported
 from trl_ext.data.limits import Limits
 from trl_ext.data.load import load_datasets, load_prompts
 from trl_ext.data.prompts import check_prompts
 from trl_ext.data.rows import RowOptions
-from trl_ext.methods.best_of_n.trainer import BestOfNTrainer
-from trl_ext.methods.dpo.trainer import DPOTrainer
-from trl_ext.methods.kto.trainer import KTOTrainer
-from trl_ext.methods.orpo.trainer import ORPOTrainer
-from trl_ext.methods.reward.trainer import RewardTrainer
+from trl_ext.methods import METHODS
 from trl_ext.methods.rloo.trainer import _usable_prompts
 from trl_ext.methods.spin.rows import is_sft_data, sft_rows
 from trl_ext.scoring.build import build_scorers
@@ -53,20 +49,37 @@ def section(name: str, title: str) -> str:
     return re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", page(name), re.S | re.M)[1]
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_its_page_and_its_rows(name):
+    method = METHODS[name]
+    assert (DOCS / method.page).is_file(), f"docs/{method.page} is not there"
+    readme, costs = (REPOSITORY / "README.md").read_text(), section("choosing", "What each costs")
+    row = re.search(rf"^\| \[{re.escape(method.label)}\]\(docs/{method.page}\) \|.*$", readme, re.M)
+    assert row and f"`recipes/{method.recipe}.py`" in row[0], f"README.md has no row of {method.label} in Methods"
+    assert not method.is_public or f"`{method.classes}Trainer`" in row[0]
+    if name != "reward":  # trains no policy
+        assert f"\n| {method.label} |" in costs, f"docs/choosing.md has no row of {method.label} in What each costs"
+
+
+def test_editors_know_every_public_name():
+    import trl_ext
+
+    source = (REPOSITORY / "trl_ext" / "__init__.py").read_text()
+    named = re.findall(r"import (\w+) as \1$", source.partition("if TYPE_CHECKING:")[2], re.M)
+    assert sorted(named) == trl_ext.__all__, "name them below TYPE_CHECKING in trl_ext/__init__.py"
+
+
 # Data
 
 
 DATA = section("data", "A row of each format")
-TRAINERS = {
-    "slic": SLiCTrainer, "rrhf": RRHFTrainer, "train_click": CLICKTrainer, "ipo": IPOTrainer, "spin": SPINTrainer,
-    "dpo": DPOTrainer, "orpo": ORPOTrainer, "kto": KTOTrainer, "best_of_n": BestOfNTrainer, "reward": RewardTrainer,
-}  # fmt: skip
+TRAINERS = {METHODS[name].recipe: trainer for name, (trainer, _) in all_but("rloo").items()}
 
 
-def the_nine() -> list[str]:
-    """The recipes that the page calls "the nine"."""
-    named = re.search(r'they are "the nine": (.+?)\. ', DATA.replace("\n", " "))[1]
-    return re.findall(r"`(\w+)\.py`", named)
+def comparing_recipes() -> set[str]:
+    """What the page calls "the comparing recipes"."""
+    others = re.search(r'"the comparing recipes" are all but (.+?)\. ', DATA.replace("\n", " "))[1]
+    return {file.stem for file in (REPOSITORY / "recipes").glob("*.py")} - set(re.findall(r"`(\w+)\.py`", others))
 
 
 def formats() -> dict[str, tuple[dict, set[str]]]:
@@ -76,7 +89,7 @@ def formats() -> dict[str, tuple[dict, set[str]]]:
     for name, text, row in found:
         said = re.search(r"Read by (.+?)\.$", text.replace("\n", " ").strip())[1]
         readers = set(re.findall(r"`(\w+)\.py`", said))
-        readers |= set(the_nine()) if "the nine" in said else set()
+        readers |= comparing_recipes() if "the comparing recipes" in said else set()
         readers |= {"prompts"} if re.search(r"\bprompts\b", said) else set()
         shown[name] = json.loads(row), readers
     return shown
@@ -119,8 +132,8 @@ def config(recipe: str):
     return imported(recipe_dataclasses(REPOSITORY / "recipes" / f"{recipe}.py"))[1]("unused", bf16=False)
 
 
-def test_the_nine_are_nine_and_no_format_is_overlooked():
-    assert sorted(the_nine()) == sorted(set(TRAINERS) - {"spin"}) and len(the_nine()) == 9
+def test_no_recipe_and_no_format_is_overlooked():
+    assert comparing_recipes() == set(TRAINERS) - {"spin"}
     assert len(FORMATS) == page("data").count("```json\n") > 10
 
 

@@ -12,20 +12,15 @@ from hypothesis import strategies as st
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments
 
 from tests.support.data import REPOSITORY
+from tests.support.methods import all_but
 from tests.support.odd import NESTED, NUMBERS, SCALARS, TEXT, cases, more_or_less, refused
 from tests.support.stage_functions import look_around
-from trl_ext import CLICKConfig, RRHFConfig, SLiCConfig, SPINConfig
+from trl_ext import SLiCConfig
 from trl_ext.cli.options import recipe_dataclasses
 from trl_ext.cli.parse import parse_recipe_args
 from trl_ext.cli.sample_and_rank_config import SampleAndRankConfig
 from trl_ext.comparison.arguments import parse_comparison_args
 from trl_ext.comparison.config import ComparisonConfig
-from trl_ext.methods.best_of_n.config import BestOfNConfig
-from trl_ext.methods.ipo.config import IPOConfig
-from trl_ext.methods.kto.config import KTOConfig
-from trl_ext.methods.orpo.config import ORPOConfig
-from trl_ext.methods.reward.config import RewardConfig
-from trl_ext.methods.rloo.config import RLOOConfig
 from trl_ext.runs.config import RankingConfig, RoundsConfig
 from trl_ext.runs.run import Run
 from trl_ext.sampling.config import SamplingConfig
@@ -33,8 +28,8 @@ from trl_ext.sampling.config import SamplingConfig
 pytestmark = pytest.mark.usefixtures("no_cache")
 
 CONFIGS = (
-    SLiCConfig, RRHFConfig, CLICKConfig, SPINConfig, IPOConfig, ORPOConfig, BestOfNConfig, KTOConfig, RewardConfig,
-    RLOOConfig, ComparisonConfig, SampleAndRankConfig, SamplingConfig, RankingConfig, RoundsConfig,
+    *(config for _, config in all_but("dpo").values()),
+    ComparisonConfig, SampleAndRankConfig, SamplingConfig, RankingConfig, RoundsConfig,
 )  # fmt: skip
 OWN = {
     config: [entry.name for entry in fields(config) if entry.init and entry.name != "output_dir"] for config in CONFIGS

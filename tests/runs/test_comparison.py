@@ -11,16 +11,12 @@ from trl import get_peft_config
 
 from tests.support.comparing import RECIPE, one_seed, run
 from tests.support.data import PAIRS, REPOSITORY, REWARDS, read_jsonl
+from tests.support.methods import TRAINERS
 from tests.support.processes import stages_are_numbered
-from trl_ext import CLICKTrainer, IPOTrainer, RRHFTrainer, SLiCTrainer, SPINTrainer
+from trl_ext import methods
 from trl_ext.comparison.methods import METHODS
 from trl_ext.comparison.results import ComparisonResults
 from trl_ext.comparison.seed_run import models_resident
-from trl_ext.methods.best_of_n.trainer import BestOfNTrainer
-from trl_ext.methods.dpo.trainer import DPOTrainer
-from trl_ext.methods.kto.trainer import KTOTrainer
-from trl_ext.methods.orpo.trainer import ORPOTrainer
-from trl_ext.methods.rloo.trainer import RLOOTrainer
 
 ROWS = [{**row, "reference": row["chosen"]} for row in PAIRS * 2]
 ROWS = [{**row, "prompt": f"{number}. {row['prompt']}"} for number, row in enumerate(ROWS)]
@@ -44,17 +40,18 @@ def command(model_dir, data, output_dir, *methods, **settings):
     return [sys.executable, "-m", "accelerate.commands.launch", str(RECIPE), *words, "--methods", *methods]
 
 
-TRAINERS = {
-    "best_of_n": BestOfNTrainer, "slic_direct": SLiCTrainer, "rrhf": RRHFTrainer, "spin": SPINTrainer,
-    "click": CLICKTrainer, "dpo": DPOTrainer, "ipo": IPOTrainer, "orpo": ORPOTrainer, "kto": KTOTrainer,
-    "rl": RLOOTrainer,
-}  # fmt: skip
+BY_RECIPE = {methods.METHODS[name].recipe: trainer for name, trainer in TRAINERS.items()}
+BY_LINE = {
+    name: BY_RECIPE[line.recipe]
+    for name, line in METHODS.items()
+    if name not in ("sft", "slic_sample_rank", "rrhf_two_rounds")
+}
 
 
 @pytest.mark.parametrize(
     ("method", "options", "expected"),
     [
-        *((name, {}, "1") for name in TRAINERS if name not in ("dpo", "kto", "rl")),
+        *((name, {}, "1") for name in BY_LINE if name not in ("dpo", "kto", "rl")),
         ("slic_direct", {"reg_type": "kl"}, "2"),
         ("slic_direct", {"reg_type": "kl", "use_peft": True}, "1 + LoRA"),
         ("rrhf", {"use_peft": True}, "1 + LoRA"),
@@ -76,7 +73,7 @@ def test_models_in_memory_are_those_that_the_trainer_has(method, options, expect
     args.output_dir = str(tmp_path)
     if method == "rl":
         args.rewards = [f"{REWARDS}:vowels"]  # in place of a reward model
-    trainer = TRAINERS[method](
+    trainer = BY_LINE[method](
         model=model_dir, args=args, train_dataset=Dataset.from_list(ROWS), peft_config=get_peft_config(read[2])
     )
     there = 1 + (getattr(trainer, "ref_model", None) is not None) + (method == "rl")

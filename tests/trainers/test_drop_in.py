@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import pytest
 from trl import DPOConfig, DPOTrainer
 
-from trl_ext import CLICKConfig, IPOConfig, IPOTrainer, RRHFConfig, SLiCConfig, SLiCTrainer, SPINConfig
+from tests.support.methods import CONFIGS as ALL_CONFIGS
+from trl_ext import IPOConfig, IPOTrainer, SLiCConfig, SLiCTrainer, SPINConfig
+from trl_ext.methods import METHODS
 
-CONFIGS = [SLiCConfig, RRHFConfig, CLICKConfig, SPINConfig, IPOConfig]
+CONFIGS = [ALL_CONFIGS[name] for name, method in METHODS.items() if method.is_public]
 
 
 @dataclass

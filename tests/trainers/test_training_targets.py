@@ -6,6 +6,7 @@ import pytest
 from transformers import Trainer
 
 from tests.support.data import PAIRS, REPOSITORY, REWARDS, read_jsonl
+from trl_ext import methods
 from trl_ext.comparison.config import ComparisonConfig
 from trl_ext.comparison.methods import METHODS
 from trl_ext.comparison.seed_run import SeedRun
@@ -64,18 +65,20 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(Rounds, "play", play)
 
 
+ON_PAIRS = ("dpo", "ipo", "orpo", "kto")
+
+
 @pytest.mark.parametrize(
     ("recipe", "rule", "sees_the_task"),
     [
         ("slic", "tournament", False),
-        ("slic", None, False),
-        ("rrhf", None, False),
-        ("dpo", "best_worst", False),
-        ("ipo", "best_worst", False),
-        ("orpo", "best_worst", False),
-        ("kto", "best_worst", False),
-        ("best_of_n", None, False),
         ("train_click", "likelihood_near", True),  # its language-modelling loss is on the task's own data
+        *((recipe, "best_worst", False) for recipe in ON_PAIRS),
+        *(
+            (method.recipe, None, False)
+            for method in methods.METHODS.values()
+            if method.recipe not in (*ON_PAIRS, "train_click", "spin", "reward", "rl")
+        ),
     ],
 )
 def test_rounds_train_towards_sampled_answers(

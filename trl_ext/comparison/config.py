@@ -53,10 +53,7 @@ class ComparisonConfig(CommonConfig, TrainingArguments):
     output_dir: str | None = field(default="runs/compare", metadata={"help": "Folder for everything."})
     methods: list[str] | None = field(
         default=None,
-        metadata={
-            "help": "Of sft, best_of_n, slic_direct, slic_sample_rank, rrhf, rrhf_two_rounds, spin, click, dpo, ipo, "
-            "orpo, kto, rl and those of `settings`; default: all that can be."
-        },
+        metadata={"help": f"Of {', '.join(METHODS)} and those of `settings`; default: all that can be."},
     )
     seeds: list[int] = field(
         default_factory=lambda: [1], metadata={"help": "Seeds; each is a whole comparison of its own."}

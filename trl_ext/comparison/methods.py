@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .. import methods
 from ..sampling.config import NEUTRAL
 
 
@@ -34,29 +35,39 @@ class Method:
     note: str | None = None
 
 
-METHODS = {
-    "sft": Method("SFT"),
-    "best_of_n": Method("best-of-n", "best_of_n"),
-    "slic_direct": Method("SLiC-HF direct", "slic", data="pairs", needs="chosen"),
-    "slic_sample_rank": Method("SLiC-HF sample-rank", "slic"),
-    "rrhf": Method("RRHF", "rrhf"),
-    "rrhf_two_rounds": Method("RRHF, two rounds", "rrhf", data="rounds"),
-    "spin": Method("SPIN", "spin", data="self_play", needs="reference", values={"num_iterations": 1}),
-    "click": Method("CLICK", "train_click", data="likelihood_near", needs="reference"),
-    "dpo": Method("DPO", "dpo"),
-    "ipo": Method("IPO", "ipo"),
-    "orpo": Method("ORPO", "orpo", note="its log-probabilities over training are means per token"),
-    "kto": Method("KTO", "kto", batch=lambda prompts, answers: 2 * prompts),
-    "rl": Method(
-        "RLOO",
-        "rl",
-        data="prompts",
-        batch=lambda prompts, answers: prompts * answers,
-        note="its answers sampled are the candidates that its reward model was trained on and those that it samples "
-        "itself; the sampling time is of the candidates, as its own sampling is part of its training time, which has "
-        "the training of the reward model in it too",
-    ),
+# Folder of a method -> its lines by their names, where it has others than one of its own name with the defaults.
+LINES: dict[str, dict[str, dict[str, Any]]] = {
+    "slic": {
+        "slic_direct": {"label": "SLiC-HF direct", "data": "pairs", "needs": "chosen"},
+        "slic_sample_rank": {"label": "SLiC-HF sample-rank"},
+    },
+    "rrhf": {"rrhf": {}, "rrhf_two_rounds": {"label": "RRHF, two rounds", "data": "rounds"}},
+    "spin": {"spin": {"data": "self_play", "needs": "reference", "values": {"num_iterations": 1}}},
+    "click": {"click": {"data": "likelihood_near", "needs": "reference"}},
+    "orpo": {"orpo": {"note": "its log-probabilities over training are means per token"}},
+    "kto": {"kto": {"batch": lambda prompts, answers: 2 * prompts}},
+    "reward": {},
+    "rloo": {
+        "rl": {
+            "data": "prompts",
+            "batch": lambda prompts, answers: prompts * answers,
+            "note": "its answers sampled are the candidates that its reward model was trained on and those that it "
+            "samples itself; the sampling time is of the candidates, as its own sampling is part of its training "
+            "time, which has the training of the reward model in it too",
+        }
+    },
 }
+
+
+def _lines(folder: str) -> dict[str, Method]:
+    method = methods.METHODS[folder]
+    lines = LINES.get(folder, {folder: {}})
+    return {name: Method(**{"label": method.label, "recipe": method.recipe, **line}) for name, line in lines.items()}
+
+
+METHODS = {"sft": Method("SFT"), **_lines("best_of_n")}  # what imitates comes first
+for _folder in methods.METHODS:
+    METHODS |= _lines(_folder)
 
 
 # that the comparison sets itself, so that the budget is equal and everything lands where it is looked for

@@ -7,32 +7,11 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from trl_ext import (
-    CLICKConfig,
-    CLICKTrainer,
-    IPOConfig,
-    IPOTrainer,
-    RRHFConfig,
-    RRHFTrainer,
-    SLiCConfig,
-    SLiCTrainer,
-    SPINConfig,
-    SPINTrainer,
-)
+from tests.support.methods import all_but
 from trl_ext.comparison.stages import pairs_stage
 from trl_ext.data.prepare import prepare_row
 from trl_ext.data.prompts import prompt_token_ids
 from trl_ext.data.rows import RowOptions
-from trl_ext.methods.best_of_n.config import BestOfNConfig
-from trl_ext.methods.best_of_n.trainer import BestOfNTrainer
-from trl_ext.methods.dpo.config import DPOConfig
-from trl_ext.methods.dpo.trainer import DPOTrainer
-from trl_ext.methods.kto.config import KTOConfig
-from trl_ext.methods.kto.trainer import KTOTrainer
-from trl_ext.methods.orpo.config import ORPOConfig
-from trl_ext.methods.orpo.trainer import ORPOTrainer
-from trl_ext.methods.reward.config import RewardConfig
-from trl_ext.methods.reward.trainer import RewardTrainer
 from trl_ext.methods.spin.pairs import spin_pairs
 from trl_ext.runs.config import RankingConfig
 from trl_ext.runs.evaluation_stage import evaluation_stage
@@ -55,18 +34,7 @@ SCORED = {
     "ends": ["length", "stop", "length", "role_marker"],
     "sources": ["sampled"] * 4,
 }
-TRAINERS = {
-    "slic": (SLiCTrainer, SLiCConfig),
-    "rrhf": (RRHFTrainer, RRHFConfig),
-    "click": (CLICKTrainer, CLICKConfig),
-    "ipo": (IPOTrainer, IPOConfig),
-    "spin": (SPINTrainer, SPINConfig),
-    "dpo": (DPOTrainer, DPOConfig),
-    "kto": (KTOTrainer, KTOConfig),
-    "orpo": (ORPOTrainer, ORPOConfig),
-    "best_of_n": (BestOfNTrainer, BestOfNConfig),
-    "reward": (RewardTrainer, RewardConfig),
-}
+TRAINERS = all_but("rloo")
 
 
 def as_chat(row):
