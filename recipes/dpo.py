@@ -25,7 +25,7 @@ command and `--resume_from_checkpoint true`. All values of a run in one file:
 
 from pathlib import Path
 
-from trl_ext.cli import parse_recipe_args, run_recipe, train_and_save
+from trl_ext.cli import Training, parse_recipe_args, run_recipe
 
 DATACLASSES = (
     "trl.ScriptArguments",
@@ -41,10 +41,13 @@ PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "dpo_playground.yaml"
 def train(arguments, **stage):
     """Train once: on what the arguments say, or, in rounds, on the round's model, data and folder."""
     from trl_ext.methods.dpo.trainer import DPOTrainer
-    from trl_ext.runs.curves import DPO_PANELS
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
-    return train_and_save(DPOTrainer, parsed, panels=DPO_PANELS, **stage)
+    training = Training(parsed, **stage)
+    train_dataset, eval_dataset = training.load()
+    trainer = DPOTrainer(**training.model_and_args(), train_dataset=train_dataset, eval_dataset=eval_dataset)
+    figures = training.train(trainer)
+    return training.save(trainer, figures)
 
 
 def main(arguments):
@@ -53,8 +56,7 @@ def main(arguments):
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
     if not in_rounds(parsed):
-        train(arguments)
-        return
+        return train(arguments)
     rounds = start_rounds(parsed, rows=RowOptions())
     rounds.play(train, arguments)
     rounds.report("DPO")

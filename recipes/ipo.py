@@ -24,7 +24,7 @@ The same with LoRA: add `--use_peft`. To go on after an interruption: the same c
 
 from pathlib import Path
 
-from trl_ext.cli import parse_recipe_args, run_recipe, train_and_save
+from trl_ext.cli import Training, parse_recipe_args, run_recipe
 
 DATACLASSES = (
     "trl.ScriptArguments",
@@ -40,10 +40,13 @@ PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "ipo_playground.yaml"
 def train(arguments, **stage):
     """Train once: on what the arguments say, or, in rounds, on the round's model, data and folder."""
     from trl_ext.methods.ipo.trainer import IPOTrainer
-    from trl_ext.runs.curves import DPO_PANELS
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
-    return train_and_save(IPOTrainer, parsed, panels=DPO_PANELS, **stage)
+    training = Training(parsed, **stage)
+    train_dataset, eval_dataset = training.load()
+    trainer = IPOTrainer(**training.model_and_args(), train_dataset=train_dataset, eval_dataset=eval_dataset)
+    figures = training.train(trainer)
+    return training.save(trainer, figures)
 
 
 def main(arguments):
@@ -52,8 +55,7 @@ def main(arguments):
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
     if not in_rounds(parsed):
-        train(arguments)
-        return
+        return train(arguments)
     rounds = start_rounds(parsed, rows=RowOptions())
     rounds.play(train, arguments)
     rounds.report("IPO")

@@ -20,7 +20,7 @@ interruption: the same command and `--resume_from_checkpoint true`. All values o
 
 from pathlib import Path
 
-from trl_ext.cli import parse_recipe_args, run_recipe, train_and_save
+from trl_ext.cli import Training, parse_recipe_args, run_recipe
 from trl_ext.runs.settings import is_playground
 
 DATACLASSES = (
@@ -35,10 +35,13 @@ PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "reward_playground.yaml"
 def train(arguments, **stage):
     """Train once: on what the arguments say, or, on the playground, on the stage's model, data and folder."""
     from trl_ext.methods.reward.trainer import RewardTrainer
-    from trl_ext.runs.curves import REWARD_PANELS
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
-    return train_and_save(RewardTrainer, parsed, panels=REWARD_PANELS, **stage)
+    training = Training(parsed, **stage)
+    train_dataset, eval_dataset = training.load()
+    trainer = RewardTrainer(**training.model_and_args(), train_dataset=train_dataset, eval_dataset=eval_dataset)
+    figures = training.train(trainer)
+    return training.save(trainer, figures)
 
 
 def main(arguments):
@@ -47,8 +50,7 @@ def main(arguments):
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
     if not is_playground(*parsed):
-        train(arguments)
-        return
+        return train(arguments)
     if parsed[2].use_peft:
         raise ValueError(
             "The playground evaluates its reward model, and an adapter has to be merged before that. Leave out "

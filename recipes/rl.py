@@ -19,7 +19,7 @@ values of a run in one file: `--config recipes/configs/rl_tldr.yaml`.
 
 from pathlib import Path
 
-from trl_ext.cli import parse_recipe_args, run_recipe, train_and_save
+from trl_ext.cli import Training, parse_recipe_args, run_recipe
 from trl_ext.runs.settings import is_playground
 
 DATACLASSES = (
@@ -34,10 +34,13 @@ PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "rl_playground.yaml"
 def train(arguments, **stage):
     """Train once: on what the arguments say, or, on the playground, on the stage's model, data and folder."""
     from trl_ext.methods.rloo.trainer import RLOOTrainer
-    from trl_ext.runs.curves import RL_PANELS
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
-    return train_and_save(RLOOTrainer, parsed, panels=RL_PANELS, **stage)
+    training = Training(parsed, **stage)
+    train_dataset, eval_dataset = training.load()
+    trainer = RLOOTrainer(**training.model_and_args(), train_dataset=train_dataset, eval_dataset=eval_dataset)
+    figures = training.train(trainer)
+    return training.save(trainer, figures)
 
 
 def main(arguments):
@@ -46,8 +49,7 @@ def main(arguments):
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
     if not is_playground(*parsed):
-        train(arguments)
-        return
+        return train(arguments)
     rewards = parsed[1].rewards
     rounds = start_playground(parsed, num_stages=4 if rewards else 7)
     rounds.evaluate("start", rounds.model)

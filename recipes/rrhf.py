@@ -2,8 +2,7 @@
 Train a model with RRHF: rank K answers to each prompt.
 
 With no arguments, an offline playground runs on a CPU: a small model learns to read numbers, and an unfriendly tone
-with it; its answers to further ones are scored; RRHF trains on the ranked lists; the new model answers again and is
-trained again. Beside it, the same model is trained on the best answers alone.
+with it; two rounds of RRHF train it on its own ranked answers. Beside it, one is trained on the best of them alone.
 
     accelerate launch recipes/rrhf.py
 
@@ -22,7 +21,7 @@ and `--resume_from_checkpoint true`. All values of a run in one file: `--config 
 
 from pathlib import Path
 
-from trl_ext.cli import parse_recipe_args, run_recipe, train_and_save
+from trl_ext.cli import Training, parse_recipe_args, run_recipe
 from trl_ext.runs.settings import is_playground
 
 DATACLASSES = (
@@ -39,10 +38,13 @@ PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "rrhf_playground.yaml"
 def train(arguments, **stage):
     """Train once: on what the arguments say, or, in rounds, on the round's model, data and folder."""
     from trl_ext import RRHFTrainer
-    from trl_ext.runs.curves import RRHF_PANELS
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
-    return train_and_save(RRHFTrainer, parsed, panels=RRHF_PANELS, **stage)
+    training = Training(parsed, **stage)
+    train_dataset, eval_dataset = training.load()
+    trainer = RRHFTrainer(**training.model_and_args(), train_dataset=train_dataset, eval_dataset=eval_dataset)
+    figures = training.train(trainer)
+    return training.save(trainer, figures)
 
 
 def main(arguments):
@@ -51,8 +53,7 @@ def main(arguments):
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
     if not in_rounds(parsed):
-        train(arguments)
-        return
+        return train(arguments)
     more_stages = 2 if is_playground(*parsed) else 0
     rounds = start_rounds(parsed, rows=RowOptions(min_completions=1), more_stages=more_stages)
     if more_stages:  # for comparison: the same candidates without ranking, imitation of the best

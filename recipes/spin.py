@@ -21,7 +21,7 @@ LoRA: `--use_peft`, one adapter per iteration, merged after it. To go on after a
 
 from pathlib import Path
 
-from trl_ext.cli import parse_recipe_args, run_recipe, train_and_save
+from trl_ext.cli import Training, parse_recipe_args, run_recipe
 from trl_ext.data.load import load_datasets
 from trl_ext.runs.settings import is_playground
 
@@ -37,10 +37,13 @@ PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "spin_playground.yaml"
 def train(arguments, **stage):
     """One iteration, on pairs of a real and a generated answer."""
     from trl_ext import SPINTrainer
-    from trl_ext.runs.curves import SPIN_PANELS
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
-    return train_and_save(SPINTrainer, parsed, panels=SPIN_PANELS, **stage)
+    training = Training(parsed, **stage)
+    train_dataset, eval_dataset = training.load()
+    trainer = SPINTrainer(**training.model_and_args(), train_dataset=train_dataset, eval_dataset=eval_dataset)
+    figures = training.train(trainer)
+    return training.save(trainer, figures)
 
 
 def main(arguments):
@@ -54,12 +57,10 @@ def main(arguments):
     if is_playground(*parsed):
         game = start_self_play(parsed, SPINTrainer, more_stages=2 * config.num_iterations)
         game.play()
-        game.report(continue_sft(game))
-        return
+        return game.report(continue_sft(game))
     datasets = load_datasets(script_args, dataset_args, with_eval=config.eval_strategy != "no", seed=config.seed)
     if not is_sft_data(datasets[0]):
-        train(arguments)
-        return
+        return train(arguments)
     game = start_self_play(parsed, SPINTrainer, *datasets)
     game.play()
     game.report()

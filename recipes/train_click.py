@@ -26,7 +26,7 @@ LoRA: `--use_peft`. To go on after an interruption: the same command and `--resu
 
 from pathlib import Path
 
-from trl_ext.cli import parse_recipe_args, run_recipe, train_and_save
+from trl_ext.cli import Training, parse_recipe_args, run_recipe
 
 DATACLASSES = (
     "trl.ScriptArguments",
@@ -42,10 +42,13 @@ PLAYGROUND_CONFIG = Path(__file__).parent / "configs" / "click_playground.yaml"
 def train(arguments, **stage):
     """Train once: on what the arguments say, or, in rounds, on the round's model, data and folder."""
     from trl_ext import CLICKTrainer
-    from trl_ext.runs.curves import CLICK_PANELS
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
-    return train_and_save(CLICKTrainer, parsed, panels=CLICK_PANELS, **stage)
+    training = Training(parsed, **stage)
+    train_dataset, eval_dataset = training.load()
+    trainer = CLICKTrainer(**training.model_and_args(), train_dataset=train_dataset, eval_dataset=eval_dataset)
+    figures = training.train(trainer)
+    return training.save(trainer, figures)
 
 
 def main(arguments):
@@ -54,8 +57,7 @@ def main(arguments):
 
     parsed = parse_recipe_args(DATACLASSES, PLAYGROUND_CONFIG, arguments)
     if not in_rounds(parsed):
-        train(arguments)
-        return
+        return train(arguments)
     rounds = start_rounds(parsed, rows=RowOptions(min_completions=1, reference=True))
     rounds.play(train, arguments)
     rounds.report("CLICK")

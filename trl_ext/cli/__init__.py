@@ -5,6 +5,7 @@ from .._lazy import lazy_names
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
+        "Training": "train",
         "given_options": "parse",
         "in_rounds": "start",
         "parse_args": "parse",
@@ -14,6 +15,5 @@ __getattr__, __dir__, __all__ = lazy_names(
         "start_playground": "start",
         "start_rounds": "start",
         "start_self_play": "start_spin",
-        "train_and_save": "train",
     },
 )

@@ -9,6 +9,7 @@ from ...data.rows import RowOptions
 from ...logps import CompletionLogps, by_prompt
 from ...losses import click_loss, ordered_pairs, rank_margins, slic_rank_loss
 from ...metrics import pair_metrics, row_metrics
+from ...runs.curves import CLICK_PANELS
 from ...trainers.batches import best_and_worst
 from ...trainers.candidate_trainer import CandidateTrainer
 from .config import CLICKConfig
@@ -65,6 +66,7 @@ class CLICKTrainer(CandidateTrainer):
             As in [`~trl.DPOTrainer`], with `args` a [`CLICKConfig`]. `ref_model` and `compute_metrics` are refused.
     """
 
+    panels = CLICK_PANELS
     config_class = CLICKConfig
     loss_terms = {"loss/lm": None, "loss/pair": "pair_weight"}
     _tag_names = ["trl", "click"]

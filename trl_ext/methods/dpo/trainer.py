@@ -5,6 +5,7 @@ from typing import Any
 import trl
 
 from ...data.trl_columns import for_dpo
+from ...runs.curves import DPO_PANELS
 from ...trainers.adapter_checks import refuse_drifting_reference
 from ...trainers.prepared_rows import PreparedRowsMixin
 
@@ -15,6 +16,7 @@ class DPOTrainer(PreparedRowsMixin, trl.DPOTrainer):
     (`args.prefix_sharing`).
     """
 
+    panels = DPO_PANELS
     columns_for = staticmethod(for_dpo)
 
     def __init__(self, model: Any, *, args: Any, peft_config: Any = None, **kwargs: Any):

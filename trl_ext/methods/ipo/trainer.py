@@ -8,6 +8,7 @@ import torch
 from ...logps import CompletionLogps, by_prompt
 from ...losses import ipo_loss
 from ...metrics import pair_metrics, row_metrics
+from ...runs.curves import DPO_PANELS
 from ...trainers.batches import best_and_worst
 from ...trainers.referenced_trainer import ReferencedTrainer
 from .config import IPOConfig
@@ -55,6 +56,7 @@ class IPOTrainer(ReferencedTrainer):
         TypeError, ValueError, NotImplementedError: see [`ReferencedTrainer`]; before any weight is loaded.
     """
 
+    panels = DPO_PANELS
     config_class = IPOConfig
     _tag_names = ["trl", "ipo"]
     _name = "IPO"

@@ -10,6 +10,7 @@ from ...data.columns import without_files
 from ...data.rows import RowOptions
 from ...data.tokens import tokenizer_of
 from ...data.trl_columns import for_kto, labelled, with_mismatched
+from ...runs.curves import KTO_PANELS
 from ...trainers.adapter_checks import refuse_drifting_reference
 from ...trainers.prepared_rows import PreparedRowsMixin, has_trl_columns
 
@@ -23,6 +24,8 @@ class KTOTrainer(PreparedRowsMixin, trl.KTOTrainer):
     is estimated from prompts with the answer of the row before, which has to be another prompt's. So a batch seldom
     holds a prompt twice, and prefix sharing (`args.prefix_sharing`) mostly leaves out padding.
     """
+
+    panels = KTO_PANELS
 
     row_options = RowOptions(min_completions=1)
     columns_for = staticmethod(for_kto)

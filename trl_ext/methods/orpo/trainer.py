@@ -6,6 +6,7 @@ from transformers import BitsAndBytesConfig
 from trl.experimental.orpo import ORPOTrainer as TRLORPOTrainer
 
 from ...data.trl_columns import for_orpo
+from ...runs.curves import ORPO_PANELS
 from ...trainers.prepared_rows import PreparedRowsMixin
 
 
@@ -15,6 +16,7 @@ class ORPOTrainer(PreparedRowsMixin, TRLORPOTrainer):
     (`args.prefix_sharing`).
     """
 
+    panels = ORPO_PANELS
     columns_for = staticmethod(for_orpo)
     uses_fused_head = False
 

@@ -5,6 +5,7 @@ import trl
 
 from ...data.trl_columns import for_reward
 from ...losses import bradley_terry_loss
+from ...runs.curves import REWARD_PANELS
 from ...trainers.prepared_rows import PreparedRowsMixin
 
 
@@ -15,6 +16,7 @@ class RewardTrainer(PreparedRowsMixin, trl.RewardTrainer):
     pair is computed once (`args.prefix_sharing`).
     """
 
+    panels = REWARD_PANELS
     columns_for = staticmethod(for_reward)
     uses_fused_head = False
     kept_columns = ("margin",)

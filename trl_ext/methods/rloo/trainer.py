@@ -14,6 +14,7 @@ from ...data.row_error import RowError
 from ...data.rows import RowOptions, prompt_of
 from ...data.tokens import num_repeated_start_tokens, without_repeated_start
 from ...execution.prefix_sharing import enable_prefix_sharing, refuse_unless_shareable
+from ...runs.curves import RL_PANELS
 from ...runtime.models import is_adapter, load_tokenizer, model_to_start_from
 from ...runtime.trust import explain_remote_code, weights_only
 from ...scoring.build import build_scorers, check_scorers
@@ -36,6 +37,8 @@ class RLOOTrainer(ResumableTrainer, trl.RLOOTrainer):
         ValueError: no rewards, prompts that cannot be used, or columns that a reward function does not take.
         NotImplementedError: a stream.
     """
+
+    panels = RL_PANELS
 
     def __init__(self, model: Any, *, args: Any, train_dataset: Dataset, eval_dataset: Any = None, **kwargs: Any):
         if not args.rewards:

@@ -9,6 +9,7 @@ from ...data.rows import RowOptions
 from ...logps import CompletionLogps, by_prompt
 from ...losses import rank_margins, rrhf_likelihoods, rrhf_loss, rrhf_official_lengths, rrhf_rank_loss, rrhf_sft_loss
 from ...metrics import kendall_tau, pair_metrics, row_metrics
+from ...runs.curves import RRHF_PANELS
 from ...trainers.batches import best_and_worst
 from ...trainers.candidate_trainer import CandidateTrainer
 from .config import RRHFConfig
@@ -76,6 +77,7 @@ class RRHFTrainer(CandidateTrainer):
             As in [`~trl.DPOTrainer`], with `args` an [`RRHFConfig`]. `ref_model` and `compute_metrics` are refused.
     """
 
+    panels = RRHF_PANELS
     config_class = RRHFConfig
     loss_terms = {"loss/rank": "rank_weight", "loss/sft": "sft_weight"}
     _tag_names = ["trl", "rrhf"]

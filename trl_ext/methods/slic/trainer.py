@@ -24,6 +24,7 @@ from ...losses import (
     slic_rank_loss,
 )
 from ...metrics import pair_metrics, row_metrics
+from ...runs.curves import SLIC_PANELS
 from ...trainers.batches import best_and_worst
 from ...trainers.candidate_trainer import CandidateTrainer
 from .config import SCORE_VALUE_CALIBRATIONS, SLiCConfig
@@ -85,6 +86,7 @@ class SLiCTrainer(CandidateTrainer):
             As in [`~trl.DPOTrainer`], with `args` a [`SLiCConfig`]. `ref_model` is taken only with `reg_type="kl"`.
     """
 
+    panels = SLIC_PANELS
     config_class = SLiCConfig
     loss_terms = {"loss/calibration": None, "loss/regularization": "reg_weight"}
     _tag_names = ["trl", "slic-hf"]

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ...logps import CompletionLogps
 from ...losses import spin_loss
+from ...runs.curves import SPIN_PANELS
 from ...runs.manifest import STAGE_MARKER
 from ...runtime.run_warnings import ToldApart
 from ...trainers.batches import best_and_worst
@@ -83,6 +84,7 @@ class SPINTrainer(ReferencedTrainer):
         TypeError, ValueError, NotImplementedError: see [`CandidateTrainer`]; before any weight is loaded.
     """
 
+    panels = SPIN_PANELS
     config_class = SPINConfig
     _tag_names = ["trl", "spin"]
     _name = "SPIN"
