@@ -95,7 +95,7 @@ def load_classes(*paths: str) -> Classes:
     Raises:
         ImportError: the classes cannot be imported.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trl_ext"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "trl_ext")
     cached = cache / f"options-{hashlib.sha256(' '.join(paths).encode()).hexdigest()[:16]}.json"
     for file in (SHIPPED, cached):
         try:
