@@ -13,8 +13,8 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from ..runtime.faults import watched
 from ..runtime.files import sealed, write_atomically
+from ..runtime.hang_watchdog import hang_watchdog
 from ..runtime.processes import barrier_without_timeout, process_state
 from ..runtime.signals import STOP_SIGNALS, on_stop, stop_signals_blocked
 from ..runtime.threads import settle_threads
@@ -112,7 +112,7 @@ def _stage_process(port, shards_models, patience, on_cpu, environment, *job) -> 
             _run_stage(on_cpu, *job)
             return
         PartialState(cpu=on_cpu, timeout=timedelta(seconds=patience))
-        with watched(patience, may_wait=True):
+        with hang_watchdog(patience):
             _run_stage(on_cpu, *job)
 
 

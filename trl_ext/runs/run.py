@@ -21,8 +21,8 @@ from typing import Any
 
 from accelerate import PartialState
 
-from ..runtime.faults import watched
 from ..runtime.files import read_sealed, sealed, write_atomically
+from ..runtime.hang_watchdog import hang_watchdog
 from ..runtime.headings import Headings
 from ..runtime.processes import all_gather_objects, process_state, refuse_unless_all_see
 from ..runtime.run_lock import hold_folder
@@ -54,7 +54,7 @@ class Run:
         default_of (`Callable`, *optional*): the value that a setting counts with if the folder's run was begun before
             there was such an option; see [`~trl_ext.runs.settings.unset_value`].
         patience (`float`, defaults to 1800): seconds without a sign of life of a process, after which the run ends;
-            see [`~trl_ext.runtime.faults.watched`].
+            see [`~trl_ext.runtime.hang_watchdog.hang_watchdog`].
         headings ([`Headings`], *optional*): numbers the stages that have a title; without it they are counted.
 
     Raises:
@@ -80,9 +80,9 @@ class Run:
         self.headings = headings or Headings()
         self.state = all_processes()
         hold_folder(self.folder)
-        watch = ExitStack()
-        watch.enter_context(watched(patience, may_wait=True))  # for as long as this process lives
-        atexit.register(watch.close)
+        watchdog = ExitStack()
+        watchdog.enter_context(hang_watchdog(patience))  # for as long as this process lives
+        atexit.register(watchdog.close)
         file = self.folder / "run.json"
         problem = None
         if self.state.is_main_process:

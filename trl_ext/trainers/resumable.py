@@ -12,7 +12,8 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from .._trl import get_config_model_id, without_rotation
 from ..runtime.checkpoints import find_checkpoint, make_room, naming_a_full_disk, seal
-from ..runtime.faults import SaveOnStop, WatchCallback, protect_workers
+from ..runtime.faults import SaveOnStop, protect_workers
+from ..runtime.hang_watchdog import WatchCallback
 from ..runtime.run_lock import hold_folder, release_folder
 from ..runtime.signals import RESUME_HINT, in_stage, name_of, on_stop, signal_again
 from ..runtime.trust import weights_only
@@ -37,7 +38,7 @@ class ResumableTrainer(Trainer):
         - On SIGTERM and on Ctrl-C the step is finished, a checkpoint saved, and the process ends with exit code 143 or
           130; a second Ctrl-C ends it at once.
         - When no process has got on for four fifths of `args.ddp_timeout` (30 minutes by default), the run ends with
-          a message that says where each of them was, see `runtime/faults.py`.
+          a message that says where each of them was, see `runtime/hang_watchdog.py`.
 
         Raises:
             FileExistsError: another run is in the output folder.
