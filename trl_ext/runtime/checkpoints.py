@@ -36,7 +36,7 @@ def wants_to_resume(training_args) -> bool:
 
 def checkpoint_to_resume(training_args) -> str | None:
     """
-    The checkpoint to go on from: `--resume_from_checkpoint PATH`, or `true` for the last whole one in the output
+    The checkpoint to resume from: `--resume_from_checkpoint PATH`, or `true` for the last whole one in the output
     folder. `None` if there is none yet, so that the same command serves the first start and every restart.
 
     Checkpoints that are not whole, because the run was killed while it wrote them or because a file was lost or has
@@ -63,7 +63,7 @@ def checkpoint_to_resume(training_args) -> str | None:
     if checkpoints:
         raise FileExistsError(
             f"{output_dir} holds checkpoints of an earlier run, up to {checkpoints[0]}. Add "
-            "`--resume_from_checkpoint true` to go on from there, or set another `--output_dir`."
+            "`--resume_from_checkpoint true` to resume from there, or set another `--output_dir`."
         )
     return None
 
@@ -75,9 +75,9 @@ def find_checkpoint(training_args, wanted: str | bool) -> str | None:
         problem = _problem(Path(wanted))
         if problem is not None:
             raise FileNotFoundError(
-                f"resume_from_checkpoint={str(wanted)!r} is not a whole checkpoint: {problem}. Name one that is, or "
-                "set it to 'true' for the last whole one in the output folder. One that another program wrote can "
-                "be begun from as a model: `--model_name_or_path` its folder."
+                f"`resume_from_checkpoint` must be a whole checkpoint, got {str(wanted)!r}: {problem}. Name a whole "
+                "one, or set it to 'true' for the last whole one in the output folder. To start from the weights of "
+                "another program's checkpoint, set `--model_name_or_path` to its folder."
             )
         if Path(wanted).resolve().parent == Path(training_args.output_dir).resolve():
             _refuse_unless_it_is_last(Path(wanted))
@@ -92,14 +92,13 @@ def find_checkpoint(training_args, wanted: str | bool) -> str | None:
         if problem is None:
             _refuse_unless_it_fits(checkpoint, training_args)
             return str(checkpoint)
-        state.print(f"{checkpoint} is passed over: {problem}.")
+        state.print(f"{checkpoint} is skipped: {problem}.")
         if lost is None and not any(all_gather_objects((checkpoint / UNFINISHED).exists())):
             lost = f"{checkpoint} is not whole ({problem})"
     if lost is not None:
         raise FileExistsError(
-            f"{lost}, and there is no other to go on from. A run that begins anew would write over it. To begin anew, "
-            "remove it or set another `--output_dir`; its weights, if they are good, can be begun from: "
-            "`--model_name_or_path` its folder."
+            f"{lost}, and there is no other to resume from. A new run would overwrite it. To start over, remove it or "
+            "set another `--output_dir`. To start from its weights, set `--model_name_or_path` to its folder."
         )
     return None
 
@@ -111,9 +110,9 @@ def _refuse_unless_it_is_last(checkpoint: Path) -> None:
     last = all_gather_objects(next(whole, None))[0]
     if last is not None:
         raise FileExistsError(
-            f"{checkpoint.parent} holds whole checkpoints after {checkpoint.name}, up to {last}. A run that goes on "
-            f"from {checkpoint.name} beside them could not be told from theirs by `--resume_from_checkpoint true`. "
-            "Move them away, or set another `--output_dir`, which leaves them where they are."
+            f"{checkpoint.parent} holds whole checkpoints after {checkpoint.name}, up to {last}. A later "
+            "`--resume_from_checkpoint true` could not tell them from those of this run. Move them away, or set "
+            "another `--output_dir`, which leaves them where they are."
         )
 
 
@@ -171,9 +170,6 @@ def _read_seal(checkpoint: Path) -> tuple[dict[str, Any], str | None]:
     try:
         seal = json.loads((checkpoint / SEAL).read_text())
         files = {str(name): int(size) for name, size in seal["files"].items()}
-        escaping = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]
-        if escaping:
-            return {}, f"its {SEAL} names {escaping[0]!r}, which is not in it"
         return {"files": files, "run": {**seal["run"]}}, None
     except FileNotFoundError:
         if (checkpoint / UNFINISHED).exists():
@@ -195,14 +191,15 @@ def _refuse_unless_it_fits(checkpoint: Path, training_args) -> None:
     before, now = _read_seal(checkpoint)[0]["run"], _run(training_args)
     if before.get("only_model"):
         raise ValueError(
-            f"{checkpoint} holds the model alone (`save_only_model`): the optimiser would begin anew in the middle of "
-            "the run. Begin a new run from its weights: `--model_name_or_path` its folder, another `--output_dir`."
+            f"{checkpoint} holds only the model (`save_only_model`), and the optimiser would start over in the middle "
+            "of the run. Start a new run from its weights: set `--model_name_or_path` to its folder, and another "
+            "`--output_dir`."
         )
     if before.get("prompts_per_step") != now["prompts_per_step"]:
         raise ValueError(
             f"{checkpoint} was written with {before.get('prompts_per_step')} prompts per optimiser step "
             f"({before.get('num_processes')} processes), and this run takes {now['prompts_per_step']} "
-            f"({now['num_processes']} processes): it would skip rows, or see some twice. Set "
+            f"({now['num_processes']} processes). It would skip rows or repeat them. Set "
             "`per_device_train_batch_size` and `gradient_accumulation_steps` so that their product with the number of "
             f"processes is {before.get('prompts_per_step')}."
         )
@@ -211,9 +208,9 @@ def _refuse_unless_it_fits(checkpoint: Path, training_args) -> None:
     ):
         raise ValueError(
             f"{checkpoint} was written by {before.get('num_processes')} processes with sharding "
-            f"{before.get('sharding')!r}, and this run has {now['num_processes']} with {now['sharding']!r}: what one "
-            "process has kept is not what one needs now. Launch as many processes with the same strategy, or begin a "
-            "new run from the checkpoint's weights: `--model_name_or_path` its folder, another `--output_dir`."
+            f"{before.get('sharding')!r}, and this run has {now['num_processes']} with {now['sharding']!r}. The parts "
+            "that each process has saved do not fit. Launch as many processes with the same strategy, or start a new "
+            "run from the weights: set `--model_name_or_path` to the folder, and another `--output_dir`."
         )
 
 
@@ -259,48 +256,32 @@ def seal(checkpoint: Path, training_args) -> None:
     """
     Say that a checkpoint is whole; called by all processes when they have written their part.
 
-    The processes share the files, to wait until the disk has each: older checkpoints are removed after this. Where
-    machines do not share the folder, each seals what it has.
+    One process of each machine lists the files that the machine sees, once the disk has them: older checkpoints are
+    removed after this. Where machines do not share the folder, each seals what it has.
     """
     state = PartialState()
     state.wait_for_everyone()
     machine = "all"
     if state.num_processes > _local_count(state) and ranks_without_access(checkpoint):
         machine = os.environ.get("GROUP_RANK", "0")
-    names = {
-        str(path.relative_to(checkpoint))
-        for path in checkpoint.rglob("*")
-        if path.is_file() and path.name not in (SEAL, UNFINISHED)
-    }
-    # a network file system need not show all of them the same at once: each file goes to one that sees it
+    sizes = {}
+    if state.is_local_main_process:
+        for path in checkpoint.rglob("*"):
+            if path.is_file() and path.name not in (SEAL, UNFINISHED):
+                with path.open("rb") as opened:
+                    os.fsync(opened.fileno())
+                    sizes[str(path.relative_to(checkpoint))] = os.fstat(opened.fileno()).st_size
+    # a network file system need not show all machines all files at once
     seen = {
-        index: there for index, (where, there) in enumerate(all_gather_objects((machine, names))) if where == machine
-    }
-    mine = {}
-    for number, name in enumerate(sorted(set().union(*seen.values()))):
-        readers = [index for index, there in seen.items() if name in there]
-        if readers[number % len(readers)] == state.process_index:
-            mine[name] = _written_size(checkpoint / name)
-    sizes = {
-        name: size
-        for where, share in all_gather_objects((machine, mine))
-        if where == machine
-        for name, size in share.items()
+        index: found for index, (where, found) in enumerate(all_gather_objects((machine, sizes))) if where == machine
     }
     if state.process_index == min(seen):
-        if sizes:
-            text = json.dumps({"files": dict(sorted(sizes.items())), "run": _run(training_args)}, indent=2)
-            write_atomically(checkpoint / SEAL, text)
+        files = dict(sorted(item for found in seen.values() for item in found.items()))
+        if files:
+            write_atomically(checkpoint / SEAL, json.dumps({"files": files, "run": _run(training_args)}, indent=2))
         else:  # a machine that has no part of it
             shutil.rmtree(checkpoint, ignore_errors=True)
     state.wait_for_everyone()
-
-
-def _written_size(file: Path) -> int:
-    """The size in bytes, once the disk has the file."""
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
-        return os.fstat(opened.fileno()).st_size
 
 
 def _local_count(state: PartialState) -> int:
