@@ -1,5 +1,5 @@
 """
-Files and settings that come from somebody else, which must not run code.
+Files that come from somebody else, which must not run code.
 
 - Checkpoints and models are loaded as tensors and plain values ([`weights_only`]): a pickle that names anything else
   is refused, and the message names the file.
@@ -7,17 +7,11 @@ Files and settings that come from somebody else, which must not run code.
 """
 
 import contextlib
-import json
-import os
 import pickle
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib import import_module
-from pathlib import Path
-from typing import Any
-
-# Files
 
 
 class UnsafeFileError(ValueError):
@@ -75,13 +69,13 @@ def _what_is_wrong(error: Exception) -> str:
     if named is not None:
         return (
             f"holds more than tensors and plain values: it names {named[1].rstrip('.,')!r}, and loading that could "
-            "run code that somebody has put there. Nothing of it was run. Go on from another checkpoint or model "
-            "whose origin you know; weights as `.safetensors` cannot hold code."
+            "run code that somebody has put there. Nothing of it was run. Use a checkpoint or model whose origin you "
+            "know. Weights as `.safetensors` cannot hold code."
         )
     reason = " ".join(str(error).rpartition("WeightsUnpickler error: ")[2].split("Check the documentation")[0].split())
     return (
         f"cannot be loaded as tensors and plain values: {reason[:200].rstrip('. ')}. It is damaged, or holds "
-        "something else, of which nothing was run. Go on from another checkpoint or model."
+        "something else, of which nothing was run. Use another checkpoint or model."
     )
 
 
@@ -100,37 +94,6 @@ def explain_remote_code(setting: str = "trust_remote_code") -> Iterator[None]:
             raise
         first = str(error).strip().splitlines()[0].rstrip(". ")
         raise ValueError(
-            f"{first}. Code that comes with a model is not run by itself. Read it, and if you trust it, set "
+            f"{first}. Code that comes with a model is not run unless you say so. Read it, and if you trust it, set "
             f"`{setting}=True` (on the command line `--{setting} true`)."
         ) from error
-
-
-# Settings
-
-
-def refuse_code_in_deepspeed(config: Any) -> None:
-    """
-    Refuse a DeepSpeed config, a dict or a JSON file, that names modules to import (`lower_precision_safe_modules`).
-
-    Raises:
-        ValueError: it does, and they are not torch's.
-    """
-    if isinstance(config, str) and not config.lstrip().startswith("{") and os.path.isfile(config):
-        with contextlib.suppress(ValueError, OSError):  # DeepSpeed says so itself
-            config = Path(config).read_text()
-    config = _as_dict(config)
-    autocast = config.get("torch_autocast")
-    modules = autocast.get("lower_precision_safe_modules") if isinstance(autocast, Mapping) else None
-    for module in modules if isinstance(modules, list) else []:
-        if not str(module).startswith("torch.nn."):
-            raise ValueError(
-                f"deepspeed: `lower_precision_safe_modules` names {module!r}, which DeepSpeed would import. Name "
-                "modules of torch.nn alone."
-            )
-
-
-def _as_dict(value: Any) -> dict:
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            value = json.loads(value)
-    return dict(value) if isinstance(value, Mapping) else {}

@@ -38,7 +38,7 @@ from ..logps import CompletionLogps, completion_logps
 from ..metrics import MetricAccumulator
 from ..runtime.models import load_processor, model_to_start_from, refuse_missing_model
 from ..runtime.parallelism import refuse_sharding_that_would_not_be, sequence_split
-from ..runtime.trust import explain_remote_code, refuse_code_in_deepspeed, weights_only
+from ..runtime.trust import explain_remote_code, weights_only
 from .adapter_checks import (
     check_adapter,
     check_chunking,
@@ -223,7 +223,6 @@ class CandidateTrainer(LoggedMetrics, ResumableTrainer, DPOTrainer):
     def _check_arguments(self, args, model, ref_model, train_dataset, compute_metrics, peft_config) -> None:
         """Refuse what cannot be honoured, before anything expensive happens."""
         trainer = type(self).__name__
-        refuse_code_in_deepspeed(getattr(args, "deepspeed", None))
         if not isinstance(args, self.config_class):
             raise TypeError(
                 f"{trainer} got `args` of type {type(args).__name__}, which lacks its settings. Pass a "
