@@ -129,7 +129,7 @@ def test_a_process_that_is_killed(where, model_dir, untouched, tmp_path):
     assert code != 0 and seconds_since_the_fault(folder) < IN_TIME
     assert re.search(rf"local_rank: {fault['process']}", printed) and "Signal 9 (SIGKILL)" in printed
     printed = finish(folder, model_dir, resume="true")
-    passed_over = "checkpoint-6 is passed over: it has no checkpoint.json" in printed
+    passed_over = "checkpoint-6 is skipped: it has no checkpoint.json" in printed
     assert passed_over == (fault["where"] == "save")
     assert_same_end(folder, untouched)
 
@@ -144,7 +144,7 @@ def test_a_process_that_is_killed_under_zero_2(model_dir, untouched, tmp_path):
     code, printed = run(folder, model_dir, resume="true", strategy="zero2", processes=1, gradient_accumulation_steps=2)
     assert code != 0 and "was written by 2 processes with sharding 'ZeRO-2'" in printed, printed[-6000:]
     printed = finish(folder, model_dir, resume="true", strategy="zero2")
-    assert "checkpoint-6 is passed over" in printed
+    assert "checkpoint-6 is skipped" in printed
     assert_same_end(folder, untouched)
 
 
@@ -179,8 +179,8 @@ def test_sigterm_saves_a_checkpoint(who, model_dir, untouched, tmp_path):
         code, printed = run(folder, model_dir, fault=fault, dataloader_num_workers=2)
         assert re.search(r"SIGTERM: checkpoint-[5-8] is saved.", printed), printed
     assert code != 0
-    assert "The same command with `--resume_from_checkpoint true` goes on from there." in printed
-    assert "passed over" not in finish(folder, model_dir, resume="true")
+    assert "The same command with `--resume_from_checkpoint true` resumes from there." in printed
+    assert "is skipped" not in finish(folder, model_dir, resume="true")
     assert_same_end(folder, untouched)
 
 
@@ -258,7 +258,7 @@ assert f"The last whole checkpoint is {folder}/out/checkpoint-2" in printed
 subprocess.run(["mount", "-o", "remount,size=1g", str(folder / "out")], check=True)
 printed = finish(folder, model_dir, resume="true")
 print(printed)
-assert "checkpoint-4 is passed over: it has no checkpoint.json" in printed
+assert "checkpoint-4 is skipped: it has no checkpoint.json" in printed
 """
 
 
@@ -361,7 +361,7 @@ def test_the_loop(what, loop, tmp_path):
         printed, _ = process.communicate(timeout=300)
     assert process.returncode != 0 and re.search(message, printed), printed[-6000:]
     assert time.time() - began < IN_TIME + (timeout if "stopped" in what else 0)
-    assert "The same command with `--resume_from_checkpoint true` goes on from there." in printed
+    assert "The same command with `--resume_from_checkpoint true` resumes from there." in printed
     _, left = psutil.wait_procs(workers, timeout=IN_TIME)
     assert not left
     finished = [(path, path.stat().st_mtime_ns) for path in [*output.rglob("manifest.json"), *output.glob(SHARD)]]

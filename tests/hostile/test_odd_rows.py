@@ -135,11 +135,11 @@ def test_no_row_of_a_dataset_is_lost_silently(number, tokenizer):
     @example([{"tools": {"": None, "\x00": None}}], True, RowOptions(min_completions=1))
     def check(rows, with_sound, options):
         table = as_table([{**sound, **row} if with_sound else row for row in rows])
-        with refused("row ", "column", "dataset has no rows") as errors:
+        with refused("row ", "column", "dataset must have rows") as errors:
             prepared, report = prepare_dataset(table, tokenizer, options, name="train", on_invalid_row="drop")
             assert report.num_rows == len(table) == len(prepared) + sum(report.dropped.values())
             seen.append(len(prepared))
-        with refused("row ", "column", "dataset has no rows") as again:
+        with refused("row ", "column", "dataset must have rows") as again:
             prepared, report = prepare_dataset(table, tokenizer, options, name="train", on_invalid_row="error")
             assert len(prepared) == len(table) and not report.dropped
         assert not errors or again, "what nothing can be made of is an error in any case"
@@ -161,7 +161,9 @@ def test_prompts_from_a_file_are_read_or_refused(number, tmp_path, monkeypatch):
         rows = [{**row, **({"prompt": "a"} if with_prompt else {})} for row in rows]
         file = tmp_path / f"{next(counter)}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        with refused("Row ", "columns", "cannot be read", "must hold one JSON object", "must hold rows") as errors:
+        with refused(
+            "Row ", "must have a column", "cannot be read", "must hold one JSON object", "must hold rows"
+        ) as errors:
             loaded = load_prompts(ScriptArguments(str(file)), DatasetMixtureConfig())
             assert len(loaded) == len(rows) and all("prompt" in row for row in loaded)
         read.append(not errors)

@@ -22,7 +22,7 @@ from trl_ext import SLiCConfig, SLiCTrainer, SPINConfig, SPINTrainer
 from trl_ext.runs.stages import merge_stage
 from trl_ext.runtime.checkpoints import SEAL
 from trl_ext.runtime.models import load_causal_lm
-from trl_ext.runtime.trust import UnsafeFileError, refuse_code_in_deepspeed, weights_only
+from trl_ext.runtime.trust import UnsafeFileError, weights_only
 
 
 def plant(file: Path, marker: Path, zipped: bool = True) -> None:
@@ -95,7 +95,7 @@ def test_a_checkpoint_cannot_run_code(kind, file, resume, checkpoints, model_dir
     if file == "scaler.pt":  # of fp16, which needs a GPU
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
     with pytest.raises(
-        UnsafeFileError, match=f"{file} holds more than tensors and plain values: it names 'posix.system'.*Go on"
+        UnsafeFileError, match=f"{file} holds more than tensors and plain values: it names 'posix.system'.*Use a"
     ):
         trainer.train(resume_from_checkpoint=str(checkpoint) if resume == "named" else True)
     assert not marker.exists()
@@ -251,13 +251,3 @@ def tensors(value):
     elif isinstance(value, dict | list | tuple):
         for one in value.values() if isinstance(value, dict) else value:
             yield from tensors(one)
-
-
-def test_deepspeed_configs_cannot_import(tmp_path, model_dir):
-    code = {"torch_autocast": {"enabled": True, "lower_precision_safe_modules": ["foreign.Module"]}}
-    (tmp_path / "ds.json").write_text(json.dumps(code))
-    for config in (code, str(tmp_path / "ds.json"), json.dumps(code)):
-        with pytest.raises(ValueError, match="names 'foreign.Module', which DeepSpeed would import"):
-            refuse_code_in_deepspeed(config)
-    for config in (None, "gone.json", {}, {"torch_autocast": {"lower_precision_safe_modules": ["torch.nn.Linear"]}}):
-        refuse_code_in_deepspeed(config)

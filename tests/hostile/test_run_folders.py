@@ -145,7 +145,7 @@ def test_shards_of_other_settings_or_prompts_are_refused(sampled, model_dir, tmp
         shutil.copytree(sampled, tmp_path / f"sampled-{number}")
     shutil.copy(tmp_path / "other/shards/00000.jsonl", tmp_path / "sampled-0/shards/00000.jsonl")
     shutil.copy(sampled / "shards/00001.jsonl", tmp_path / "sampled-1/shards/00000.jsonl")
-    for number, message in ((0, "sampled with something else"), (1, "holds other prompts than it should")):
+    for number, message in ((0, "sampled with other settings"), (1, "must hold the prompts of its shard")):
         with pytest.raises(ValueError, match=message):
             sample_shards(model_dir, tmp_path / f"sampled-{number}")
 

@@ -16,7 +16,7 @@ from trl_ext.data.load import load_datasets
 from trl_ext.data.rows import RowOptions
 
 LONG = "a word or two more than it has places"
-TOO_LONG = r"dataset has a row of \d\d tokens, and .* has 24 positions \(max_length=1024\). Set max_length=24 or less"
+TOO_LONG = r"dataset has a row of \d\d tokens, and .* has 24 positions \(`max_length` is 1024\). Set .* to 24"
 UNKNOWN = r"has the id \d+, and .* has 40 token embeddings. Use the model's own tokenizer"
 
 

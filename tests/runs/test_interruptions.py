@@ -135,7 +135,7 @@ def test_a_second_ctrl_c_ends_at_once():
 
 
 def test_a_folder_in_which_a_run_is_at_work_is_refused(model_dir, tmp_path):
-    message = f"Another run is in {tmp_path}, or has not ended yet. Wait for its end, or set another `--output_dir`."
+    message = f"Another run is active in {tmp_path}. Wait until it has ended, or set another `--output_dir`."
     Run(tmp_path, {}, resume=False).keep("prompts", {"a": "1"})
     release_folder(tmp_path)
     args = SLiCConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=1, save_strategy="no")
@@ -172,7 +172,7 @@ def test_ctrl_c_to_a_launch(model_dir, tmp_path):
     with ended_after(subprocess.Popen(command, **start, start_new_session=True)) as process:
         wait_until(lambda: any(output.glob("round-1/candidates/**/*")), process)
         refused = subprocess.run(command, **start, timeout=300)
-        assert refused.returncode != 0 and f"Another run is in {output}" in refused.stdout
+        assert refused.returncode != 0 and f"Another run is active in {output}" in refused.stdout
         began = time.monotonic()
         os.killpg(process.pid, signal.SIGINT)
         printed, _ = process.communicate(timeout=300)

@@ -112,7 +112,7 @@ def test_flags_that_would_do_nothing_and_missing_models_are_refused(tmp_path, pa
         parse(
             "--dataset_name", "x", "--model_name_or_path", "y", "--ignore_bias_buffers", "--output_dir", str(tmp_path)
         )
-    with pytest.raises(ValueError, match="`--config` names no file"):
+    with pytest.raises(ValueError, match="`--config` must be a YAML file, got nothing"):
         parse("--config")
     pairs.to_json(tmp_path / "rows.jsonl")
     pairs.save_to_disk(tmp_path / "saved")
@@ -122,14 +122,14 @@ def test_flags_that_would_do_nothing_and_missing_models_are_refused(tmp_path, pa
         script_args = ScriptArguments(dataset_name=str(tmp_path / name), **kwargs)
         return load_datasets(script_args, mixture, with_eval=with_eval, seed=0)
 
-    with pytest.raises(ValueError, match="test_split_size=0.5 would do nothing: evaluation is off"):
+    with pytest.raises(ValueError, match="`test_split_size` has no effect, got 0.5: evaluation is off"):
         load("rows.jsonl", test_split_size=0.5)
-    with pytest.raises(ValueError, match="dataset_config='x' means nothing for local data"):
+    with pytest.raises(ValueError, match="`dataset_config` must not be set with local data, got 'x'"):
         load("rows.jsonl", dataset_config="x")
-    with pytest.raises(ValueError, match="`dataset_streaming` and `dataset_config` mean nothing for a mixture"):
+    with pytest.raises(ValueError, match="`dataset_streaming` and `dataset_config` must not be set with `datasets`"):
         mixture = DatasetMixtureConfig(datasets=[{"path": "json"}])
         load_datasets(ScriptArguments(dataset_streaming=True), mixture, with_eval=False, seed=0)
-    with pytest.raises(ValueError, match="is not streamed. Leave `--dataset_streaming` out"):
+    with pytest.raises(ValueError, match="cannot be streamed. Remove `--dataset_streaming`"):
         load("saved", dataset_streaming=True)
 
 
@@ -185,14 +185,22 @@ def test_a_failed_start_does_not_hold_the_folder(model_dir, tmp_path):
         ({"rewards": f"{REWARDS}:vovels"}, ImportError, "Did you mean vowels"),
         ({"judge": "tests/support/rewards.py:nothing"}, ImportError, "nothing"),
         ({"model_name_or_path": "./nowhere"}, FileNotFoundError, "looks like a local folder"),
-        ({"dataset_name": tmp_path / "prompt.jsonl"}, FileNotFoundError, "looks like a local file"),
-        ({"num_watched_prompts": 5}, ValueError, "num_watched_prompts=5 of 8"),
+        ({"dataset_name": tmp_path / "prompt.jsonl"}, FileNotFoundError, "which is not there"),
+        (
+            {"num_watched_prompts": 5},
+            ValueError,
+            "`num_watched_prompts` must be at most half of the 8",
+        ),
         ({"max_length": 2}, ValueError, "8 of 8 rows that cannot be used"),
-        ({"eval_strategy": "steps"}, ValueError, "what is sampled has no test split. Set both"),
-        ({"test_split_size": 0.5}, ValueError, "what is sampled has no test split. Set both"),
-        ({"push_to_hub": True}, ValueError, "push_to_hub would push the model of every round"),
-        ({"load_in_4bit": True, "use_peft": True}, ValueError, "Rounds sample from whole models"),
-        ({"resume_from_checkpoint": "checkpoint-3"}, ValueError, "rounds go on where they stopped"),
+        ({"eval_strategy": "steps"}, ValueError, "`eval_strategy` and `test_split_size` must be set together"),
+        ({"test_split_size": 0.5}, ValueError, "`eval_strategy` and `test_split_size` must be set together"),
+        ({"push_to_hub": True}, ValueError, "`push_to_hub` must not be set in rounds"),
+        (
+            {"load_in_4bit": True, "use_peft": True},
+            ValueError,
+            "must not be set in rounds, which sample",
+        ),
+        ({"resume_from_checkpoint": "checkpoint-3"}, ValueError, "They resume where they stopped"),
     ):
         with pytest.raises(error, match=message):
             start(**changes)
@@ -217,10 +225,10 @@ def test_prompts_of_every_format(tmp_path):
         Dataset.from_list([row]).to_parquet(path)
         assert load_prompts(ScriptArguments(str(path)), DatasetMixtureConfig())[0]["prompt"] == prompt
     Dataset.from_list([{"prompt": "a", "when": datetime(2024, 1, 1)}]).to_parquet(path)
-    with pytest.raises(ValueError, match="Row 0: column 'when' holds .*, which cannot be kept as JSON"):
+    with pytest.raises(ValueError, match="Row 0: column 'when' must hold what JSON can, got "):
         load_prompts(ScriptArguments(str(path)), DatasetMixtureConfig())
     Dataset.from_list([{"text": "a"}]).to_parquet(path)
-    with pytest.raises(ValueError, match=r"has the columns \['text'\] and no `prompt`"):
+    with pytest.raises(ValueError, match=r"must have a column `prompt` to sample answers for, got \['text'\]"):
         load_prompts(ScriptArguments(str(path)), DatasetMixtureConfig())
 
 
@@ -239,7 +247,7 @@ def test_mixed_in_answers_that_training_would_refuse_are_found_first(tokenizer):
 
 def test_sampling_settings_without_rounds_are_refused(tmp_path):
     settings = arguments(dataset_name="x", model_name_or_path="y", output_dir=tmp_path, num_candidates=8)
-    with pytest.raises(ValueError, match="num_candidates would do nothing: nothing is sampled. Set `--num_rounds 1`"):
+    with pytest.raises(ValueError, match="`num_rounds` must be at least 1 where num_candidates are set"):
         in_rounds(parse(*settings))
 
 
@@ -296,17 +304,17 @@ def test_missing_data_is_said(tmp_path, pairs):
         script_args = ScriptArguments(dataset_name=name, **kwargs)
         return load_datasets(script_args, DatasetMixtureConfig(), with_eval=True, seed=0)
 
-    with pytest.raises(ValueError, match="A model is given but no data. Set `--dataset_name`"):
+    with pytest.raises(ValueError, match="`--dataset_name` must be set where a model is given"):
         load(None)
-    with pytest.raises(FileNotFoundError, match="looks like a local file, and there is none"):
+    with pytest.raises(FileNotFoundError, match="a local file, got .*, which is not there"):
         load("nowhere.jsonl")
-    with pytest.raises(FileNotFoundError, match="looks like a local folder, and there is none"):
+    with pytest.raises(FileNotFoundError, match="a local folder, got .*, which is not there"):
         load("./nowhere")
-    with pytest.raises(ValueError, match=r"there is no split 'test', only \['train'\]. Set `--dataset_test_split`"):
+    with pytest.raises(ValueError, match=r"must be one of \['train'\], got 'test'. Set it, or `--test_split_size"):
         load(str(tmp_path / "rows.jsonl"))
     (tmp_path / "folder").mkdir()
     pairs.to_json(tmp_path / "folder" / "train.jsonl")
-    with pytest.raises(ValueError, match=r"There is no split 'validation', only \['train'\]"):
+    with pytest.raises(ValueError, match=r"must be one of \['train'\], got 'validation'"):
         load(str(tmp_path / "folder"), dataset_train_split="validation")
 
 

@@ -202,7 +202,7 @@ def test_prompts_are_set_apart_whole():
     assert len(watched) == 4 and len(train) == 18
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in watched}
     assert hold_out(rows, 4, seed=1) == (train, watched) != hold_out(rows, 4, seed=2)
-    with pytest.raises(ValueError, match="num_watched_prompts=6 of 10 different prompts leaves too few"):
+    with pytest.raises(ValueError, match="`num_watched_prompts` must be at most half of the 10 .*, got 6"):
         hold_out(rows, 6, seed=1)
 
 

@@ -57,7 +57,7 @@ def adapter(model_dir, tokenizer, tmp_path_factory):
 
 @EVERY
 def test_rows_longer_than_the_positions(trainer_class, config, gpt2, pairs, config_kwargs):
-    with pytest.raises(ValueError, match=r"row of \d\d tokens, and .* has 24 positions .* Set max_length=24 or less"):
+    with pytest.raises(ValueError, match=r"row of \d\d tokens, and .* has 24 positions .* `max_length` to 24 or less"):
         trainer_class(gpt2, args=config(**config_kwargs), train_dataset=pairs)
 
 

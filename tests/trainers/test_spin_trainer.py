@@ -365,9 +365,9 @@ def test_lora_adapter_is_saved_alone_and_model_card_cites_spin(model_dir, tokeni
         ({"early_stop": "reward"}, "early_stop='reward' watches nothing without `rewards`"),
         ({"num_watched_prompts": -1}, "num_watched_prompts=-1"),
         ({"precompute_ref_batch_size": 0}, "precompute_ref_batch_size=0"),
-        ({"temperature": -1.0}, "temperature=-1.0"),
-        ({"min_p": 2.0}, "min_p=2.0: set it to a share"),
-        ({"sampling_engine": "vllm"}, "Set `vllm_python`"),
+        ({"temperature": -1.0}, "`temperature` must be 0 .greedy. or a positive number, got -1.0"),
+        ({"min_p": 2.0}, "`min_p` must be from 0 to 1"),
+        ({"sampling_engine": "vllm"}, "`vllm_python` must be set where"),
         ({"loss_type": "hinge"}, "loss_type='hinge': set `loss`"),
         ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs=True: they always are"),
         ({"sync_ref_model": True}, "sync_ref_model=True: the reference is the opponent"),
@@ -399,11 +399,11 @@ def test_one_value_or_one_for_each_iteration(config_kwargs):
     for name, value in (("learning_rate", 10**400), ("beta", [0.1, 10**400, 5])):
         with pytest.raises(ValueError, match=f"{name}=.* is too large a number. Lower it"):
             SPINConfig(**{**config_kwargs, name: value})
-    with pytest.raises(TypeError, match="weight_decay=.* is too large a number, and it has to be float"):
+    with pytest.raises(TypeError, match="`weight_decay` must be float, got .*, too large a number"):
         SPINConfig(**{**config_kwargs, "weight_decay": 10**400})
-    with pytest.raises(ValueError, match="lr_scheduler_kwargs='{' is not JSON"):
+    with pytest.raises(ValueError, match="`lr_scheduler_kwargs` must be JSON, got '{'"):
         SPINConfig(**{**config_kwargs, "lr_scheduler_kwargs": "{"})
-    with pytest.raises(TypeError, match="fsdp=.None. holds None"):
+    with pytest.raises(TypeError, match="`fsdp` must not hold None, got .None."):
         SPINConfig(**{**config_kwargs, "fsdp": [None]})
 
 

@@ -213,7 +213,7 @@ def test_kto_takes_no_other_labels(model_dir, config_kwargs):
     rows = [
         {"prompt": row["prompt"], "completion": row["chosen"], "label": labels[i]} for i, row in enumerate(PAIRS[:2])
     ]
-    with pytest.raises(ValueError, match="Row 1: column 'label' holds -1, which says neither good nor bad"):
+    with pytest.raises(ValueError, match="Row 1: column 'label' must be true .good. or false, or 1 or 0, got -1"):
         KTOTrainer(model_dir, args=KTOConfig(**config_kwargs), train_dataset=Dataset.from_list(rows))
 
 

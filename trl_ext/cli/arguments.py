@@ -21,9 +21,9 @@ def with_config_apart(args: Sequence[str]) -> list[str]:
         if arg.startswith("--config="):
             args[index : index + 1] = ["--config", arg.removeprefix("--config=")]
     if args and args[-1] == "--config":
-        raise ValueError("`--config` names no file. Put the path of a YAML file behind it.")
+        raise ValueError("`--config` must be a YAML file, got nothing. Write its path after it.")
     if args.count("--config") > 1:
-        raise ValueError("`--config` is given more than once. Put everything into one file.")
+        raise ValueError("`--config` must be given once. Put everything into one file.")
     return args
 
 
@@ -88,7 +88,9 @@ def read_config(file: str | Path, hints: dict[str, Any]) -> dict[str, Any]:
     import yaml
 
     if not os.path.isfile(file):
-        raise FileNotFoundError(f"The config file {str(file)!r} is not there. Correct the path behind `--config`.")
+        raise FileNotFoundError(
+            f"`--config` must be a YAML file, got {str(file)!r}, which is not there. Correct the path."
+        )
     try:
         content = Path(file).read_text(encoding="utf-8")
         values = yaml.safe_load(content)
@@ -97,14 +99,12 @@ def read_config(file: str | Path, hints: dict[str, Any]) -> dict[str, Any]:
         what = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"The config file {file} cannot be read as YAML: {what}. Correct it.") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(
-            f"The config file {file} holds {reprlib.repr(values)}, and it has to hold one `name: value` per line."
-        )
+        raise ValueError(f"The config file {file} must hold one `name: value` per line, got {reprlib.repr(values)}.")
     for scalar in scalars:  # text with half a character fails where it is first written, far from here
         if any("\ud800" <= character <= "\udfff" for character in scalar.value):
             raise ValueError(
-                f"Line {scalar.start_mark.line + 1} of the config file {file} has {ascii(scalar.value)[:100]}, with "
-                "half of a character (a surrogate), which no file or path can hold. Correct it."
+                f"Line {scalar.start_mark.line + 1} of the config file {file} must hold whole characters, got "
+                f"{ascii(scalar.value)[:100]} with half of one (a surrogate). Correct it."
             )
     unknown = next((key for key in values if key not in hints and key != "env"), None)
     if unknown is not None:
@@ -113,8 +113,8 @@ def read_config(file: str | Path, hints: dict[str, Any]) -> dict[str, Any]:
         )
     if "env" in values and not _is_environment(values["env"]):
         raise TypeError(
-            f"The config file {file} has env: {reprlib.repr(values['env'])}, and it has to be values by names of "
-            "environment variables."
+            f"`env` in the config file {file} must be values by names of environment variables, got "
+            f"{reprlib.repr(values['env'])}."
         )
     for key, value in values.items():
         if key in (*WIDER_THAN_DECLARED, "env"):
@@ -123,7 +123,7 @@ def read_config(file: str | Path, hints: dict[str, Any]) -> dict[str, Any]:
         one_of_list = any(has_type(value, one) for one in list_items(hints[key]))
         if not isinstance(value, str) and key != "prefix_sharing" and not has_type(value, hints[key]) | one_of_list:
             raise TypeError(
-                f"The config file {file} has {key}: {reprlib.repr(value)}, and it has to be {shown_hint(hints[key])}. "
+                f"`{key}` in the config file {file} must be {shown_hint(hints[key])}, got {reprlib.repr(value)}. "
                 "Correct it (put text that looks like something else in quotes), or remove it."
             )
     return values

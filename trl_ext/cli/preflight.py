@@ -92,7 +92,7 @@ def _typed_values(args: Sequence[str], hints: dict[str, Any], options: dict[str,
         message = explained(str(error), hints)
         raise ValueError(message) from None
     if left:
-        raise ValueError(f"Unexpected word {left[0]!r:.80} on the command line. Options begin with `--`.")
+        raise ValueError(f"The command line must hold options, got the word {left[0]!r:.80}. Options begin with `--`.")
     return vars(values)
 
 
@@ -105,16 +105,16 @@ def _bool(text: str) -> bool:
 def _check_model_and_data(values: dict[str, Any], needs_both: bool) -> None:
     model, data = values.get("model_name_or_path"), values.get("dataset_name") or values.get("datasets")
     if needs_both and not (model or data):
-        raise ValueError("Set `--model_name_or_path` and `--dataset_name`: who answers, and to what.")
+        raise ValueError("`--model_name_or_path` and `--dataset_name` must be set, got neither.")
     if data and not model:
         raise ValueError(
-            "Data is given but no model. Set `--model_name_or_path` to a Hub name or a folder; with neither a model "
-            "nor data the recipe runs its playground."
+            "`--model_name_or_path` must be set where data is given. Set it to a Hub name or a folder. With neither a "
+            "model nor data, the recipe runs its playground."
         )
     if model and not data:
         raise ValueError(
-            "A model is given but no data. Set `--dataset_name` to a Hub name, a local file or a folder; with neither "
-            "a model nor data the recipe runs its playground."
+            "`--dataset_name` must be set where a model is given. Set it to a Hub name, a local file or a folder. "
+            "With neither a model nor data, the recipe runs its playground."
         )
 
 
@@ -141,7 +141,7 @@ def _check_paths(values: dict[str, Any]) -> None:
         for spec in value if isinstance(value, list) else [value]:
             file, _, function = str(spec).rpartition(":")
             if function and file.endswith(".py") and not os.path.isfile(os.path.expanduser(file)):
-                raise FileNotFoundError(f"`{name}` names {spec!r}, and there is no file {file!r}. Correct the path.")
+                raise FileNotFoundError(f"`{name}` must name a file that exists, got {spec!r}. Correct the path.")
     deepspeed = values.get("deepspeed")
     if isinstance(deepspeed, str) and deepspeed and not deepspeed.lstrip().startswith("{"):
         if not os.path.isfile(deepspeed):
@@ -163,15 +163,15 @@ def _check_columns(values: dict[str, Any], dataclass_types: Sequence[str]) -> No
     if prompts_alone:
         if "prompt" not in columns and not {"chosen", "rejected"} <= columns:
             raise ValueError(
-                f"The dataset has the columns {sorted(columns)} and no `prompt` to sample answers for. Rename or add "
-                "it."
+                f"The dataset must have a column `prompt` to sample answers for, got {sorted(columns)}. Rename or add "
+                "one."
             )
         return
     if "SPIN" in names and not columns & {"chosen", "rejected", "completions"}:
         if "messages" not in columns and not {"prompt", "completion"} <= columns:
             raise ValueError(
-                f"The dataset has the columns {sorted(columns)}. SPIN needs `prompt` and `completion` (the real "
-                "answer), or `messages` that end with it: rename or add the columns."
+                f"The dataset must have `prompt` and `completion` (the real answer), or `messages` that end with it, "
+                f"got {sorted(columns)}. Rename or add the columns."
             )
         return
     if "prompt_ids" in columns or ("KTO" in names and {"completion", "label"} <= columns):
@@ -209,7 +209,7 @@ def columns_of(path: Path) -> set[str] | None:
             if not columns:  # one value over several lines
                 return None
             why = f"{error!s:.100}"
-            raise ValueError(f"Line {number} of {path} is not JSON ({why}). Fix the line, or remove it.") from None
+            raise ValueError(f"Line {number} of {path} must be JSON, got {why}. Fix the line, or remove it.") from None
         if not isinstance(row, dict):
             return None
         columns |= set(row)

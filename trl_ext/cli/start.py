@@ -65,7 +65,7 @@ def in_rounds(parsed: Sequence[Any]) -> bool:
     sampling, config = parsed[4:6]
     if config.num_rounds == 0 and (idle := changed_fields(sampling)):
         raise ValueError(
-            f"{', '.join(idle)} would do nothing: nothing is sampled. Set `--num_rounds 1`, or leave them out."
+            f"`num_rounds` must be at least 1 where {', '.join(idle)} are set, got 0. Set it to 1, or remove them."
         )
     return config.num_rounds > 0
 
@@ -125,7 +125,7 @@ def start_rounds(
         )
         prompts, watched = hold_out(prompts, config.num_watched_prompts, training_args.seed)
     if best_as_reference and "reference" in prompts[0]:
-        PartialState().print("The column `reference` is not trained towards: the best sampled answers are.")
+        PartialState().print("The column `reference` is not used as the target: the best sampled answers are.")
     config.check_scorers(list(prompts[0]))
     settings = {**run_settings(parsed), "num_processes": all_processes().num_processes}
     if headings is None:
@@ -165,23 +165,23 @@ def _check_for_rounds(training_args, model_args, dataset_args) -> None:
     """Refuse settings that training alone has a use for."""
     if training_args.push_to_hub:
         raise ValueError(
-            "push_to_hub would push the model of every round, each over the one before. Leave it out, and push the "
-            "model to take at the end: `hf upload NAME OUTPUT_DIR/round-N/model`."
+            "`push_to_hub` must not be set in rounds: it would push the model of every round over the one before. "
+            "Remove it, and push the model to take at the end: `hf upload NAME OUTPUT_DIR/round-N/model`."
         )
     if model_args.load_in_4bit or model_args.load_in_8bit:
         raise ValueError(
-            "Rounds sample from whole models, and merge adapters into them, which is not what a quantised model would "
-            "answer. Leave `--load_in_4bit` and `--load_in_8bit` out; LoRA (`--use_peft`) works."
+            "`load_in_4bit` and `load_in_8bit` must not be set in rounds, which sample from whole models, adapters "
+            "merged into them. Remove them; LoRA (`--use_peft`) works."
         )
     if wants_to_resume(training_args) and str(training_args.resume_from_checkpoint).lower() not in RESUME_LAST:
         raise ValueError(
-            f"resume_from_checkpoint={training_args.resume_from_checkpoint!r}: rounds go on where they stopped. Set "
-            "it to 'true'."
+            f"`resume_from_checkpoint` must be 'true' in rounds, got {training_args.resume_from_checkpoint!r}. They "
+            "resume where they stopped."
         )
     evaluates, splits = training_args.eval_strategy != "no", dataset_args.test_split_size is not None
     if evaluates != splits:
         raise ValueError(
-            f"eval_strategy={training_args.eval_strategy!r} with test_split_size={dataset_args.test_split_size}: what "
-            "is sampled has no test split. Set both, to evaluate the loss on some of it, or neither; the models are "
-            "watched on prompts of their own in any case."
+            "In rounds `eval_strategy` and `test_split_size` must be set together, got "
+            f"{training_args.eval_strategy!r} and {dataset_args.test_split_size}. Set both, to evaluate the loss on a "
+            "part of the sampled data, or neither. The models are evaluated on held-out prompts in any case."
         )

@@ -45,8 +45,8 @@ def start_self_play(
     _, config, model_args, _ = parsed
     if wants_to_resume(config) and str(config.resume_from_checkpoint).lower() not in RESUME_LAST:
         raise ValueError(
-            f"resume_from_checkpoint={config.resume_from_checkpoint!r}: self-play goes on where it stopped. Set it to "
-            "'true'."
+            f"`resume_from_checkpoint` must be 'true' in self-play, got {config.resume_from_checkpoint!r}. It resumes "
+            "where it stopped."
         )
     on_playground, resume = is_playground(*parsed), wants_to_resume(config)
     if on_playground:
@@ -66,7 +66,7 @@ def start_self_play(
         check_adapter(model, config, get_peft_config(model_args))
         limits = Limits(model, config)
         if not isinstance(train_dataset, Dataset):
-            raise ValueError("Self-play goes over all rows in every iteration. Leave `--dataset_streaming` out.")
+            raise ValueError("Self-play goes over all rows in every iteration. Remove `--dataset_streaming`.")
         # with it the loop evaluates each model; the pairs it trains on have no held-out part
         config.eval_strategy = "no"
     rows, watched = train_and_watched(train_dataset, eval_dataset, tokenizer, config, limits)

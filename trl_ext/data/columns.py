@@ -86,7 +86,7 @@ def check_features(features: Features | None, name: str, scores: Sequence[str] =
         if twice is not None:
             raise ValueError(
                 f"The column {column.name!r} of the {name} dataset holds objects with two fields named {twice!r} "
-                "(a null character ends a name), which cannot be read. Rename one of them, or leave the column out."
+                "(a null character ends a name), which cannot be read. Rename one of them, or remove the column."
             )
     for column in scores:
         if features is not None and column in features and _holds_text(features[column]):

@@ -112,13 +112,13 @@ class Limits:
             return
         if self.positions is not None:
             raise ValueError(
-                f"{what}, and {self.name} has {self.positions} positions ({setting}={max_length}). Set "
-                f"{setting}={self.positions} or less, or take a model with more positions."
+                f"{what}, and {self.name} has {self.positions} positions (`{setting}` is {max_length}). Set "
+                f"`{setting}` to {self.positions} or less, or use a model with more positions."
             )
         logger.log(
             logging.WARNING,
-            f"{what}, and {self.name} was made for {self.made_for} ({setting}={max_length}): its answers may degrade "
-            f"behind that. Set {setting}={self.made_for} or less if that is not intended.",
+            f"{what}, and {self.name} was made for {self.made_for} (`{setting}` is {max_length}). Its answers may "
+            f"degrade beyond that. Set `{setting}` to {self.made_for} or less if that is not intended.",
         )
 
     def _refuse_token(self, token: int, where: str, tokenizer: Any) -> None:

@@ -28,19 +28,19 @@ def load_datasets(script_args, dataset_args, *, with_eval: bool, seed: int) -> t
     if dataset_args.datasets:
         if streaming or script_args.dataset_config is not None:
             raise ValueError(
-                "`dataset_streaming` and `dataset_config` mean nothing for a mixture. Set `streaming` in the config "
-                "file, and `name` in each of its `datasets`."
+                "`dataset_streaming` and `dataset_config` must not be set with `datasets`. Set `streaming` in the "
+                "config file, and `name` in each entry of `datasets`."
             )
         streaming = dataset_args.streaming
         if name:
-            raise ValueError(f"Both `datasets` and dataset_name={name!r} are given. Leave one of them out.")
+            raise ValueError(f"`dataset_name` must not be set with `datasets`, got {name!r}. Remove one of them.")
         # the split is ours: TRL's is not seeded
         with csv_as_text():
             dataset = get_dataset(dataclasses.replace(dataset_args, test_split_size=None))
     elif name is None:
         raise ValueError(
-            "A model is given but no data. Set `--dataset_name` to a Hub name, a local file or a folder; with neither "
-            "a model nor data the recipe runs its playground."
+            "`--dataset_name` must be set where a model is given. Set it to a Hub name, a local file or a folder. "
+            "With neither a model nor data, the recipe runs its playground."
         )
     else:
         path = Path(name).expanduser()
@@ -49,18 +49,19 @@ def load_datasets(script_args, dataset_args, *, with_eval: bool, seed: int) -> t
         is_saved = any(os.path.isfile(path / made) for made in ("dataset_dict.json", "dataset_info.json"))
         if script_args.dataset_config is not None and (is_file or is_saved or names_a_file(path)):
             raise ValueError(
-                f"dataset_config={script_args.dataset_config!r} means nothing for local data. Leave it out."
+                f"`dataset_config` must not be set with local data, got {script_args.dataset_config!r}. Remove it."
             )
         if is_file:
             dataset = _load_file(path, streaming)
         elif is_saved:
             if streaming:
-                raise ValueError("Data written by `save_to_disk` is not streamed. Leave `--dataset_streaming` out.")
+                raise ValueError("Data written by `save_to_disk` cannot be streamed. Remove `--dataset_streaming`.")
             dataset = load_from_disk(name)
         elif not path.exists() and (names_a_file(path) or name.startswith((".", "/"))):
             kind = "file" if names_a_file(path) else "folder"
             raise FileNotFoundError(
-                f"dataset_name={name!r} looks like a local {kind}, and there is none. Fix the path."
+                f"`dataset_name` must be a Hub name or a local {kind}, got {name!r}, which is not there. Correct the "
+                "path."
             )
         else:
             try:
@@ -77,12 +78,12 @@ def load_datasets(script_args, dataset_args, *, with_eval: bool, seed: int) -> t
 
     train_split, eval_split = script_args.dataset_train_split, script_args.dataset_test_split
     if train_split not in dataset:
-        raise ValueError(f"There is no split {train_split!r}, only {sorted(dataset)}. Set `--dataset_train_split`.")
+        raise ValueError(f"`dataset_train_split` must be one of {sorted(dataset)}, got {train_split!r}. Set it.")
     train_dataset = dataset[train_split]
     if dataset_args.test_split_size is not None and (not with_eval or eval_split in dataset):
         why = f"there is a split {eval_split!r}" if eval_split in dataset else "evaluation is off"
         raise ValueError(
-            f"test_split_size={dataset_args.test_split_size} would do nothing: {why}. Leave it out"
+            f"`test_split_size` has no effect, got {dataset_args.test_split_size}: {why}. Remove it"
             + (", or set `--eval_strategy steps`." if not with_eval else ".")
         )
     if not with_eval:
@@ -91,9 +92,8 @@ def load_datasets(script_args, dataset_args, *, with_eval: bool, seed: int) -> t
         return train_dataset, dataset[eval_split]
     if dataset_args.test_split_size is None or streaming:
         raise ValueError(
-            f"Evaluation is on and there is no split {eval_split!r}, only {sorted(dataset)}. Set "
-            "`--dataset_test_split`, or `--test_split_size 0.1` to set rows of the train split apart (not for "
-            "streams), or `--eval_strategy no`."
+            f"`dataset_test_split` must be one of {sorted(dataset)}, got {eval_split!r}. Set it, or "
+            "`--test_split_size 0.1` to hold out rows of the train split (not for streams), or `--eval_strategy no`."
         )
     parts = train_dataset.train_test_split(test_size=dataset_args.test_split_size, seed=seed)
     return parts["train"], parts["test"]
@@ -120,7 +120,7 @@ def load_prompts(script_args, dataset_args) -> list[dict[str, Any]]:
     from .rows import prompt_of
 
     if script_args.dataset_streaming or dataset_args.streaming:
-        raise ValueError("Prompts to sample for are read as a whole. Leave `--dataset_streaming` out.")
+        raise ValueError("Prompts to sample for cannot be streamed. Remove `--dataset_streaming`.")
     dataset_args = dataclasses.replace(dataset_args, test_split_size=None)  # for the training on what is sampled
     dataset, _ = load_datasets(script_args, dataset_args, with_eval=False, seed=0)
     dataset = without_files(dataset, "prompt")
@@ -128,12 +128,12 @@ def load_prompts(script_args, dataset_args) -> list[dict[str, Any]]:
     columns = set(dataset.column_names)
     if "prompt" not in columns and not columns >= {"chosen", "rejected"}:
         raise ValueError(
-            f"The dataset has the columns {sorted(columns)} and no `prompt` to sample answers for. Rename or add it."
+            f"The dataset must have a column `prompt` to sample answers for, got {sorted(columns)}. Rename or add one."
         )
     try:
         rows = [as_given(row) for row in dataset.to_list()]
     except Exception as error:
-        raise ValueError(f"The rows of the dataset cannot be read: {in_one_line(error)}. Fix them.") from error
+        raise ValueError(f"The rows of the dataset cannot be read: {in_one_line(error)}. Correct them.") from error
     for index, row in enumerate(rows):
         refuse_unless_json(row, index)
         try:
@@ -148,8 +148,8 @@ def refuse_unless_json(row: dict[str, Any], index: int) -> None:
     column = next((name for name, value in row.items() if not _is_jsonable(value)), None)
     if column is not None:
         raise ValueError(
-            f"Row {index}: column {column!r} holds {row[column]!r:.60}, which cannot be kept as JSON. Turn it into "
-            "text or numbers, or leave the column out."
+            f"Row {index}: column {column!r} must hold what JSON can, got {row[column]!r:.60}. Turn it into text or "
+            "numbers, or remove the column."
         )
 
 

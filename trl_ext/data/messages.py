@@ -79,7 +79,7 @@ def _split_messages(prompt: Any, candidates: list[list], reference: list | None,
             raise RowError(
                 "not an answer",
                 column,
-                f"begins with a message of the {messages[0]['role']} and does not go on from the prompt",
+                f"begins with a message of the {messages[0]['role']} and does not continue the prompt",
             )
     return prompt, candidates, reference
 
@@ -118,7 +118,7 @@ def template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
     if reserved:
         raise RowError(
             "not renderable", "chat_template_kwargs",
-            f"has {', '.join(reserved)}, which is not for a row to say but for the tokenizer and the trainer",
+            f"must not have {', '.join(reserved)}, which the tokenizer and the trainer set",
         )  # fmt: skip
     return {"tools": tools, **kwargs}
 

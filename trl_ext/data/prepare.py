@@ -289,8 +289,8 @@ def _main_process_first():
         if is_my_turn or "Timed out" not in str(error):
             raise
         raise RuntimeError(
-            "The main process was still tokenising when the time-out of this one, which waited for it, was over. "
-            "Raise `ddp_timeout` (seconds), or tokenise with more processes by `dataset_num_proc`."
+            "The main process was still tokenising when this one, which waited for it, timed out. Raise `ddp_timeout` "
+            "(seconds), or tokenise with more processes (`dataset_num_proc`)."
         ) from error
 
 
@@ -333,7 +333,7 @@ def prepare_dataset(
     """
     columns = dataset.column_names or list(next(iter(dataset), {}))
     if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
-        raise ValueError(f"The {name} dataset has no rows. Give it some.")
+        raise ValueError(f"The {name} dataset must have rows, got none. Check its file and split.")
     if is_prepared(columns):
         return dataset, None
     check_columns(columns, name)
@@ -343,7 +343,7 @@ def prepare_dataset(
     columns = dataset.column_names or columns
     if options.score_values and "completions" not in columns and "score_chosen" not in columns:
         raise ValueError(
-            f"The {name} dataset has the columns {sorted(columns)}: this loss needs the size of the scores. Add "
+            f"The {name} dataset must have scores, whose size this loss needs, got the columns {sorted(columns)}. Add "
             "`score_chosen` and `score_rejected`, or use `completions` with `scores`."
         )
     map_kwargs = {"remove_columns": None if keep_columns else columns}

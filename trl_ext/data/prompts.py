@@ -86,7 +86,8 @@ def hold_out(rows: Sequence[dict], number: int, seed: int) -> tuple[list[dict], 
     prompts = list(dict.fromkeys(map(prompt_key, rows)))
     if 2 * number > len(prompts):
         raise ValueError(
-            f"num_watched_prompts={number} of {len(prompts)} different prompts leaves too few to train on. Lower it."
+            f"`num_watched_prompts` must be at most half of the {len(prompts)} different prompts, got {number}. Lower "
+            "it."
         )
     chosen = set(random.Random(seed).sample(prompts, number))
     train, watched = [], {}
@@ -98,7 +99,7 @@ def hold_out(rows: Sequence[dict], number: int, seed: int) -> tuple[list[dict], 
             watched.setdefault(prompt, row)
     num_left_out = len(rows) - len(train) - len(watched)
     if num_left_out:
-        PartialState().print(f"{num_left_out} rows are left out: another row with their prompt is watched")
+        PartialState().print(f"{num_left_out} rows are dropped: another row with their prompt is held out")
     return train, list(watched.values())
 
 

@@ -2,20 +2,20 @@
 
 # what can be wrong with a row -> what to do about it
 REMEDIES = {
-    "missing": "Fill it in, or leave the row out.",
+    "missing": "Fill it in, or remove the row.",
     "not text": "Convert it to a string, or to a list of {'role': ..., 'content': ...} messages.",
     "mixed": "Give prompt and completions the same form: all strings, or all lists of messages.",
-    "empty": "Leave out rows whose answer is empty.",
+    "empty": "Remove rows whose answer is empty.",
     "not an answer": "Let each completion be the assistant's turn, or let all of them repeat the whole prompt.",
-    "ambiguous": "Add a `prompt` column, and leave the prompt out of the answers.",
-    "identical": "Leave out pairs without a preference.",
+    "ambiguous": "Add a `prompt` column, and remove the prompt from the answers.",
+    "identical": "Remove pairs without a preference.",
     "length": "Give one score per completion.",
     "ends": "Give one entry per completion, or remove the column.",
-    "too few": "Leave out prompts with fewer completions.",
+    "too few": "Remove prompts with fewer completions.",
     "text score": "Convert the column to numbers.",
-    "not a number": "Scores must be finite numbers; leave out completions that could not be scored.",
+    "not a number": "Scores must be finite numbers; remove completions that could not be scored.",
     "out of order": "Let `chosen` be the one with the higher score.",
-    "no target": "Add a `reference`, the task's own answer, or leave the row out.",
+    "no target": "Add a `reference`, the task's own answer, or remove the row.",
     "too long": "Raise `max_length` (None: no limit), or shorten the prompt.",
     "outside the window": "Lower `max_new_tokens`, or shorten the prompt.",
     "not renderable": "Check the row against the chat template.",
@@ -46,5 +46,5 @@ def refusal(name: str, num_rows: int | None, problems: dict[str, list[tuple[int,
         others = ", ".join(str(other) for other, _ in rows[1:10]) + (", ..." if len(rows) > 10 else "")
         more = f" ({len(rows) - 1} more like it: {others})" if len(rows) > 1 else ""
         lines.append(f"  row {index}: {detail}{more}. {REMEDIES[problem]}")
-    lines.append('Mend the data, or set on_invalid_row="drop" to leave such rows out; they are counted and reported.')
+    lines.append('Correct the data, or set on_invalid_row="drop" to drop such rows; they are counted and reported.')
     return "\n".join(lines)

@@ -99,8 +99,7 @@ def labelled(row: dict[str, Any], index: int) -> dict[str, Any]:
     """
     if row["label"] not in (True, False):
         raise ValueError(
-            f"Row {index}: column 'label' holds {row['label']!r:.40}, which says neither good nor bad. Use true and "
-            "false, or 1 and 0."
+            f"Row {index}: column 'label' must be true (good) or false, or 1 or 0, got {row['label']!r:.40}."
         )
     return {"completions": [row["completion"]], "scores": [1.0 if row["label"] else 0.0]}
 

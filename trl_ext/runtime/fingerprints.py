@@ -60,6 +60,8 @@ def _file_digest(path: str, size: int, modified: int) -> str:
             try:
                 content = {key: value for key, value in json.load(opened).items() if key not in ORIGIN_KEYS}
             except (ValueError, AttributeError, RecursionError) as error:
-                raise ValueError(f"{path} is no config of a model: {error}. Mend it, or take another model.") from None
+                raise ValueError(
+                    f"{path} must be a model's config in JSON: {error}. Correct it, or use another model."
+                ) from None
             return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -95,9 +95,11 @@ def adapter_config(folder: str | Path) -> dict[str, Any]:
         adapter = json.loads(file.read_text(encoding="utf-8"))
         base = adapter.get("base_model_name_or_path")
     except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file} is no config of an adapter: {error}. Mend it, or take another model.") from None
+        raise ValueError(
+            f"{file} must be an adapter's config in JSON: {error}. Correct it, or use another model."
+        ) from None
     if not isinstance(base, str | None):
-        raise ValueError(f"{file} has the base model {base!r:.80}, which is no name. Mend it.")
+        raise ValueError(f"`base_model_name_or_path` in {file} must be a name, got {base!r:.80}. Correct it.")
     return {**adapter, "base_model_name_or_path": base}
 
 
@@ -109,7 +111,7 @@ def whole_model(model: str | Path, revision: str | None = None) -> tuple[str, st
     adapter = adapter_config(folder)
     base = adapter["base_model_name_or_path"]
     if base is None:
-        raise ValueError(f"{folder / ADAPTER_FILE} names no base model. Set `base_model_name_or_path` in it.")
+        raise ValueError(f"`base_model_name_or_path` in {folder / ADAPTER_FILE} must be a name, got None. Set it.")
     refuse_missing_model(base, f"`base_model_name_or_path` in {folder / ADAPTER_FILE}")
     return base, adapter.get("revision") or "main"
 
@@ -191,8 +193,8 @@ def merged(adapter: str | Path, **kwargs: Any) -> PreTrainedModel:
     kind = config.get("peft_type")
     if str(kind).endswith("_TUNING") and kind != "LN_TUNING":
         raise ValueError(
-            f"{adapter} is a {kind} adapter, which adds tokens and cannot be merged into its base. Pass it to a "
-            "trainer as a `PeftModel`, or take a LoRA adapter."
+            f"An adapter to merge must not add tokens, got {adapter} of type {kind}. Pass it to a trainer as a "
+            "`PeftModel`, or use a LoRA adapter."
         )
     model_class = AutoPeftModelForCausalLM
     if config.get("task_type") == "SEQ_CLS":

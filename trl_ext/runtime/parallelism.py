@@ -83,14 +83,13 @@ def refuse_sharding_that_would_not_be(args: TrainingArguments) -> None:
     fsdp = asks_for_fsdp(args)
     if fsdp is not None and (args.use_cpu or not torch.accelerator.is_available()):
         raise ValueError(
-            f"{fsdp} cannot shard a model on a CPU: Accelerate would quietly run DDP instead, with the whole model on "
-            "every process. Launch with accelerate_configs/cpu.yaml for DDP or zero3.yaml for sharded weights, or run "
-            "it on GPUs."
+            f"{fsdp} needs GPUs. On a CPU Accelerate would run DDP without a warning, with the whole model on every "
+            "process. Launch with accelerate_configs/cpu.yaml for DDP or zero3.yaml for sharded weights, or use GPUs."
         )
     if _is_set("ACCELERATE_USE_DEEPSPEED") and _is_set("ACCELERATE_USE_CPU"):
         raise ValueError(
-            "With ACCELERATE_USE_CPU in the environment a launch with DeepSpeed would quietly be one with DDP. Unset "
-            "it; on a machine with an accelerator set `use_cpu=True` and DS_ACCELERATOR=cpu instead."
+            "ACCELERATE_USE_CPU must not be set with DeepSpeed: Accelerate would run DDP without a warning. Unset it. "
+            "On a machine with an accelerator, set `use_cpu=True` and DS_ACCELERATOR=cpu instead."
         )
 
 

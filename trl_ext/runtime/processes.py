@@ -31,7 +31,7 @@ def barrier_without_timeout() -> None:
     """
     Wait for all processes, without the time-out of a collective: how long another is at work, sampling or scoring,
     depends on its prompts. A process that is gone is noticed by the launcher, or by
-    [`~trl_ext.runtime.faults.watched`].
+    [`~trl_ext.runtime.hang_watchdog.hang_watchdog`].
     """
     state = PartialState()
     if state.num_processes > 1:
@@ -72,7 +72,7 @@ def refuse_unless_all_see(folder: str | Path) -> None:
     for index, host in ranks_without_access(folder).items():
         raise FileNotFoundError(
             f"Process {index} ({host}) does not see what the main process has written into {folder}. All machines "
-            "have to share the output folder here: set `--output_dir` to one that they do."
+            "must share the output folder. Set `--output_dir` to one that they share."
         )
 
 
@@ -90,8 +90,8 @@ def read_when_there(path: Path, seconds: float = 90) -> str:
         except FileNotFoundError:
             if time.monotonic() > deadline:
                 raise FileNotFoundError(
-                    f"{path} was written by another process and is not there after {seconds:g} s. All machines have "
-                    "to see the output folder: set `--output_dir` to one that they share."
+                    f"{path} was written by another process and is not visible after {seconds:g} s. All machines must "
+                    "share the output folder. Set `--output_dir` to one that they share."
                 ) from None
         time.sleep(1)
 

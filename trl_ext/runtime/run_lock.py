@@ -42,10 +42,7 @@ def hold_folder(folder: str | Path, *, create: bool = True) -> bool:
                 fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(opened)
-                problem = (
-                    f"Another run is in {folder}, or has not ended yet. Wait for its end, or set another "
-                    "`--output_dir`."
-                )
+                problem = f"Another run is active in {folder}. Wait until it has ended, or set another `--output_dir`."
             except OSError:  # a file system without locks
                 os.close(opened)
             else:

@@ -82,16 +82,14 @@ def check_field_types(config: Any, *, apart_from: Sequence[str] = ()) -> None:
                 continue  # for a list that is not given, the parser says `None`
             if not has_type(value, hint) and not any(has_type(value, one) for one in list_items(hint)):
                 raise TypeError(
-                    f"{entry.name}={reprlib.repr(value)} is {_kind(value)}, and it has to be {shown_hint(hint)}. "
-                    f"Set `{entry.name}` to such a value, or leave it out."
+                    f"`{entry.name}` must be {shown_hint(hint)}, got {reprlib.repr(value)}, {_kind(value)}. Correct "
+                    "it, or remove it."
                 )
             known = [
                 member.value for part in _parts(hint) if isclass(part) and issubclass(part, Enum) for member in part
             ]
             if isinstance(value, str) and known and value not in known:
-                raise ValueError(
-                    f"{entry.name}={value!r:.80} is not known. Set it to one of {', '.join(map(str, known))}."
-                )
+                raise ValueError(f"`{entry.name}` must be one of {', '.join(map(str, known))}, got {value!r:.80}.")
             _check_json(entry.name, value, hint)
 
 
@@ -100,14 +98,14 @@ def _check_json(name: str, value: Any, hint: Any) -> None:
         try:
             json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{name}={value!r:.80} is not JSON ({error}). Mend it.") from None
+            raise ValueError(f"`{name}` must be JSON, got {value!r:.80} ({error}). Correct it.") from None
 
 
 def _check_wider(name: str, value: Any, hint: Any) -> None:
     """What transformers would fail on without naming the setting."""
     _check_json(name, value, hint)
     if isinstance(value, list | tuple) and any(one is None for one in value):
-        raise TypeError(f"{name}={reprlib.repr(value)} holds None, which is no value. Leave it out.")
+        raise TypeError(f"`{name}` must not hold None, got {reprlib.repr(value)}. Remove it.")
 
 
 def _parts(hint: Any) -> list[Any]:

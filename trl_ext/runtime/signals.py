@@ -18,7 +18,7 @@ from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_CODES = {128 + number: number for number in STOP_SIGNALS}  # as of a shell
-RESUME_HINT = "The same command with `--resume_from_checkpoint true` goes on from there."
+RESUME_HINT = "The same command with `--resume_from_checkpoint true` resumes from there."
 # a launcher passes on the SIGINT that its processes may have got as well: within so many seconds they are one
 SAME_SIGINT = 1.0
 LAUNCHER_VARIABLES = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}

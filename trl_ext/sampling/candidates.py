@@ -91,7 +91,7 @@ class SamplingReport:
         if self.num_too_long:
             lines.append(f"{self.num_too_long} prompts skipped: with the answer they exceed the model's window")
         if self.num_without_candidates:
-            lines.append(f"{self.num_without_candidates} prompts left out: no usable candidate")
+            lines.append(f"{self.num_without_candidates} prompts skipped: no usable candidate")
         return "\n  ".join(lines)
 
 
@@ -151,7 +151,7 @@ def sample_candidates(
     rows = [as_given(row) for row in rows]
     _check_rows(rows, mix_in)
     if shard_size is not None and shard_size < 1:
-        raise ValueError(f"shard_size={shard_size}: set it to 1 or more.")
+        raise ValueError(f"`shard_size` must be at least 1, got {shard_size}.")
     hub = {
         "revision": (model_init_kwargs or {}).get("revision") or "main", "trust_remote_code": trust_remote_code
     }  # fmt: skip
@@ -182,7 +182,9 @@ def sample_candidates(
     for number, indices in enumerate(shards):
         records = _read_shard(_shard_file(folder, number), made_of)
         if {record["index"] for record in records} != set(indices):
-            raise ValueError(f"{_shard_file(folder, number)} holds other prompts than it should. Remove it.")
+            raise ValueError(
+                f"{_shard_file(folder, number)} must hold the prompts of its shard, got others. Remove it."
+            )
         sampled.update((record["index"], record) for record in records)
     found, report = _assemble(rows, sampled, config, mix_in, keep_empty, dtype)
     warning = cut_answers(report.truncated, config.max_new_tokens)
@@ -193,24 +195,24 @@ def sample_candidates(
 
 def _check_rows(rows: Sequence[dict[str, Any]], mix_in: Sequence[str]) -> None:
     if not rows:
-        raise ValueError("There are no prompts to sample for. Check the dataset and its split.")
+        raise ValueError("`rows` must hold prompts, got none. Check the dataset and its split.")
     for index, row in enumerate(rows):
         prompt = row.get("prompt")
         if not isinstance(prompt, str | list) or not prompt:
             raise ValueError(
-                f"Row {index} has no prompt (its columns are {sorted(row)}): `prompt` is {prompt!r:.60}. It has to be "
-                "text or a list of messages; rename or add the column."
+                f"Row {index}: `prompt` must be text or a list of messages, got {prompt!r:.60}. The columns are "
+                f"{sorted(row)}. Rename or add one."
             )
         for column in mix_in:
             if column not in row:
                 raise ValueError(
-                    f"`mix_in` names the column {column!r}, and row {index} has {sorted(row)}. Name columns that hold "
-                    "answers, such as 'chosen' and 'rejected'."
+                    f"`mix_in` must name columns of the rows, got {column!r}. Row {index} has {sorted(row)}. Name "
+                    "columns that hold answers, such as 'chosen' and 'rejected'."
                 )
             if isinstance(prompt, str) and not all(isinstance(a, str) for a in as_answers(row[column])):
                 raise ValueError(
-                    f"`mix_in` names the column {column!r}, which in row {index} does not hold text as the prompt "
-                    f"does: {row[column]!r:.60}. Give prompt and answers the same form: all text, or all messages."
+                    f"Row {index}: {column!r}, which `mix_in` names, must be text as the prompt is, got "
+                    f"{row[column]!r:.60}. Give prompt and answers the same form: all text, or all messages."
                 )
 
 
@@ -277,8 +279,8 @@ def _sample_shard(indices, rows, occurrences, tokenizer, engine: Engine, config,
             prompts[index] = prompt_token_ids(tokenizer, rows[index])
         except Exception as error:  # a chat template raises what it likes
             raise ValueError(
-                f"Row {index}: the prompt {rows[index]['prompt']!r:.60} could not be tokenised: {error}. Mend the "
-                "row, or leave it out."
+                f"Row {index}: the prompt {rows[index]['prompt']!r:.60} could not be tokenised: {error}. Correct the "
+                "row, or remove it."
             ) from error
     fitting = [index for index in indices if window is None or len(prompts[index]) + config.max_new_tokens <= window]
     fitting.sort(key=lambda index: len(prompts[index]))
@@ -325,9 +327,9 @@ def _assemble(
     total = max(counts["candidates"], 1)
     if not assembled:
         why = (
-            "with the answers they all exceed the model's window. Lower `max_new_tokens`, or shorten the prompts"
+            "with their answers they all exceed the model's window. Lower `max_new_tokens`, or shorten the prompts"
             if counts["too_long"] == len(rows)
-            else "all candidates are empty. Try the model by hand, and look at stop_strings and role_markers"
+            else "all candidates are empty. Try the model by hand, and check `stop_strings` and `role_markers`"
         )
         raise ValueError(f"None of the {len(rows)} prompts has a usable candidate: {why}.")
     report = SamplingReport(

@@ -50,7 +50,7 @@ class SamplingOptions:
         sampling_batch_size (`int`, *optional*, defaults to `64`): candidates in the making at a time, per process,
             with `"transformers"`; vLLM decides for itself.
         vllm_python (`str`, *optional*): the Python interpreter of an environment with vLLM.
-        vllm_args (`dict` or `str`, *optional*): further arguments of `vllm.LLM`, a dict or JSON, such as
+        vllm_args (`dict` or `str`, *optional*): further options of `vllm serve`, a dict or JSON, such as
             `gpu_memory_utilization`. With `max_model_len`, prompts are skipped that do not fit into it with an answer.
     """
 
@@ -78,7 +78,7 @@ class SamplingOptions:
         default=None, metadata={"help": "Python interpreter of an environment with vLLM, for sampling_engine='vllm'."}
     )
     vllm_args: dict | str | None = field(
-        default=None, metadata={"help": "Further arguments of vllm.LLM, as JSON: '{\"gpu_memory_utilization\": 0.8}'."}
+        default=None, metadata={"help": "Further options of vllm serve, as JSON: '{\"gpu_memory_utilization\": 0.8}'."}
     )
 
 
@@ -110,44 +110,47 @@ class SamplingConfig(SamplingOptions):
     def __post_init__(self):
         check_field_types(self)
 
-        def refuse(name: str, why: str) -> None:
-            raise ValueError(f"{name}={getattr(self, name)!r}: {why}")
+        def refuse(name: str, must_be: str, advice: str = "") -> None:
+            raise ValueError(f"`{name}` must be {must_be}, got {getattr(self, name)!r}.{advice}")
 
         for name in ("stop_strings", "role_markers"):
             if isinstance(getattr(self, name), str):  # a string is a sequence of strings, of its letters
                 setattr(self, name, [getattr(self, name)])
+            if "" in (getattr(self, name) or ()):
+                refuse(name, "without empty strings", " They would cut every answer to nothing. Remove them.")
         for name in ("num_candidates", "max_new_tokens", "sampling_batch_size"):
             if getattr(self, name) < 1:
-                refuse(name, "there is nothing to sample. Set it to 1 or more.")
+                refuse(name, "at least 1")
         if not 0 <= self.temperature < float("inf"):
-            refuse("temperature", "a temperature is 0 (greedy) or positive.")
+            refuse("temperature", "0 (greedy) or a positive number")
         if not 0 < self.top_p <= 1:
-            refuse("top_p", "set it above 0, and at most to 1, which switches it off.")
+            refuse("top_p", "above 0 and at most 1 (1 switches it off)")
         if self.top_k < 0:
-            refuse("top_k", "set it to 1 or more, or to 0, which switches it off.")
+            refuse("top_k", "at least 0 (0 switches it off)")
         if not 0 <= self.min_p <= 1:
-            refuse("min_p", "set it to a share from 0, which switches it off, to 1.")
+            refuse("min_p", "from 0 to 1 (0 switches it off)")
         if self.temperature == 0 and self.num_candidates > 1:
-            refuse("num_candidates", "greedy sampling (temperature 0) gives one answer. Set a temperature, or 1.")
+            refuse("num_candidates", "1 where `temperature` is 0 (greedy)", " Raise `temperature`, or set it to 1.")
         if self.sampling_engine not in ENGINES:
-            refuse("sampling_engine", f"not known. Set it to one of {', '.join(ENGINES)}.")
+            refuse("sampling_engine", f"one of {', '.join(ENGINES)}")
         if self.sampling_engine == "vllm" and self.vllm_python is None:
             refuse(
-                "sampling_engine",
-                "vLLM runs in an environment of its own. Set `vllm_python` to the interpreter of one in which "
-                "`pip install vllm` was run.",
+                "vllm_python",
+                "set where `sampling_engine` is 'vllm'",
+                " Set it to the interpreter of an environment in which `pip install vllm` was run.",
             )
         if self.sampling_engine != "vllm" and (self.vllm_python or self.vllm_args):
-            raise ValueError("vllm_python and vllm_args would do nothing. Set `sampling_engine` to 'vllm'.")
+            refuse("sampling_engine", "'vllm' where `vllm_python` or `vllm_args` is set", " Set it, or remove them.")
         if isinstance(self.vllm_args, str):
             try:
                 self.vllm_args = json.loads(self.vllm_args)
             except json.JSONDecodeError as error:
-                refuse("vllm_args", f"not JSON ({error}). Write it like '{{\"gpu_memory_utilization\": 0.8}}'.")
+                refuse("vllm_args", "JSON", f" {error}. Write it like '{{\"gpu_memory_utilization\": 0.8}}'.")
         if not isinstance(self.vllm_args, dict | None):
-            refuse("vllm_args", "no names. Write it like '{\"gpu_memory_utilization\": 0.8}'.")
+            refuse("vllm_args", "values by name", " Write it like '{\"gpu_memory_utilization\": 0.8}'.")
         longest = (self.vllm_args or {}).get("max_model_len")
         if longest is not None and (not isinstance(longest, int) or longest <= self.max_new_tokens):
-            refuse("vllm_args", "max_model_len holds prompt and answer: a number of tokens above `max_new_tokens`.")
-        if any(not text for text in (*(self.stop_strings or ()), *(self.role_markers or ()))):
-            raise ValueError("An empty string in stop_strings or role_markers would cut every answer to nothing.")
+            raise ValueError(
+                "`max_model_len` in `vllm_args` must be a number of tokens above `max_new_tokens` "
+                f"({self.max_new_tokens}), got {longest!r}. It limits prompt and answer together."
+            )

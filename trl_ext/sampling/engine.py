@@ -53,7 +53,7 @@ def end_token_ids(generation_config: GenerationConfig | None, tokenizer: PreTrai
     ids = [token for token in dict.fromkeys([*found, tokenizer.eos_token_id]) if token is not None]
     if not ids:
         raise ValueError(
-            "Neither the model's generation config nor the tokenizer has an end-of-sequence token, so no answer would "
-            "ever end. Set `tokenizer.eos_token` and save the tokenizer with the model."
+            "The model's generation config or the tokenizer must have an end-of-sequence token, got none. No answer "
+            "would ever end. Set `tokenizer.eos_token` and save the tokenizer with the model."
         )
     return ids

@@ -48,12 +48,12 @@ def _read_shard(file: Path, made_of: str) -> list[dict]:
         records = [json.loads(line) for line in text.splitlines()][:-1]
         if text == _shard(records, made_of):
             return records
-        what = "does not match its digest: it was changed, or sampled with something else"
+        what = "does not match its digest: it was changed, or sampled with other settings"
     except FileNotFoundError:
         raise
     except (ValueError, RecursionError, OSError) as error:
         what = f"cannot be read ({' '.join(str(error).split())[:200]})"
-    raise ValueError(f"{file} {what}. Put back what was there, or remove it to sample its prompts again.")
+    raise ValueError(f"{file} {what}. Restore it, or remove it to sample its prompts again.")
 
 
 def _check_identity(
@@ -70,7 +70,7 @@ def _check_identity(
         try:
             found = read_sealed(file, {"shard_size": int}) if file.exists() else {}
         except ValueError as error:
-            found, problem = {}, f"{error} Remove {folder} to sample anew, or choose another folder."
+            found, problem = {}, f"{error} Remove {folder} to sample again, or choose another folder."
         shard_size = shard_size or found.get("shard_size") or _default_shard_size(len(rows), state.num_processes)
         prompts = [[row["prompt"], row.get("tools"), row.get("chat_template_kwargs")] for row in rows]
         is_local = os.path.isdir(model_name_or_path)
@@ -89,8 +89,8 @@ def _check_identity(
             changed = changes(found, identity, _identity_of(SamplingConfig()).get)
             if changed:
                 problem = (
-                    f"{folder} holds candidates that were sampled with something else: {changed}. Go on with what "
-                    "they were sampled with, or choose another folder."
+                    f"{folder} holds candidates that were sampled with other settings: {changed}. Restore the "
+                    "settings, or choose another folder."
                 )
         else:
             write_atomically(file, sealed(identity))

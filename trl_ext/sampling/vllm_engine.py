@@ -32,6 +32,8 @@ OTHERWISE = (
     "`sampling_engine` to 'transformers'."
 )
 
+# in what vLLM says: of a process that the system has killed, too
+SHORT_OF_MEMORY = ("memory", "Memory", "exited unexpectedly")
 MEMORY = (
     "If memory is short: set `max_model_len` in `vllm_args` to what the longest prompt and answer need, and "
     "`gpu_memory_utilization` to the share of the device that vLLM may take. On a CPU, the environment variable "
@@ -119,6 +121,7 @@ class VllmEngine:
             "generation_config": "vllm",  # its end tokens count all the same
             "logprobs_mode": "raw_logprobs",
             "disable_uvicorn_access_log": True,
+            "uvicorn_log_level": "warning",
         }
         words = [self.model, *flags({**engine_args, **fixed})]
         environment = server_environment(
@@ -205,7 +208,7 @@ class VllmEngine:
         elif any("No module named 'vllm'" in line for line in lines):
             why = "there is no vLLM in its environment"
             advice = f"Run `{self.python} -m pip install vllm`. Or: {OTHERWISE}"
-        elif status == -signal.SIGKILL or "memory" in f"{why} {lines}".lower():
+        elif status == -signal.SIGKILL or any(sign in f"{why} {lines}" for sign in SHORT_OF_MEMORY):
             advice = MEMORY + OTHERWISE
         wrote = "".join(f"    {line}\n" for line in lines)
         wrote = f"The last lines it wrote:\n{wrote}" if wrote else ""

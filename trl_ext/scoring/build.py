@@ -109,7 +109,7 @@ def check_scorers(
     rewards, functions, judge_function = _named(rewards, weights, judge)
     _check_batch_size(batch_size)
     if dtype != "auto" and not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
-        raise ValueError(f"dtype={dtype!r} is not known. Set it to 'auto', 'float32', 'bfloat16' or 'float16'.")
+        raise ValueError(f"`dtype` must be 'auto', 'float32', 'bfloat16' or 'float16', got {dtype!r}.")
     kwargs = {"revision": None, "trust_remote_code": trust_remote_code}
     for spec, function in zip(rewards, functions, strict=True):
         if function is None:
@@ -130,12 +130,12 @@ def _named(rewards, weights, judge) -> tuple[list[str], list[Callable | None], C
     specs = [*rewards, *([] if judge is None else [judge])]
     if not specs:
         raise ValueError(
-            "There is nothing to score with. Name a reward function ('path/to/file.py:function'), a reward model or a "
-            "judge."
+            "`rewards` or a judge must be given, got neither. Name a reward function ('path/to/file.py:function'), a "
+            "reward model or a judge."
         )
     if len(set(specs)) < len(specs):
         twice = next(spec for spec in specs if specs.count(spec) > 1)
-        raise ValueError(f"{twice!r} is named twice. Name it once, and give it a weight instead.")
+        raise ValueError(f"Each scorer must be named once, got {twice!r} twice. Give it a weight instead.")
     _check_weights(weights, specs, [] if judge is None else [judge])
     are_models = [_names_a_model(spec, "reward") for spec in rewards]
     judge_is_model = judge is not None and _names_a_model(judge, "judge")
@@ -154,10 +154,10 @@ def _names_a_model(spec: str, role: str) -> bool:
     if ":" in spec:
         return False
     if spec.endswith(".py"):
-        raise ValueError(f"The {role} {spec!r} is a file without a function. Write '{spec}:function'.")
+        raise ValueError(f"The {role} must be a function or a model, got the file {spec!r}. Write '{spec}:function'.")
     if not spec or spec.startswith((".", "/", "~")):
         raise FileNotFoundError(
-            f"The {role} {spec!r} looks like a folder, and there is none. Correct the path, or write "
+            f"The {role} must be a function or a model, got {spec!r}, which is not there. Correct the path, or write "
             "'path/to/file.py:function' for a function."
         )
     return True
@@ -168,22 +168,22 @@ def _check_weights(weights: Sequence[float] | None, names: Sequence[str], judges
         return [1.0] * len(names)
     if list(names) == list(judges):
         raise ValueError(
-            f"Weights are given ({', '.join(map(str, weights))}) and the judge {names[0]!r} scores alone: there is "
-            "nothing to weigh it against. Leave them out."
+            f"`weights` must not be given where the judge {names[0]!r} scores alone, got "
+            f"{', '.join(map(str, weights))}. Remove them."
         )
     if len(weights) != len(names):
         raise ValueError(
-            f"{len(weights)} weights are given for {len(names)} scorers ({', '.join(names)}). Give one for each, in "
-            "this order, or none for an equal sum."
+            f"`weights` must hold one for each of {len(names)} scorers ({', '.join(names)}), got {len(weights)}. Give "
+            "them in this order, or none for an equal sum."
         )
     for weight, name in zip(weights, names, strict=True):
         if not math.isfinite(weight):
-            raise ValueError(f"The weight of {name!r} is {weight}. Give a finite number.")
+            raise ValueError(f"The weight of {name!r} must be a finite number, got {weight}.")
         if weight < 0 and name in judges:
             raise ValueError(
-                f"The weight of the judge {name!r} is {weight}: who wins its games would score lower. Give a positive "
-                "number, or name a judge who prefers the opposite."
+                f"The weight of the judge {name!r} must be positive, got {weight}. The winners of its games would "
+                "score lower. Name a judge that prefers the opposite."
             )
     if not any(weights):
-        raise ValueError("All weights are 0, so that all scores are equal. Give one of them another number.")
+        raise ValueError("`weights` must not all be 0, which makes all scores equal. Change one of them.")
     return [float(weight) for weight in weights]

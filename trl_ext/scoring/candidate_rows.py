@@ -10,8 +10,8 @@ from ..data.rows import check_number, check_text
 # what can be wrong with a candidate row, beyond what can be wrong with other rows
 REMEDIES = {
     **ROW_REMEDIES,
-    "not a list": "Give it one entry per completion, or leave it out.",
-    "other games": "Leave `games` out, or score the row with its judge again.",
+    "not a list": "Give it one entry per completion, or remove it.",
+    "other games": "Remove `games`, or score the row with its judge again.",
 }
 
 
@@ -45,7 +45,7 @@ def _check_row(row: Mapping[str, Any]) -> None:
 
 def _check_rows(rows: Sequence[Mapping[str, Any]], check: Callable) -> None:
     if not rows:
-        raise ValueError("There are no rows. Check the candidates, and the split they come from.")
+        raise ValueError("There must be rows of candidates, got none. Check the split they come from.")
     for index, row in enumerate(rows):
         try:
             check(row)

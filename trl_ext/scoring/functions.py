@@ -80,25 +80,25 @@ def load_reward_function(spec: str) -> Callable:
     """
     where, _, name = spec.rpartition(":")
     if not where or not name:
-        raise ValueError(f"{spec!r} names no function. Write 'package.module:function' or 'path/to/file.py:function'.")
+        raise ValueError(f"A function must be 'package.module:function' or 'path/to/file.py:function', got {spec!r}.")
     module = _import_file(where, spec) if where.endswith(".py") else _import_module(where, spec)
     try:
         function = functools.reduce(getattr, name.split("."), module)
     except AttributeError:
         close = difflib.get_close_matches(name, [known for known in vars(module) if not known.startswith("_")])
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise ImportError(f"{spec!r}: {where} has no {name!r}.{hint} Correct the name behind the colon.") from None
+        raise ImportError(f"{spec!r}: {where} has no {name!r}.{hint} Correct the name after the colon.") from None
     if not callable(function):
-        raise TypeError(f"{spec!r} is {type(function).__name__}, which cannot be called. Name a function.")
+        raise TypeError(f"{spec!r} must be a function, got {type(function).__name__}. Name a function.")
     if inspect.isclass(function):
-        raise TypeError(f"{spec!r} is a class. Make an object of it in {where}, and name that object.")
+        raise TypeError(f"{spec!r} must be a function, got a class. Make an object of it in {where}, and name that.")
     return function
 
 
 def _import_file(where: str, spec: str):
     path = Path(where).expanduser().resolve()
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{spec!r}: there is no file {path}. Correct the path before the colon.")
+        raise FileNotFoundError(f"{spec!r}: the file {path} does not exist. Correct the path before the colon.")
     # a name of its own, so that two files of the same name do not become one module
     name = f"trl_ext_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     if name in sys.modules:
@@ -111,7 +111,7 @@ def _import_file(where: str, spec: str):
     except Exception as error:
         del sys.modules[name]
         raise ImportError(
-            f"{spec!r}: {path} cannot be imported, it raised {type(error).__name__}: {error}. Correct the file."
+            f"{spec!r}: importing {path} raised {type(error).__name__}: {error}. Correct the file."
         ) from error
     return module
 
@@ -125,15 +125,15 @@ def _import_module(where: str, spec: str):
     except ModuleNotFoundError as error:
         if error.name is not None and (where == error.name or where.startswith(error.name + ".")):
             raise ImportError(
-                f"{spec!r}: there is no module {error.name!r} on the Python path or in {os.getcwd()}. Correct the "
+                f"{spec!r}: the module {error.name!r} is neither on the Python path nor in {os.getcwd()}. Correct the "
                 "name, set PYTHONPATH, or write 'path/to/file.py:function'."
             ) from None
         raise ImportError(
-            f"{spec!r}: the module {where} needs {error.name!r}, which is not there. Install it."
+            f"{spec!r}: the module {where} needs {error.name!r}, which is not installed. Install it."
         ) from error
     except Exception as error:
         raise ImportError(
-            f"{spec!r}: the module {where} cannot be imported, it raised {type(error).__name__}: {error}. Correct it."
+            f"{spec!r}: importing the module {where} raised {type(error).__name__}: {error}. Correct it."
         ) from error
 
 
@@ -159,8 +159,8 @@ def _check_arguments(function: Callable, what: str, names: Iterable[str]) -> Non
         inspect.signature(function).bind(**dict.fromkeys(names))
     except TypeError as error:
         raise TypeError(
-            f"{what} is called with the arguments {', '.join(names)}, which do not fit its own ({error}). Rename the "
-            "columns, or give it `**kwargs` for arguments it does not need."
+            f"{what} must take the arguments {', '.join(names)}: {error}. Rename the columns, or give it `**kwargs` "
+            "for arguments it does not need."
         ) from None
     except ValueError:  # a builtin without a signature: the call itself will tell
         pass
@@ -191,13 +191,13 @@ def _as_list(result: Any, what: str, expected: int) -> list:
         result = result.tolist()
     if not isinstance(result, list | tuple):
         raise TypeError(
-            f"{what} returned {type(result).__name__} ({result!r:.60}). It has to return a list with one entry for "
-            "each of `completions`."
+            f"{what} must return a list with one entry for each of `completions`, got {type(result).__name__} "
+            f"({result!r:.60})."
         )
     if len(result) != expected:
         raise ValueError(
-            f"{what} returned {len(result)} entries for {expected} completions. It has to return one for each of "
-            "`completions`, in their order; None where it does not apply."
+            f"{what} must return one entry for each of {expected} completions, got {len(result)}. Return them in the "
+            "order of `completions`, None where it does not apply."
         )
     return list(result)
 
@@ -275,6 +275,6 @@ def _number(value: Any, what: str, row: int, completion: int) -> float | None:
     if number is None or not math.isfinite(number):
         raise ScoringError(
             what, row, completion,
-            f"returned {value!r:.60}, which is not a finite number. Return a number, or None where it does not apply.",
+            f"must return a finite number, got {value!r:.60}. Return None where it does not apply.",
         )  # fmt: skip
     return number

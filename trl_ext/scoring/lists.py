@@ -82,7 +82,7 @@ def rank_rows(
         ValueError: an unusable row or setting, or no row is left; says why.
     """
     if min_completions < 1:
-        raise ValueError(f"min_completions={min_completions}: set it to 1 or more.")
+        raise ValueError(f"`min_completions` must be at least 1, got {min_completions}.")
     _check_rows(rows, _check_scored_row)
     report = RankingReport("ranked rows", num_rows=len(rows))
     ranked = []

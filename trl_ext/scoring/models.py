@@ -40,8 +40,8 @@ def _load_tokenizer(name_or_path: str, **kwargs) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ValueError(
-                f"The tokenizer of {name_or_path} has neither a padding nor an end token, so that texts cannot be "
-                "batched. Set `pad_token` in its tokenizer_config.json."
+                f"The tokenizer of {name_or_path} must have a padding or an end token, got neither. Texts cannot be "
+                "batched without. Set `pad_token` in its tokenizer_config.json."
             )
         tokenizer.pad_token = tokenizer.eos_token  # as TRL does
     return tokenizer
@@ -54,11 +54,11 @@ def _longest_input(name: str, max_length: int | None, config, tokenizer: PreTrai
         known = [tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else None, positions]
         return min((length for length in known if length), default=None)
     if max_length < 1:
-        raise ValueError(f"max_length={max_length}: set it to 1 or more, or None for what the model can take.")
+        raise ValueError(f"`max_length` must be at least 1, or None for what the model can take, got {max_length}.")
     if positions is not None and max_length > positions:
         raise ValueError(
-            f"max_length={max_length}, and {name} has only {positions} positions. Set it to {positions} or less, or "
-            "to None for what the model can take."
+            f"`max_length` must be at most the {positions} positions of {name}, got {max_length}. Lower it, or set it "
+            "to None."
         )
     return max_length
 
@@ -95,7 +95,7 @@ def _padded_batches(
 
 def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: set it to 1 or more.")
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
 
 
 class RewardModelScorer:
@@ -144,9 +144,9 @@ class RewardModelScorer:
         random_weights = [*sorted(loading["missing_keys"]), *sorted(map(str, loading["mismatched_keys"]))]
         if random_weights:
             raise ValueError(
-                f"The checkpoint {path} lacks {', '.join(random_weights[:5])}{', ...' if random_weights[5:] else ''}, "
-                f"which transformers has filled with random numbers for {type(self.model).__name__}: the scores would "
-                "be noise. Train it as a reward model first (TRL's RewardTrainer), or name one that is trained."
+                f"The reward model {path} lacks {', '.join(random_weights[:5])}{', ...' if random_weights[5:] else ''}"
+                f" of {type(self.model).__name__}. transformers fills them with random numbers: the scores would be "
+                "noise. Train it as a reward model first (TRL's RewardTrainer), or name one that is trained."
             )
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id  # finds the last token by it
         for_inference(self.model, process_state().device)
@@ -178,7 +178,7 @@ class RewardModelScorer:
                 if not math.isfinite(logit):
                     raise ScoringError(
                         f"The reward model {self.name!r}", index, number,
-                        f'gave {logit}. Try dtype="float32", and look at the completion.',
+                        f'must give a finite number, got {logit}. Try dtype="float32", and check the completion.',
                     )  # fmt: skip
                 scores[index][number] = logit
         return scores
@@ -201,9 +201,8 @@ def _read_reward_model(path: str, max_length: int | None, **kwargs) -> tuple:
     found = f"num_labels={config.num_labels} (architecture: {', '.join(config.architectures or ['unknown'])})"
     if config.num_labels != 1:
         raise ValueError(
-            f"The reward model {path} has {found}: a score is one number. Name a sequence-classification model "
-            "with num_labels=1, which is what TRL's RewardTrainer writes; a language model that compares two "
-            "answers is a judge, not a reward model."
+            f"The reward model {path} must have num_labels=1, got {found}. Name a sequence-classification model as "
+            "TRL's RewardTrainer writes it. A language model that compares two answers is a judge."
         )
     tokenizer = _load_tokenizer(path, **kwargs)
     return config, tokenizer, _longest_input(path, max_length, config, tokenizer)
@@ -216,8 +215,8 @@ def _read_judge(path: str, max_length: int | None, **kwargs) -> tuple:
     other = next((name for name in config.architectures or [] if name.endswith(OTHER_HEADS)), None)
     if other is not None:
         raise ValueError(
-            f"The judge {path} is a {other}, which predicts no next token. Name a causal language model; a "
-            "sequence-classification model with one output is a reward model, not a judge."
+            f"The judge {path} must be a causal language model, got {other}. A sequence-classification model with one "
+            "output is a reward model."
         )
     tokenizer = _load_tokenizer(path, **kwargs)
     return config, tokenizer, _longest_input(path, max_length, config, tokenizer)
@@ -236,8 +235,8 @@ def _refuse_adapter(path: str, role: str, *, revision: str | None = None, trust_
         return
     if adapter is not None:
         raise ValueError(
-            f"The {role} {path} is a PEFT adapter, whose head may be another than its base model's. Merge it into its "
-            "base model (`merge_and_unload()`), save that with its tokenizer, and name the result."
+            f"The {role} must be a whole model, got the PEFT adapter {path}. Merge it into its base model "
+            "(`merge_and_unload()`), save that with its tokenizer, and name the result."
         )
 
 
@@ -300,8 +299,8 @@ class RankerModelJudge:
         wanted, fields = {"prompt", "first", "second"}, {name for _, name, _, _ in string.Formatter().parse(template)}
         if fields - {None} != wanted:
             raise ValueError(
-                f"The judge's template has the fields {sorted(fields - {None})}, and needs {{prompt}}, {{first}} and "
-                "{second}. Put each of them in; write other braces twice."
+                "The judge's template must have the fields {prompt}, {first} and {second}, got "
+                f"{sorted(fields - {None})}. Add what is missing; write other braces twice."
             )
         self.template, self.batch_size, self.__name__ = template, batch_size, Path(path).name
         self.counts: Counter[str] = Counter()
@@ -359,13 +358,13 @@ def _label_ids(tokenizer: PreTrainedTokenizerBase, template: str, labels: Sequen
         after = _text_token_ids(tokenizer, text + label)
         if after[:-1] != before:
             raise ValueError(
-                f"The judge's label {label!r} is not one token behind the template's end {text[-20:]!r}: it is "
-                f"tokenised as {tokenizer.convert_ids_to_tokens(after[-4:])}. Choose labels of one token; if a space "
-                "belongs to the token, take it off the template's end and put it before the labels."
+                f"The judge's label {label!r} must be one token after the template's end {text[-20:]!r}, got "
+                f"{tokenizer.convert_ids_to_tokens(after[-4:])}. Choose labels of one token. If a space belongs to "
+                "them, move it from the template's end to the labels."
             )
         label_ids.append(after[-1])
     if len(label_ids) != 2 or label_ids[0] == label_ids[1]:
-        raise ValueError(f"labels={tuple(labels)!r}: give two different labels, for the first and the second.")
+        raise ValueError(f"`labels` must be two different ones, for the first and the second, got {tuple(labels)!r}.")
     return label_ids
 
 

@@ -75,11 +75,11 @@ def check_pair_rule(rule: str, *, max_pairs: int | None = None, positive_above: 
         ValueError: there is no such rule, or a value is out of its range.
     """
     if rule not in PAIR_RULES:
-        raise ValueError(f"rule={rule!r} is not known. Set it to one of {', '.join(PAIR_RULES)}.")
+        raise ValueError(f"`rule` must be one of {', '.join(PAIR_RULES)}, got {rule!r}.")
     if max_pairs is not None and max_pairs < 1:
-        raise ValueError(f"max_pairs={max_pairs}: set it to 1 or more, or None for all.")
+        raise ValueError(f"`max_pairs` must be at least 1, or None for all, got {max_pairs}.")
     if not math.isfinite(positive_above):
-        raise ValueError(f"positive_above={positive_above}: set it to a finite score.")
+        raise ValueError(f"`positive_above` must be a finite score, got {positive_above}.")
 
 
 def make_pairs(
@@ -143,7 +143,7 @@ def _make_pairs(
     if rule == "likelihood_near" and row.get("logps") is None:
         raise RowError(
             "missing", "logps",
-            f"is missing, and the rule 'likelihood_near' goes by it; the others ({', '.join(PAIR_RULES[:-1])}) do not",
+            f"is missing, which the rule 'likelihood_near' needs; the others ({', '.join(PAIR_RULES[:-1])}) do not",
         )  # fmt: skip
     candidates = _candidates(row)
     if rule == "likelihood_near":
@@ -196,13 +196,13 @@ def _tournament_pairs(row, candidates: list[_Candidate], seed: int) -> list[tupl
     if row.get("games") is not None:
         pairs, games = [], row["games"]
         if not isinstance(games, list):
-            raise RowError("other games", "games", f"is {games!r:.40}, not a list of [winner, loser]")
+            raise RowError("other games", "games", f"must be a list of [winner, loser], got {games!r:.40}")
         for game in games:
             indices = game if isinstance(game, list | tuple) else [game]
             players = [by_index.get(index) if isinstance(index, int) else None for index in indices]
             if len(players) != 2 or None in players or not players[0].score > players[1].score:
                 raise RowError(
-                    "other games", "games", f"holds {game!r:.40}, which is no [winner, loser] with scores to match"
+                    "other games", "games", f"must hold [winner, loser] with scores to match, got {game!r:.40}"
                 )
             pairs.append(tuple(players))
         if not pairs:

@@ -56,8 +56,7 @@ def combine(values: Sequence[Sequence[float | None]], weights: Sequence[float]) 
         if all(value is None for value in column):
             raise ScoringError(
                 "Scoring", 0, index,
-                "every reward function returned None, so it has no score. Let one of them return a number, or leave "
-                "the row out.",
+                "one of the reward functions must return a number, got None from each. Change one, or remove the row.",
             )  # fmt: skip
         scores.append(
             math.fsum(weight * value for weight, value in zip(weights, column, strict=True) if value is not None)
@@ -108,7 +107,7 @@ def score_rows(
     """
     rows, names = [as_given(row) for row in rows], [scorer.name for scorer in scorers]
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"The scorers are {names}. Give one or more, with a name of its own each.")
+        raise ValueError(f"`scorers` must be one or more with different names, got {names}.")
     judges = [scorer.name for scorer in scorers if isinstance(scorer, PairwiseScorer)]
     weights = _check_weights(weights, names, judges)
     _check_batch_size(batch_size)
@@ -143,7 +142,7 @@ def score_rows(
     everything = all_gather_objects((done, message))
     if failure is not None:
         if folder is not None:
-            failure.add_note(f"What was scored before is kept in {place}: the same call goes on from there.")
+            failure.add_note(f"What was scored before is kept in {place}. The same call resumes from there.")
         raise failure
     for _, message in everything:
         if message is not None:
@@ -222,13 +221,13 @@ def _open_scores(folder: Path, rows: list, scorers: Sequence[Scorer], batch_size
             numbers = range(math.ceil(len(rows) / batch_size))
             kept = [_scores_file(place, number) for number in numbers if _scores_file(place, number).exists()]
             if len(kept) == len(numbers):
-                logger.info(f"A reward function has changed since {place} was made: scoring anew.")
+                logger.info(f"A reward function has changed since {place} was made: scoring again.")
                 for portion in kept:
                     portion.unlink()
             elif kept:
                 logger.warning(
                     f"A reward function has changed. What it had scored before is kept, {len(kept)} of {len(numbers)} "
-                    f"portions in {place}; remove that folder to score everything anew."
+                    f"portions in {place}; remove that folder to score everything again."
                 )
         write_atomically(file, json.dumps(code))
     return all_gather_objects(place)[0]  # the main process's
@@ -240,7 +239,7 @@ def _read_scores(file: Path, place: Path, start: int) -> dict[str, Any]:
         if batch["of"] != [place.name, start]:
             raise ValueError(f"{file} holds the scores of other rows.")
     except ValueError as error:
-        raise ValueError(f"{error} Put back what was there, or remove it to score its rows again.") from None
+        raise ValueError(f"{error} Restore it, or remove it to score its rows again.") from None
     return batch
 
 

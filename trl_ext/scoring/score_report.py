@@ -80,7 +80,7 @@ class ScoreReport:
 def _check_scored_row(row: Mapping[str, Any]) -> None:
     _check_row(row)
     if row.get("scores") is None:
-        raise RowError("missing", "scores", "is missing; `score_rows` makes it")
+        raise RowError("missing", "scores", "is missing; `score_rows` adds it")
     check_scores(row["scores"], "scores", len(row["completions"]))
 
 
@@ -103,7 +103,7 @@ def score_report(rows: Sequence[Mapping[str, Any]]) -> ScoreReport:
     lists = [row["scores"] for row in rows]
     scores = np.array([score for scores in lists for score in scores], dtype=np.float64)
     if not len(scores):
-        raise ValueError(f"None of the {len(rows)} rows has a completion. Check the sampling.")
+        raise ValueError(f"One of the {len(rows)} rows must have a completion, got none. Check the sampling.")
     low, high, step = scores.min(), scores.max(), 20 * np.spacing(np.abs(scores).max())
     around = max(0.5, step) if high - low < step else 0.0  # room for ten bins about equal scores, however large
     histogram, edges = np.histogram(scores, bins=10, range=(low - around, high + around))

@@ -89,7 +89,7 @@ class PairwiseScorer:
                 bracket.record([next(verdicts) for _ in bracket.pairings()])
         for bracket in brackets:
             self.counts["games"] += len(bracket.games)
-            self.counts["games the judge could not decide: a coin did"] += bracket.num_coins
+            self.counts["games that the judge could not decide, decided at random"] += bracket.num_coins
         return [[list(game) for game in bracket.games] for bracket in brackets]
 
     def _first_wins(self, verdict: Any, swapped: bool) -> bool | None:
@@ -100,8 +100,8 @@ class PairwiseScorer:
             verdict = repr(verdict)
         if verdict not in (0, 1, -1):
             raise ValueError(
-                f"The judge {self.name!r} returned {verdict!s:.60} for a pair. It has to return 0 if the first is "
-                "better, 1 if the second is, or -1 if it cannot tell."
+                f"The judge {self.name!r} must return 0 if the first is better, 1 if the second is, or -1 if it "
+                f"cannot tell, got {verdict!s:.60}."
             )
         return None if verdict == -1 else (verdict == 0) != swapped
 

@@ -34,7 +34,7 @@ CIRCLE["circle"] = CIRCLE
         ({"methods": ["dpoo"]}, "'dpoo' is not known.* 'dpoo' may be meant for 'dpo'"),
         ({"seeds": [1, 1]}, "has none, or one twice"),
         ({"max_steps": 1}, "max_steps=1: methods that train twice"),
-        ({"settings": "{"}, "is not JSON"),
+        ({"settings": "{"}, "`settings` must be JSON, got .{.*Correct it"),
         ({"settings": "[1]"}, "has to be options by name of a method"),
         ({"settings": {"dpo": 3}}, "'dpo' has 3, and it has to be options by name"),
         ({"settings": {"dpo": {1: 3}}}, "'dpo' has {1: 3}, and it has to be options by name"),

@@ -116,7 +116,7 @@ def test_score_values_of_pairs(tokenizer):
     options = RowOptions(score_values=True, eos_token=tokenizer.eos_token)
     prepared, _ = prepare([{**PAIRS[0], "score_chosen": 7, "score_rejected": 2.5}], tokenizer, options)
     assert prepared[0]["scores"] == [7.0, 2.5]
-    with pytest.raises(ValueError, match="this loss needs the size of the scores. Add `score_chosen`"):
+    with pytest.raises(ValueError, match="must have scores, whose size this loss needs, got .*. Add `score_chosen`"):
         prepare(PAIRS, tokenizer, options)
 
 
@@ -164,8 +164,8 @@ CHAT = {
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({**GOOD, "rejected": "good"}, r"row 1: column 'rejected' is the same as 'chosen'. Leave out pairs without"),
-        ({**GOOD, "chosen": " "}, r"row 1: column 'chosen' is empty. Leave out rows whose answer is empty"),
+        ({**GOOD, "rejected": "good"}, r"row 1: column 'rejected' is the same as 'chosen'. Remove pairs without"),
+        ({**GOOD, "chosen": " "}, r"row 1: column 'chosen' is empty. Remove rows whose answer is empty"),
         ({**GOOD, "rejected": None}, r"row 1: column 'rejected' is missing \(None\). Fill it in"),
         ({**GOOD, "prompt": None}, r"row 1: column 'prompt' is missing"),
         (
@@ -184,7 +184,7 @@ CHAT = {
             r"column 'scores' holds 1e\+39, which is too large",
         ),
         ({**GOOD_LIST, "scores": [1.0, None]}, r"column 'scores' holds None"),
-        ({**GOOD_LIST, "completions": ["a"], "scores": [1.0]}, r"has 1 entries where 2 are needed. Leave out prompts"),
+        ({**GOOD_LIST, "completions": ["a"], "scores": [1.0]}, r"has 1 entries where 2 are needed. Remove prompts"),
         ({**GOOD_LIST, "completions": ["a", ""]}, r"column 'completions\[1\]' is empty"),
         ({**CHAT, "chosen": []}, r"column 'chosen' is an empty list of messages"),
         ({**CHAT, "chosen": [{"role": "assistant", "content": ""}]}, r"column 'chosen' is empty"),
@@ -289,9 +289,9 @@ def test_streams_say_what_they_cut_and_name_missing_values(tokenizer, caplog):
 
 def test_no_rows_at_all(tokenizer):
     for empty in (Dataset.from_list([]), Dataset.from_dict({"prompt": [], "chosen": [], "rejected": []})):
-        with pytest.raises(ValueError, match="The train dataset has no rows"):
+        with pytest.raises(ValueError, match="The train dataset must have rows, got none"):
             prepare(empty, tokenizer)
-    with pytest.raises(ValueError, match="The train dataset has no rows"):
+    with pytest.raises(ValueError, match="The train dataset must have rows, got none"):
         prepare(IterableDataset.from_generator(lambda: iter([])), tokenizer)
 
 

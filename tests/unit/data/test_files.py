@@ -134,8 +134,8 @@ def test_other_faults_of_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="a.jsonl.gz cannot be read as a table of rows"):
         load(tmp_path / "a.jsonl.gz")
     for missing in ("b.jsonl.gz", "b.tsv", "b.arrow", "./b.txt"):
-        with pytest.raises(FileNotFoundError, match="looks like a local file, and there is none. Fix the path"):
+        with pytest.raises(FileNotFoundError, match="a local file, got .*, which is not there. Correct the path"):
             load(missing)
     (tmp_path / "lines.txt").write_text("a\nb\n")
-    with pytest.raises(ValueError, match=r"has the columns \['text'\] and no `prompt`"):
+    with pytest.raises(ValueError, match=r"must have a column `prompt` to sample answers for, got \['text'\]"):
         load_prompts(ScriptArguments(str(tmp_path / "lines.txt")), DatasetMixtureConfig())

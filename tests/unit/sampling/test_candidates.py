@@ -134,7 +134,7 @@ def test_shares_and_duplicates_by_hand(sampler_dir, tmp_path):
     assert shares == pytest.approx((5 / 12, 3 / 12, 4 / 12, 1 / 12, 25 / 12))
     assert str(report).splitlines()[2:] == [
         "  1 prompts skipped: with the answer they exceed the model's window",
-        "  1 prompts left out: no usable candidate",
+        "  1 prompts skipped: no usable candidate",
     ]
     config.keep_duplicates = True
     rows, _ = sampled(records, keep_empty=True)
@@ -178,21 +178,21 @@ def test_conversations_may_repeat_the_prompt(sampler_dir, tmp_path):
 
 
 def test_wrong_columns_to_mix_in(sampler_dir, tmp_path):
-    with pytest.raises(ValueError, match=r"`mix_in` names the column 'best', and row 0 has \['number', 'prompt'\]"):
+    with pytest.raises(ValueError, match=r"`mix_in` must name columns of the rows, got 'best'. Row 0 has"):
         sample_candidates(sampler_dir, PROMPTS, SamplingConfig(), tmp_path, mix_in=["best"])
     rows = [{**PROMPTS[0], "chosen": answer("4")}]
     with pytest.raises(
-        ValueError, match="'chosen', which in row 0 does not hold text as the prompt does: .* all text"
+        ValueError, match="Row 0: 'chosen', which `mix_in` names, must be text as the prompt is, .* all text"
     ):
         sample_candidates(sampler_dir, rows, SamplingConfig(), tmp_path, mix_in=["chosen"])
     for rows, message in [
-        ([], "There are no prompts"),
-        ([{"text": "x"}], r"Row 0 has no prompt \(its columns are \['text'\]\)"),
-        ([{"prompt": ""}], "`prompt` is ''. It has to be text or a list of messages"),
+        ([], "`rows` must hold prompts, got none"),
+        ([{"text": "x"}], r"Row 0: `prompt` must be text or .*, got None. The columns are \['text'\]"),
+        ([{"prompt": ""}], "`prompt` must be text or a list of messages, got ''"),
     ]:
         with pytest.raises(ValueError, match=message):
             sample_candidates(sampler_dir, rows, SamplingConfig(), tmp_path)
-    with pytest.raises(ValueError, match="shard_size=0"):
+    with pytest.raises(ValueError, match="`shard_size` must be at least 1, got 0"):
         sample_candidates(sampler_dir, PROMPTS, SamplingConfig(), tmp_path, shard_size=0)
     assert not list(tmp_path.iterdir())
 
@@ -236,7 +236,7 @@ def test_the_dtype_is_the_same_for_all_engines_and_said(sampler_dir, tmp_path, m
         _, report = sample_candidates(half, PROMPTS[:2], config, folder, model_init_kwargs={"dtype": dtype})
         assert seen[-1].dtype == getattr(torch, name)
         assert report.dtype == name and f"candidates in {name}, " in str(report)
-    with pytest.raises(FileExistsError, match="something else: dtype was 'bfloat16' and is 'float32'. Go on"):
+    with pytest.raises(FileExistsError, match="other settings: dtype was 'bfloat16' and is 'float32'. Restore"):
         sample_candidates(half, PROMPTS[:2], config, tmp_path / "bfloat16")
     monkeypatch.setattr("trl_ext.runtime.models.process_state", lambda: SimpleNamespace(device=torch.device("cuda")))
     assert [sampling_dtype(model) for model in (half, sampler_dir)] == ["bfloat16", "float32"]
@@ -247,7 +247,7 @@ def test_a_model_that_never_ends_is_refused_before_its_weights_are_read(tmp_path
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "model")
     LlamaConfig(eos_token_id=None).save_pretrained(tmp_path / "model")  # and nothing else
-    with pytest.raises(ValueError, match="Neither the model's generation config nor the tokenizer has an end-of-seq"):
+    with pytest.raises(ValueError, match="The model's generation config or the tokenizer must have an end-of-seq"):
         sample_candidates(tmp_path / "model", PROMPTS, SamplingConfig(), tmp_path / "candidates")
     assert not (tmp_path / "candidates").exists()
     for ends in (GenerationConfig(eos_token_id=3), LlamaConfig(eos_token_id=[3])):  # in either place
@@ -301,43 +301,43 @@ def test_conversations_are_rendered_as_in_training(sampler_dir, sampler, tmp_pat
 def test_a_string_is_one_string():
     config = SamplingConfig(stop_strings="END", role_markers="\nUser:")
     assert (config.stop_strings, config.role_markers) == (["END"], ["\nUser:"])
-    with pytest.raises(ValueError, match="An empty string in stop_strings"):
+    with pytest.raises(ValueError, match="`stop_strings` must be without empty strings"):
         SamplingConfig(stop_strings="")
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_candidates": 0}, "num_candidates=0: there is nothing to sample. Set it to 1 or more"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0: there is nothing to sample"),
-        ({"sampling_batch_size": 0}, "sampling_batch_size=0: "),
-        ({"temperature": -0.1}, "temperature=-0.1: a temperature is 0"),
-        ({"temperature": float("nan")}, "temperature=nan: a temperature is 0"),
-        ({"temperature": float("inf")}, "temperature=inf: a temperature is 0"),
-        ({"top_p": 0.0}, "top_p=0.0: set it above 0"),
-        ({"top_p": 1.1}, "top_p=1.1: set it above 0, and at most to 1"),
-        ({"top_k": -1}, "top_k=-1: set it to 1 or more, or to 0"),
-        ({"min_p": -0.1}, "min_p=-0.1: set it to a share from 0, which switches it off, to 1"),
-        ({"min_p": 1.1}, "min_p=1.1: set it to a share"),
-        ({"min_p": float("nan")}, "min_p=nan: set it to a share"),
-        ({"temperature": 0.0}, "num_candidates=4: greedy sampling .* gives one answer. Set a temperature, or 1"),
-        ({"sampling_engine": "hf"}, "sampling_engine='hf': not known. Set it to one of transformers, vllm"),
-        ({"sampling_engine": "vllm"}, "sampling_engine='vllm': .* Set `vllm_python` to the interpreter"),
-        ({"vllm_python": "python"}, "vllm_python and vllm_args would do nothing. Set `sampling_engine` to 'vllm'"),
+        ({"num_candidates": 0}, "`num_candidates` must be at least 1, got 0"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` must be at least 1, got 0"),
+        ({"sampling_batch_size": 0}, "`sampling_batch_size` must be at least 1, got 0"),
+        ({"temperature": -0.1}, r"`temperature` must be 0 .greedy. or a positive number, got -0.1"),
+        ({"temperature": float("inf")}, "`temperature` must be .*, got inf"),
+        ({"temperature": float("nan")}, "`temperature` must be .*, got nan"),
+        ({"top_p": 0.0}, "`top_p` must be above 0 and at most 1 .1 switches it off., got 0.0"),
+        ({"top_p": 1.1}, "`top_p` must be .*, got 1.1"),
+        ({"top_k": -1}, "`top_k` must be at least 0 .0 switches it off., got -1"),
+        ({"min_p": -0.1}, "`min_p` must be from 0 to 1 .0 switches it off., got -0.1"),
+        ({"min_p": 1.1}, "`min_p` must be .*, got 1.1"),
+        ({"min_p": float("nan")}, "`min_p` must be .*, got nan"),
+        ({"temperature": 0.0}, "`num_candidates` must be 1 where `temperature` is 0 .greedy., got 4. Raise"),
+        ({"sampling_engine": "hf"}, "`sampling_engine` must be one of transformers, vllm, got 'hf'"),
+        ({"sampling_engine": "vllm"}, "`vllm_python` must be set where .*, got None. Set it to the interpreter"),
+        ({"vllm_python": "python"}, "`sampling_engine` must be 'vllm' where `vllm_python` or `vllm_args` is set, got"),
         (
             {"vllm_args": "{x", "sampling_engine": "vllm", "vllm_python": "python"},
-            "vllm_args='{x' is not JSON .*. Mend it",
+            "`vllm_args` must be JSON, got '{x'",
         ),
         (
             {"vllm_args": "[1]", "sampling_engine": "vllm", "vllm_python": "python"},
-            r"vllm_args=\[1\]: no names. Write it like",
+            r"`vllm_args` must be values by name, got \[1\]. Write it like",
         ),
         (
             {"vllm_args": {"max_model_len": 128}, "sampling_engine": "vllm", "vllm_python": "python"},
-            "vllm_args={'max_model_len': 128}: max_model_len holds prompt and answer: .* above `max_new_tokens`",
+            r"`max_model_len` in `vllm_args` must be a number of tokens above `max_new_tokens` .128., got 128",
         ),
-        ({"stop_strings": [""]}, "An empty string in stop_strings or role_markers would cut every answer to nothing"),
-        ({"role_markers": ["a", ""]}, "An empty string in stop_strings or role_markers"),
+        ({"stop_strings": [""]}, r"`stop_strings` must be without empty strings, got \[''\]"),
+        ({"role_markers": ["a", ""]}, "`role_markers` must be without empty strings"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):

@@ -77,11 +77,11 @@ def test_a_folder_of_something_else_is_refused(sampler_dir, tmp_path, unlimited)
     changed = {**SETTINGS, "temperature": 0.5, "sampling_seed": 7, "role_markers": None}
     vllm = SamplingConfig(**SETTINGS, sampling_engine="vllm", vllm_python="python")  # draws in its own way
     for arguments, kwargs, message in [
-        ((tmp_path / "trained", PROMPTS, config), {}, "something else: model was 'sha256:.*' and is 'sha256:.*'. Go"),
-        ((tmp_path / "other-template", PROMPTS, config), {}, "something else: chat_template was '.*' and is '.*'. Go"),
-        ((sampler_dir, PROMPTS[:5], config), {}, "something else: prompts was [^,]*. Go on with what they were"),
-        ((sampler_dir, PROMPTS, vllm), {}, "something else: sampling_engine was 'transformers' and is 'vllm'. Go on"),
-        ((sampler_dir, PROMPTS, config), {"shard_size": 3}, "something else: shard_size was 12 and is 3. Go on"),
+        ((tmp_path / "trained", PROMPTS, config), {}, "other settings: model was 'sha256:.*' and is 'sha256:.*'. Re"),
+        ((tmp_path / "other-template", PROMPTS, config), {}, "other settings: chat_template was '.*' and is '.*'. Re"),
+        ((sampler_dir, PROMPTS[:5], config), {}, "other settings: prompts was [^,]*. Restore the settings"),
+        ((sampler_dir, PROMPTS, vllm), {}, "other settings: sampling_engine was 'transformers' and is 'vllm'. R"),
+        ((sampler_dir, PROMPTS, config), {"shard_size": 3}, "other settings: shard_size was 12 and is 3. Restore"),
         (
             (sampler_dir, PROMPTS, SamplingConfig(**changed)), {},
             r"role_markers was \['.*'\] and is None, sampling_seed was 42 and is 7, temperature was 1.0 and is 0.5",
@@ -109,7 +109,7 @@ def test_candidates_from_before_an_option_was_added_are_kept(sampler_dir, tmp_pa
         shard.write_text(_shard(_read_shard(shard, checksum(of_now)), checksum(of_then)))
     (tmp_path / "shards" / "00001.jsonl").unlink()
     before = shard_files(tmp_path)
-    with pytest.raises(FileExistsError, match="something else: min_p was 0.0 and is 0.1. Go on"):
+    with pytest.raises(FileExistsError, match="other settings: min_p was 0.0 and is 0.1. Restore"):
         sample_candidates(sampler_dir, PROMPTS, SamplingConfig(**SETTINGS, min_p=0.1), tmp_path)
     rows, _ = sample_candidates(sampler_dir, PROMPTS, config, tmp_path)
     assert by_number(rows) == by_number(unlimited)
@@ -174,7 +174,7 @@ def test_only_some_arguments_of_vllm_may_change(sampler_dir, tmp_path, fake_vllm
     other = fake_vllm(quantization="fp8", enforce_eager=True, max_num_seqs=7)
     assert sample_candidates(sampler_dir, PROMPTS, other, tmp_path)[0] == rows
     for given in ({}, {"quantization": "fp8", "max_model_len": 100}, {"quantization": "fp8", "tokenizer": "other"}):
-        with pytest.raises(FileExistsError, match=r"something else: vllm_args was \{'quantization': 'fp8'\} and is"):
+        with pytest.raises(FileExistsError, match=r"other settings: vllm_args was \{'quantization': 'fp8'\} and is"):
             sample_candidates(sampler_dir, PROMPTS, fake_vllm(**given), tmp_path)
 
 

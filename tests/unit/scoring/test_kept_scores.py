@@ -52,7 +52,7 @@ def test_a_scoring_that_breaks_down_goes_on_where_it_was(tmp_path, caplog):
     assert calls(file) == list(range(9))
     (place,) = folder.iterdir()
     assert caught.value.__notes__[-1] == (
-        f"What was scored before is kept in {place}: the same call goes on from there."
+        f"What was scored before is kept in {place}. The same call resumes from there."
     )
     assert "has changed" not in caplog.text
     # mended, as the judge says in its file; the scores of the first six are kept

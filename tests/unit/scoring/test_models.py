@@ -83,27 +83,29 @@ def test_a_begin_token_survives_the_cut(reward_model_dir):
 
 def test_models_that_give_no_score_are_refused(reward_model_dir, model_dir, tmp_path):
     two = save_reward_model(tmp_path / "two", num_labels=2)
-    with pytest.raises(ValueError, match=r"num_labels=2 \(architecture: LlamaForSequenceClassification\): a score is"):
+    with pytest.raises(ValueError, match=r"must have num_labels=1, got num_labels=2 \(architecture: LlamaForSequence"):
         RewardModelScorer(two)
-    with pytest.raises(ValueError, match=r"\(architecture: LlamaForCausalLM\).* is a judge, not a reward model"):
+    with pytest.raises(ValueError, match=r"\(architecture: LlamaForCausalLM\).* compares two answers is a judge"):
         RewardModelScorer(model_dir)
     headless = save_reward_model(tmp_path / "headless", architecture=LlamaForCausalLM)
     config = json.loads((headless / "config.json").read_text())
     (headless / "config.json").write_text(json.dumps({**config, "num_labels": 1}))
-    with pytest.raises(ValueError, match=r"lacks score.weight, which transformers has filled with random numbers"):
+    with pytest.raises(ValueError, match=r"lacks score.weight of .* fills them with random numbers"):
         RewardModelScorer(headless)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"is a PEFT adapter.*Merge it into its base model"):
+    with pytest.raises(ValueError, match=r"got the PEFT adapter .*Merge it into its base model"):
         RewardModelScorer(str(tmp_path / "adapter"))
     with pytest.raises(ValueError, match=r"'nobody/nothing' could not be loaded: .* a function is written"):
         RewardModelScorer("nobody/nothing")
-    with pytest.raises(ValueError, match=r"max_length=129, and .*tiny-rm has only 128 positions. Set it to 128"):
+    with pytest.raises(ValueError, match=r"at most the 128 positions of .*tiny-rm, got 129. Lower it"):
         RewardModelScorer(reward_model_dir, max_length=129)
 
 
 def test_a_model_that_gives_nan_is_caught(reward_model_dir):
     scorer = RewardModelScorer(reward_model_dir, dtype="float32")
     scorer.model.score.weight.data[:] = float("nan")
-    with pytest.raises(ScoringError, match=r"'tiny-rm': row 2, completion 3: gave nan. Try dtype"):
+    with pytest.raises(
+        ScoringError, match=r"'tiny-rm': row 2, completion 3: must give a finite number, got nan. Try dtype"
+    ):
         scorer(CANDIDATES)

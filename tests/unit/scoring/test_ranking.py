@@ -55,9 +55,9 @@ def test_report_by_hand():
 
 def test_report_of_equal_scores_and_of_nothing():
     assert sum(score_report([row_of([3, 3])]).histogram) == 2
-    with pytest.raises(ValueError, match="None of the 1 rows has a completion"):
+    with pytest.raises(ValueError, match="One of the 1 rows must have a completion, got none"):
         score_report([row_of([])])
-    with pytest.raises(ValueError, match="Row 0: column 'scores' is missing; `score_rows` makes it"):
+    with pytest.raises(ValueError, match="Row 0: column 'scores' is missing; `score_rows` adds it"):
         score_report(CANDIDATES)
     with pytest.raises(ValueError, match="Row 1: column 'scores' holds nan"):
         score_report([row_of([1]), row_of([float("nan")])])
@@ -108,7 +108,7 @@ def test_tournament_by_hand():
     # equal scores give no pair
     assert letters(make_pairs(row_of([1, 0, 0, 0]), "tournament")) in (["ab", "ac"], ["ab", "ad"], ["ac", "ad"])
     for games in ([[1, 0]], [[0, 4]], [[0, 0]]):
-        with pytest.raises(ValueError, match=r"Row 0: column 'games' holds .* Leave `games` out, or score the row"):
+        with pytest.raises(ValueError, match=r"Row 0: column 'games' must hold .* Remove `games`, or score the row"):
             pair_rows([row_of([1, 0], games=games)], "tournament")
 
 
@@ -153,7 +153,7 @@ def test_likelihood_near_by_hand():
 def test_likelihood_near_needs_likelihoods():
     for row in (row_of([1, 0]), row_of([1, 0], logps=None)):
         with pytest.raises(
-            ValueError, match=r"Row 0: column 'logps' is missing, and the rule 'likelihood_near' goes by"
+            ValueError, match=r"Row 0: column 'logps' is missing, which the rule 'likelihood_near' needs"
         ):
             pair_rows([row], "likelihood_near")
 
@@ -193,20 +193,20 @@ def test_rows_without_a_pair_are_counted_by_reason():
 def test_wrong_pair_settings_are_refused():
     check_pair_rule("tournament", max_pairs=1)
     for arguments, message in [
-        (("worst", None, 0.5), "rule='worst' is not known. Set it to one of all, best_worst"),
-        (("all", 0, 0.5), "max_pairs=0"),
-        (("likelihood_near", None, float("nan")), "positive_above=nan"),
+        (("worst", None, 0.5), "`rule` must be one of all, best_worst, .*, got 'worst'"),
+        (("all", 0, 0.5), "`max_pairs` must be at least 1, .*, got 0"),
+        (("likelihood_near", None, float("nan")), "`positive_above` must be a finite score, got nan"),
     ]:
         rule, max_pairs, above = arguments
         with pytest.raises(ValueError, match=message):
             check_pair_rule(rule, max_pairs=max_pairs, positive_above=above)
         with pytest.raises(ValueError, match=message):  # before the rows are looked at
             pair_rows([], rule, max_pairs_per_prompt=max_pairs, positive_above=above)
-    with pytest.raises(ValueError, match="rule='worst' is not known. Set it to one of all, best_worst"):
+    with pytest.raises(ValueError, match="`rule` must be one of all, best_worst, .*, got 'worst'"):
         pair_rows([row_of([1, 0])], "worst")
-    with pytest.raises(ValueError, match="max_pairs=0"):
+    with pytest.raises(ValueError, match="`max_pairs` must be at least 1, .*, got 0"):
         pair_rows([row_of([1, 0])], "all", max_pairs_per_prompt=0)
-    with pytest.raises(ValueError, match="positive_above=nan"):
+    with pytest.raises(ValueError, match="`positive_above` must be a finite score, got nan"):
         pair_rows([row_of([1, 0])], "all", positive_above=float("nan"))
     with pytest.raises(ValueError, match="Row 1: column 'scores' has 1 entries for 2 completions"):
         pair_rows([row_of([1, 0]), row_of([1], ["a", "b"])], "all")
@@ -275,7 +275,7 @@ def test_ranked_rows_by_hand():
     assert len(ranked) == 2 and report.dropped == {"only one candidate": 1}
     with pytest.raises(ValueError, match=r"None of the 1 rows has 2 usable candidates: only one candidate \(1\)"):
         rank_rows([row_of([3])], min_completions=2)
-    with pytest.raises(ValueError, match="min_completions=0"):
+    with pytest.raises(ValueError, match="`min_completions` must be at least 1, got 0"):
         rank_rows([row], min_completions=0)
 
 

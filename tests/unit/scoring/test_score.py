@@ -10,7 +10,7 @@ from trl_ext.scoring.score import combine, score_rows
 
 def test_sums_are_weighted_and_none_counts_as_nothing():
     assert combine([[1.0, None, 2.0], [None, 3.0, 0.5]], [2.0, -1.0]) == [2.0, -3.0, 3.5]
-    with pytest.raises(ScoringError, match=r"completion 1: every reward function returned None"):
+    with pytest.raises(ScoringError, match=r"completion 1: one of the reward functions must return"):
         combine([[1.0, None], [0.0, None]], [1.0, 1.0])
 
 
@@ -28,7 +28,7 @@ def test_each_scorers_values_are_kept():
     never_for_nothing = FunctionScorer(
         lambda completions, **kwargs: [1 if text else None for text in completions], "r"
     )
-    with pytest.raises(ScoringError, match=r"Scoring: row 2, completion 1: every reward function returned None"):
+    with pytest.raises(ScoringError, match=r"Scoring: row 2, completion 1: one of the reward functions must return"):
         score_rows(CANDIDATES, [never_for_nothing], batch_size=2)
 
 
@@ -41,7 +41,7 @@ def test_errors_name_the_row_of_the_whole_data():
 
 def test_errors_of_whole_data_name_the_prompt():
     scorer = FunctionScorer(lambda prompts, **kwargs: [None for _ in prompts], "nothing")
-    with pytest.raises(ScoringError, match="row 0, completion 0: every .* The prompt is 'What is 2"):
+    with pytest.raises(ScoringError, match="row 0, completion 0: one of .* The prompt is 'What is 2"):
         score_rows(CANDIDATES, [scorer])
     with pytest.raises(RuntimeError, match="first of which is 'Go on") as caught:
         score_rows([*CANDIDATES[:2] * 2, CANDIDATES[2]], [FunctionScorer(raises_on_the_third, "r")], batch_size=2)
@@ -71,9 +71,9 @@ def test_unusable_rows_are_refused_before_anything_is_scored(row, message):
 
 def test_other_wrong_settings():
     scorer = FunctionScorer(length_reward)
-    with pytest.raises(ValueError, match="There are no rows"):
+    with pytest.raises(ValueError, match="There must be rows of candidates"):
         score_rows([], [scorer])
-    with pytest.raises(ValueError, match=r"The scorers are \['length_reward', 'length_reward'\]. Give one or more"):
+    with pytest.raises(ValueError, match=r"must be one or more with different names, got \['length_reward', '"):
         score_rows(CANDIDATES, [scorer, scorer])
-    with pytest.raises(ValueError, match="batch_size=0: set it to 1 or more"):
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
         score_rows(CANDIDATES, [scorer], batch_size=0)

@@ -89,8 +89,8 @@ def test_undecided_games_are_decided_by_a_coin_and_counted(caplog):
     with caplog.at_level(logging.WARNING, "trl_ext.scoring"):
         scored = score_rows(rows, [scorer])
     assert 160 < sum(row["scores"][0] > row["scores"][1] for row in scored) < 240
-    assert scorer.counts == {"games": 400, "games the judge could not decide: a coin did": 400}
-    assert "unsure: 400 games, 400 games the judge could not decide: a coin did" in caplog.text
+    assert scorer.counts == {"games": 400, "games that the judge could not decide, decided at random": 400}
+    assert "unsure: 400 games, 400 games that the judge could not decide, decided at random" in caplog.text
     assert score_rows(rows, [scorer]) == scored and scorer.counts["games"] == 800
 
 
@@ -125,11 +125,11 @@ def test_a_winner_with_a_bye_scores_above_the_one_it_beat():
 @pytest.mark.parametrize(
     ("result", "error", "message"),
     [
-        ([0, 2], ValueError, "'judge' returned 2 for a pair. It has to return 0"),
-        ([0, None], ValueError, "returned None for a pair"),
-        ([0, 0.5], ValueError, "returned 0.5 for a pair"),
-        ([0], ValueError, "returned 1 entries for 2 completions"),
-        (0, TypeError, r"'judge' returned int \(0\)"),
+        ([0, 2], ValueError, "'judge' must return 0 if the first is better, .*, got 2"),
+        ([0, None], ValueError, "must return 0 if the first is better, .*, got None"),
+        ([0, 0.5], ValueError, "must return 0 if the first is better, .*, got 0.5"),
+        ([0], ValueError, "must return one entry for each of 2 completions, got 1"),
+        (0, TypeError, r"'judge' must return a list .*, got int \(0\)"),
     ],
 )
 def test_wrong_verdicts_are_refused(result, error, message):
@@ -195,11 +195,11 @@ def test_messages_as_text(messages, text):
 
 def test_unusable_judges_are_refused(model_dir):
     with pytest.raises(
-        ValueError, match=r"has the fields \['prompt'\], and needs \{prompt\}, \{first\} and \{second\}"
+        ValueError, match=r"must have the fields \{prompt\}, \{first\} and \{second\}, got \['prompt'\]"
     ):
         RankerModelJudge(model_dir, template="{prompt} A or B?")
-    with pytest.raises(ValueError, match=r"label 'first' is not one token .* Choose labels of one token"):
+    with pytest.raises(ValueError, match=r"label 'first' must be one token .* Choose labels of one token"):
         RankerModelJudge(model_dir, labels=("first", "second"))
-    with pytest.raises(ValueError, match=r"labels=\('A', 'A'\): give two different labels"):
+    with pytest.raises(ValueError, match=r"`labels` must be two different ones, .*, got \('A', 'A'\)"):
         RankerModelJudge(model_dir, labels=("A", "A"))
     assert load_judge("tests.support.rewards:longer_is_better")([], [["aa", "b"], ["a", "bb"]]) == [0, 1]
