@@ -78,6 +78,34 @@ BOUNDS: dict[str, dict[str, tuple[float | None, float | None]]] = {
         "accuracy": (0.85, None),
         "perplexity": (None, 1.8),
     },
+    "ipo": {
+        "gain": (0.02, None),
+        "ordered_last": (0.85, None),
+        "ordered_rise": (0.04, None),
+        "accuracy": (0.6, None),
+        "perplexity": (None, 2.6),
+    },
+    "orpo": {
+        "gain": (0.0, None),
+        "ordered_last": (0.97, None),
+        "ordered_rise": (0.08, None),
+        "accuracy": (0.7, None),
+        "perplexity": (None, 3.6),
+    },
+    "kto": {
+        "gain": (0.11, None),
+        "decided": (0.8, None),
+        "win_rate": (0.7, None),
+        "accuracy": (0.89, None),
+        "perplexity": (None, 1.8),
+    },
+    "best_of_n": {
+        "gain": (0.11, None),
+        "decided": (0.85, None),
+        "win_rate": (0.72, None),
+        "accuracy": (0.87, None),
+        "perplexity": (None, 1.6),
+    },
 }
 
 
