@@ -83,7 +83,7 @@ def test_what_is_finished_is_never_run_again(tmp_path):
         ("exit", "Stage 'one' left before its end. What is finished is kept"),
         (
             "SIGKILL",
-            "Stage 'one' was ended by SIGKILL, as a rule because memory ran out. What is .* goes on from",
+            "Stage 'one' was ended by SIGKILL, as a rule because memory ran out. What is .* resumes from",
         ),
         (
             "SIGSEGV",
