@@ -53,8 +53,8 @@ class Compared:
     """
     Attributes:
         results (`dict[str, MethodResult]`): by method; `"sft"` is the model that all start from. `scores["reward"]`
-            and `scores["judge"]` (1 for the right digits), `lengths`, `kl` and `nll` have a value for each of the same
-            held-out prompts; `curve` has the log-probabilities over training.
+            and `scores["judge"]` (1 for the right digits) have a value for each of the same held-out prompts, as do
+            `lengths`, `kl` and `nll` of `measured`; `curve` has the log-probabilities over training.
         game ([`SeedRun`]): for its data: `game.rounds.model`, the SFT model; `game.rounds.prompts`;
             `game.rounds.watched`, the held-out prompts; `game.rounds.make_candidates("candidates",
             game.rounds.model)`, the scored answers.

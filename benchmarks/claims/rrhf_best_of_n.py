@@ -114,7 +114,8 @@ def run(seed: int, settings: dict[str, Any]) -> dict[str, Any]:
                 "kl": figures["kl"],
             }
         )
-    start = perplexity([(-nll, length) for nll, length in zip(sft.nll, sft.lengths, strict=True)])
+    nlls, lengths = sft.measured["nll"], sft.measured["lengths"]
+    start = perplexity([(-nll, length) for nll, length in zip(nlls, lengths, strict=True)])
     return {"rows": rows, "start": {"reward": fmean(sft.scores["reward"]), "perplexity": start}}
 
 

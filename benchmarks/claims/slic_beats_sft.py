@@ -66,7 +66,9 @@ def run(seed: int, settings: dict[str, Any]) -> dict[str, Any]:
         row["broken"] = broken(answers_of(found.game, method))
         for name, others in (("reference", references), ("sft", found.results["sft"].scores["reward"])):
             row |= {f"{key}_{name}": value for key, value in compared(rewards, others).items()}
-        row |= {"tokens": fmean(result.lengths), "kl": fmean(result.kl), "nll": fmean(result.nll)}
+        row |= {
+            name: fmean(result.measured[key]) for name, key in (("tokens", "lengths"), ("kl", "kl"), ("nll", "nll"))
+        }
         rows.append({key: value if key == "method" else float(f"{value:.6g}") for key, value in row.items()})
     return {"rows": rows}
 

@@ -45,16 +45,16 @@ def options() -> dict[str, dict[str, Any]]:
 
 def row_of(weight: float | None, result: MethodResult, sft: MethodResult, answers: list[str]) -> dict[str, Any]:
     """The figures of a method."""
-    num_answers = len(result.lengths)
+    num_answers, measured = len(result.scores["reward"]), result.measured
     win_rate = compared(result.scores["reward"], sft.scores["reward"])["win_rate"]
     row = {
         "reward": sum(result.scores["reward"]) / num_answers,
         "accuracy": sum(result.scores["judge"]) / num_answers,
         "broken": broken(answers),
         "win_rate_sft": win_rate,
-        "kl": sum(result.kl) / num_answers,
-        "perplexity": math.exp(sum(result.nll) / sum(result.lengths)),
-        "tokens": sum(result.lengths) / num_answers,
+        "kl": sum(measured["kl"]) / num_answers,
+        "perplexity": math.exp(sum(measured["nll"]) / sum(measured["lengths"])),
+        "tokens": sum(measured["lengths"]) / num_answers,
     }
     last = result.curve[-1] if result.curve else {"chosen_logps": math.nan, "rejected_logps": math.nan}
     row |= {"chosen_logps": last["chosen_logps"], "rejected_logps": last["rejected_logps"]}

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from .results import REWARD, MethodResult
-from .statistics import MISSING, Estimate
+from .measures import REWARD
+from .results import MethodResult
+from .statistics import MISSING, Estimate, direction
 from .summary import MethodSummary, mean_curve
+from .text import clean_text, format_number, format_share
 
 # what is drawn in the left colour gets the right one in the page
 COLOURS = {"#000001": "currentColor", "#000002": "var(--muted)", "#000003": "var(--grid)"}
@@ -84,37 +86,6 @@ class Panel:
     def way(self, summary: MethodSummary, base: str) -> int:
         """1 if a method is above the base by more than the interval, -1 if below, 0 if neither."""
         return 0 if summary.method == base else direction(*self.change(summary))
-
-
-def format_number(value: float | None) -> str:
-    """Three digits or so, and a dash for what was not measured."""
-    if value is None or math.isnan(value):
-        return "–"
-    size = abs(value)
-    if math.isinf(value):
-        text = "∞"
-    elif size >= 1000:
-        text = f"{size:,.0f}".replace(",", "\u202f")  # narrow space
-    elif size == 0 or size >= 0.001:
-        text = f"{size:.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.1 or size == 0 else 3}f}"
-    else:
-        text = f"{size:.1e}"
-    return f"\u2212{text}" if value < 0 else text
-
-
-def format_count(value: float) -> str:
-    """A whole number, or the mean of whole numbers."""
-    return f"{value:,.0f}".replace(",", "\u202f") if value % 1 == 0 else format_number(value)
-
-
-def format_share(value: float | None) -> str:
-    """0 to 1 as a percentage."""
-    return "–" if value is None or math.isnan(value) else f"{100 * value:.0f}\u202f%"
-
-
-def direction(estimate: Estimate, value: float) -> int:
-    """1 if the whole interval is above `value`, -1 if it is below, 0 if neither."""
-    return (1 if estimate.low > value else -1) if estimate.lies_off(value) else 0
 
 
 def interval_plot(
@@ -241,7 +212,7 @@ def path_plot(
             colour = INK if summary.method == base else SERIES[number % len(SERIES)]
             kl, reward = (dict(mean_curve(results[summary.method], key)) for key in ("kl", "reward"))
             way = [(kl[share], reward[share]) for share in sorted(set(kl) & set(reward))]
-            end = (summary.kl.value, summary.scores.get(REWARD, MISSING).value)
+            end = (summary.figures["kl"].value, summary.scores.get(REWARD, MISSING).value)
             if len(way) > 1:
                 axis.plot(*zip(*way, strict=True), color=colour, linewidth=1.2, marker=".", markersize=3, alpha=0.75)
                 passed += way
@@ -358,12 +329,6 @@ def likelihood_plot(
         figure.supxlabel("share of training", fontsize=9)
 
     return _svg(name, described, (2.5 * columns, 0.4 + 1.45 * rows), draw)
-
-
-def clean_text(text: str) -> str:
-    """Text without what a file or a page cannot hold: control characters, and halves of surrogate pairs."""
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text.replace("\r\n", "\n"))
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def row_label(summary: MethodSummary, base: str) -> str:

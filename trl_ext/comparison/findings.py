@@ -3,16 +3,11 @@
 import math
 from collections.abc import Sequence
 
-from .figures import (
-    direction,
-)
-from .results import REWARD, ComparisonResults
-from .statistics import MISSING
+from .measures import MEASURES, REWARD
+from .results import ComparisonResults
+from .statistics import MISSING, Estimate, direction
 from .summary import MethodSummary, results_by_method, scorers, summaries, win_rate_matrix
-from .text import (
-    listed,
-    signed,
-)
+from .text import listed, signed
 
 
 class Findings:
@@ -66,12 +61,17 @@ class Findings:
 
     def _prices(self, more: Sequence[MethodSummary]) -> list[str]:
         """What got worse where there is more reward: the signs of reward hacking."""
-        worse = {"A higher perplexity": [one for one in more if direction(one.perplexity_ratio, 1) > 0]}
+        watched = [measure for measure in MEASURES if measure.is_compared and measure.better]
+        worse = {}
+        for measure in watched:
+            changed = "higher" if measure.better < 0 else "lower"
+            ways = {one.method: direction(one.changes[measure.key], measure.statistic.equal) for one in more}
+            worse[f"A {changed} {measure.name}"] = [one for one in more if ways[one.method] * measure.better < 0]
         for scorer in self.scorers:
             if scorer != REWARD:
                 falls = [one for one in more if direction(one.differences.get(scorer, MISSING), 0) < 0]
                 worse[f"A lower {scorer}"] = falls
-        longer = [one for one in more if direction(one.length_difference, 0) > 0]
+        longer = [one for one in more if direction(one.changes["length"], 0) > 0]
         by_length = [one for one in longer if direction(one.length_controlled.get(REWARD, MISSING), 0.5) < 1]
         worse["Longer answers, and no lead at equal length"] = by_length
         found = [f"{what}: {listed(one.label for one in these)}." for what, these in worse.items() if these]
@@ -81,7 +81,7 @@ class Findings:
             said = f"Some with more {REWARD} are worse in what was only watched."
             return [f"{said} That can be reward hacking: read the answers. {' '.join(found)}"]
         measured = [scorer for scorer in self.scorers if scorer != REWARD]
-        measured += ["perplexity"] if any(math.isfinite(one.perplexity_ratio.value) for one in more) else []
+        measured += [measure.name for measure in watched if any(is_measured(one.changes[measure.key]) for one in more)]
         if not measured:
             return [f"Nothing but {REWARD} was measured that would show reward hacking: read the answers."]
         return [f"None of those with more {REWARD} is worse by {listed(measured, 'or')}."]
@@ -108,7 +108,12 @@ class Findings:
         for one in self.summaries:
             counts: dict[str, int] = {}
             for result in self.by_method[one.method]:
-                lists = {"KL": result.kl, "likelihood of the fixed model": result.nll, **result.scores}
+                lists = {
+                    measure.values_name: result.measured.get(measure.stored) or ()
+                    for measure in MEASURES
+                    if measure.statistic is not None
+                }
+                lists |= result.scores
                 for key, values in lists.items():
                     counts[key] = counts.get(key, 0) + sum(not math.isfinite(value) for value in values)
             missing = [f"{count} of {key}" for key, count in counts.items() if count]
@@ -118,11 +123,15 @@ class Findings:
 
     def notes(self) -> list[str]:
         own = [f"{one.label}: {note}" for one in self.summaries for note in one.notes]
-        measured = {
-            "KL": any(math.isfinite(one.kl.value) for one in self.summaries),
-            "perplexity": any(math.isfinite(one.perplexity.value) for one in self.summaries),
-            "length": any(math.isfinite(one.length.value) for one in self.summaries),
-        }
-        missing = [what for what, is_there in measured.items() if not is_there]
+        shown = [measure for measure in MEASURES if measure.column is not None]
+        missing = [
+            measure.name
+            for measure in shown
+            if not any(is_measured(one.figures[measure.key]) for one in self.summaries)
+        ]
         missing = [f"Not measured for any method: {listed(missing)}."] if missing else []
         return [*self.comparison.notes, *own, *missing, *self.missing_values()]
+
+
+def is_measured(figure: Estimate | str) -> bool:
+    return bool(figure) if isinstance(figure, str) else math.isfinite(figure.value)

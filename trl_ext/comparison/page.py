@@ -11,38 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.files import write_atomically
-from .figures import (
-    Panel,
-    clean_text,
-    format_count,
-    format_number,
-    interval_plot,
-    likelihood_plot,
-    matrix_plot,
-    path_plot,
-    shortened,
-)
+from .figures import Panel, interval_plot, likelihood_plot, matrix_plot, path_plot, shortened
+from .findings import is_measured
 from .html import SCRIPT, escaped, figure_of, html_table, section, style
-from .results import REWARD, ComparisonResults, MethodResult
+from .measures import MEASURES, PICTURES, REWARD, Measure
+from .results import ComparisonResults, MethodResult
 from .statistics import MISSING, Estimate
 from .summary import MethodSummary, mean_curve
-from .tables import Tables
-from .text import (
-    COUNTS,
-    CSV_COLUMNS,
-    INTERVALS,
-    as_text,
-    exact,
-    has_way,
-    html_cell,
-    listed,
-    number_or_nan,
-)
+from .tables import Tables, csv_columns, formatted
+from .text import INTERVALS, as_text, clean_text, exact, format_number, html_cell, listed, number_or_nan
 
 
 def write_report(results: ComparisonResults, folder: str | Path) -> None:
     """
-    Write `comparison.csv` (tidy: one figure a row, per seed and over all seeds; see [`CSV_COLUMNS`]), `comparison.md`
+    Write `comparison.csv` (tidy: one figure a row, per seed and over all seeds; see [`csv_columns`]), `comparison.md`
     (one table) and `comparison.html` (one file with all figures, that needs no network).
 
     Args:
@@ -128,8 +110,7 @@ class Page(Tables):
             *(self._scores_figure(number, part) for number, part in enumerate(parts)),
             *(self._wins_figure(number, scorer) for number, scorer in enumerate(self.scorers)),
             self._paths_figure(),
-            self._perplexity_figure(),
-            self._length_figure(),
+            *(self._measures_figure(section) for section in PICTURES),
             self._likelihoods_figure(),
         ]
 
@@ -221,7 +202,11 @@ class Page(Tables):
 
     def _paths_figure(self) -> str:
         shown = [one for one in self.summaries if one.seeds]
-        ends = [one.label for one in shown if math.isfinite(one.kl.value + one.scores.get(REWARD, MISSING).value)]
+        ends = [
+            one.label
+            for one in shown
+            if is_measured(one.figures["kl"]) and is_measured(one.scores.get(REWARD, MISSING))
+        ]
         if not ends:
             return ""
         has_ways = any(has_way(self.by_method[one.method]) for one in shown)
@@ -243,33 +228,28 @@ class Page(Tables):
             caption,
         )
 
-    def _perplexity_figure(self) -> str:
-        return self._interval_figure(
-            "perplexity",
-            "Perplexity under a fixed model",
-            "Perplexity of each method's answers under a fixed model, and KL divergence from the SFT model.",
-            [
-                Panel(
-                    "perplexity of the answers",
-                    lambda one: one.perplexity,
-                    lambda one: (one.perplexity_ratio, 1.0),
-                    line=self.base.perplexity.value,
-                    better=-1,
-                    caption="Perplexity: how unlikely the answers are to a model that is not trained. "
-                    f"{REWARD.capitalize()} that rises together with it is what reward hacking looks like.",
-                ),
-                Panel(
-                    "KL to the SFT model, nats per answer",
-                    lambda one: one.kl,
-                    lambda one: (MISSING, 0.0),
-                    caption="KL: how far a model is from the SFT model, without a comparison (○).",
-                ),
-            ],
+    def _measures_figure(self, section: str) -> str:
+        title, told = PICTURES[section]
+        shown = [measure for measure in MEASURES if measure.picture is not None and measure.picture.section == section]
+        panels = [self._panel(measure) for measure in sorted(shown, key=lambda measure: not measure.is_compared)]
+        if section == "length":
+            panels += self._wins_panels()
+        return self._interval_figure(section, title, told.format(base=self.base.label), panels)
+
+    def _panel(self, measure: Measure) -> Panel:
+        equal = measure.statistic.equal if measure.is_compared else 0.0
+        return Panel(
+            measure.picture.title,
+            lambda one: one.figures[measure.key],
+            lambda one: (one.changes.get(measure.key, MISSING), equal),
+            line=self.base.figures[measure.key].value if measure.is_compared else None,
+            better=measure.better,
+            caption=measure.picture.caption,
         )
 
-    def _length_figure(self) -> str:
+    def _wins_panels(self) -> list[Panel]:
         base = self.base.label
-        wins = [
+        return [
             Panel(
                 title,
                 lambda one, name=name: self._over_base(one, name),
@@ -295,21 +275,6 @@ class Page(Tables):
                 ),
             )
         ]
-        return self._interval_figure(
-            "length",
-            "Length, and win rate at equal length",
-            f"Length of answers, win rate over {base}, and what it would be at equal length.",
-            [
-                Panel(
-                    "tokens per answer",
-                    lambda one: one.length,
-                    lambda one: (one.length_difference, 0.0),
-                    line=self.base.length.value,
-                    better=0,
-                ),
-                *wins,
-            ],
-        )
 
     def _likelihoods_figure(self) -> str:
         shown = [one for one in self.summaries if one.seeds]
@@ -336,33 +301,26 @@ class Page(Tables):
         return MISSING if one is self.base else getattr(one, name).get(REWARD, MISSING)
 
     def _costs(self) -> str:
-        columns = {
-            "updates": "updates",
-            "prompts trained on": "training_prompts",
-            "answers sampled": "completions_sampled",
-            "training, s": "seconds",
-            "sampling, s": "sampling_seconds",
-            "tokens/s in training": "tokens_per_second",
-            "peak memory, MiB": "peak_memory_mib",
-        }
-        lines = []
-        for one in self.summaries:
-            cells = []
-            for key in columns.values():
-                value = getattr(one, key)
-                most = max((getattr(other, key) for other in self.summaries if getattr(other, key) > 0), default=0)
-                bar = f'<span class="bar" style="width:{100 * value / most:.0f}%"></span>' if value > 0 else ""
-                shown = format_count(value) if key in COUNTS else format_number(value)
-                cells.append(f'<td data-value="{exact(value)}">{shown}{bar}</td>')
-            models = escaped(one.models_resident or "–")
-            lines.append(self._row(one, [*cells, f'<td data-value="{models}">{models}</td>']))
+        costs = [measure for measure in MEASURES if measure.cost_column is not None]
+        lines = [self._row(one, [self._cost_cell(measure, one) for measure in costs]) for one in self.summaries]
         caption = (
             "Means over seeds. Bars are relative to the largest of a column; a method with less time, memory and "
             "fewer sampled answers is cheaper. Prompts that gave a method no row are not among those it trained on. "
             "Models: those in memory during training."
         )
-        table = html_table("Costs", ["method", *columns, "models in memory"], lines, caption)
+        table = html_table("Costs", ["method", *(measure.cost_column for measure in costs)], lines, caption)
         return section("costs", "What it costs", table)
+
+    def _cost_cell(self, measure: Measure, one: MethodSummary) -> str:
+        figure, shown = one.figures[measure.key], escaped(formatted(measure, one))
+        if isinstance(figure, str):
+            return f'<td data-value="{shown}">{shown}</td>'
+        bar = ""
+        if is_measured(figure) and figure.value > 0:
+            others = (other.figures[measure.key] for other in self.summaries)
+            most = max(other.value for other in others if is_measured(other))
+            bar = f'<span class="bar" style="width:{100 * figure.value / most:.0f}%"></span>'
+        return f'<td data-value="{exact(figure.value)}">{shown}{bar}</td>'
 
     def _examples(self) -> str:
         asked: dict[str, list[tuple[MethodSummary, MethodResult, dict[str, Any]]]] = {}
@@ -398,10 +356,16 @@ class Page(Tables):
         command = self.comparison.command
         parts = [f"<h3>Command</h3><pre>{escaped(command)}</pre>"] if command else []
         parts.append(f"<details><summary>Settings</summary><pre>{escaped(settings)}</pre></details>")
-        columns = "".join(f"<dt>{name}</dt><dd>{escaped(text)}</dd>" for name, text in CSV_COLUMNS.items())
+        columns = "".join(f"<dt>{name}</dt><dd>{escaped(text)}</dd>" for name, text in csv_columns().items())
         parts.append(
             "<details><summary>Columns of comparison.csv</summary>"
             f"<p>One figure a row, for each seed and for all of them.</p><dl>{columns}</dl></details>"
         )
         parts.append(f"<details><summary>How intervals are made</summary>{INTERVALS}</details>")
         return section("made-by", "How this was made", "".join(parts))
+
+
+def has_way(results: Sequence[MethodResult]) -> bool:
+    """Whether [`path_plot`] draws a line for a method."""
+    kl, reward = (dict(mean_curve(results, key)) for key in ("kl", "reward"))
+    return len(set(kl) & set(reward)) > 1

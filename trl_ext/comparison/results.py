@@ -16,11 +16,10 @@ from typing import Any
 
 from ..runtime.files import write_atomically
 from ..runtime.settings import has_type, shown_hint
+from .measures import MEASURES
 
 VERSION = 2
 STATUSES = ("done", "failed")
-# the scorer that methods train towards
-REWARD = "reward"
 CURVE_KEYS = {
     "share": float,
     "updates": int,
@@ -30,7 +29,6 @@ CURVE_KEYS = {
     "rejected_logps": float | None,
 }
 EXAMPLE_KEYS = ("prompt", "answer", "reward")
-PER_PROMPT = ("lengths", "kl", "nll")
 
 
 @dataclass
@@ -38,33 +36,20 @@ class MethodResult:
     """
     What one method came to with one seed.
 
-    Lists have one entry per held-out prompt. A list that was not measured is empty; a single value that was not is
-    NaN, in JSON `null`.
-
     Attributes:
         method (`str`): its key. All seeds of a method share it.
         label (`str`): what readers see; one for each `method`.
         seed (`int`): of training and sampling.
         status (`str`): `"done"`, or `"failed"`. What has failed has no figures.
         error (`str`, *optional*): why it failed.
-        scores (`dict[str, list[float]]`): scorer to scores. `"reward"` is what methods train towards, others are only
-            watched.
-        lengths (`list[int]`): tokens of each answer.
-        kl (`list[float]`): the KL divergence from the SFT model's next-token distributions, added up over the tokens
-            of each of the method's own answers, in nats, at least 0; their mean estimates KL(method || SFT), see
-            [`score_sampled`].
-        nll (`list[float]`): minus the log-likelihood under one fixed model, nats per answer.
+        scores (`dict[str, list[float]]`): scorer to scores, one for each held-out prompt. `"reward"` is what methods
+            train towards, others are only watched.
+        measured (`dict`): values of the [`MEASURES`], by the key under which they are stored, such as `"lengths"`: a
+            list with one number for each held-out prompt, one number, or a text. What was not measured is missing,
+            empty, NaN or `None`; in JSON `null`.
         examples (`list[dict]`): a few answers to read: `prompt`, `answer`, `reward`.
         curve (`list[dict]`): along training: `share` of it (0 is the SFT model, 1 the end), `updates`, and `reward`,
             `kl`, `chosen_logps`, `rejected_logps`, each of which may be `None`.
-        updates, completions_sampled (`int`): what it was given.
-        training_prompts (`float`, *optional*): prompts that it trained on, without those that gave it no row; of a
-            method that trains twice, the mean of both.
-        seconds (`float`): training alone.
-        sampling_seconds (`float`): sampling of what it was trained on.
-        tokens_per_second (`float`, *optional*): in training.
-        peak_memory_mib (`float`, *optional*): in training.
-        models_resident (`str`): models in memory during training, such as `"2"` or `"1 + LoRA"`.
         notes (`list[str]`): what a reader has to know about it.
         prompts_key (`str`, defaults to `"held-out"`): seeds with the same key answered the same prompts; two methods
             are compared only where seed and key are the same.
@@ -76,19 +61,9 @@ class MethodResult:
     status: str
     error: str | None = None
     scores: dict[str, list[float]] = field(default_factory=dict)
-    lengths: list[int] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
-    nll: list[float] = field(default_factory=list)
+    measured: dict[str, Any] = field(default_factory=dict)
     examples: list[dict[str, Any]] = field(default_factory=list)
     curve: list[dict[str, Any]] = field(default_factory=list)
-    updates: int = 0
-    completions_sampled: int = 0
-    training_prompts: float | None = None
-    seconds: float = math.nan
-    sampling_seconds: float = math.nan
-    tokens_per_second: float | None = None
-    peak_memory_mib: float | None = None
-    models_resident: str = ""
     notes: list[str] = field(default_factory=list)
     prompts_key: str = "held-out"
 
@@ -159,8 +134,13 @@ class ComparisonResults:
             )
 
     def _check_figures(self, result: MethodResult, name: str) -> None:
-        lists = {key: getattr(result, key) for key in PER_PROMPT}
-        lists |= {f"scores[{scorer!r}]": values for scorer, values in result.scores.items()}
+        lists = {f"scores[{scorer!r}]": values for scorer, values in result.scores.items()}
+        for measure in MEASURES:
+            value = result.measured.get(measure.stored)
+            if measure.statistic is not None:
+                lists[measure.stored] = [] if value is None else value
+            elif not has_type(value, float | str | None):
+                raise ValueError(f"{name} has {measure.stored}={value!r:.80}, and it has to be a number.")
         for key, values in lists.items():
             if not isinstance(values, list) or not all(has_type(value, float) for value in values):
                 raise ValueError(
@@ -192,7 +172,9 @@ class ComparisonResults:
             ValueError: see [`~ComparisonResults.check`].
         """
         self.check()
-        content = _finite({"version": VERSION, **asdict(self)})
+        content = {"version": VERSION, **asdict(self)}
+        content["results"] = [{**row, **row.pop("measured")} for row in content["results"]]
+        content = _finite(content)
         write_atomically(Path(path), json.dumps(content, indent=1, allow_nan=False, default=str) + "\n")
 
     @classmethod
@@ -220,7 +202,7 @@ class ComparisonResults:
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError(f"{path} has no list of results. Give the file of a comparison.")
         try:
-            results = [_built(MethodResult, _with_nan(row), f"Result {number}") for number, row in enumerate(rows)]
+            results = [_built(MethodResult, _nested(row), f"Result {number}") for number, row in enumerate(rows)]
             comparison = _built(cls, {**content, "results": results}, "The comparison")
             comparison.check()
         except ValueError as error:
@@ -255,14 +237,15 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _with_nan(row: dict[str, Any]) -> dict[str, Any]:
-    """`null` is NaN where a number has to be."""
+def _nested(row: dict[str, Any]) -> dict[str, Any]:
+    """A result as it is in the file, with its measures in `measured`, and NaN for each `null` in a list."""
 
-    def measured(values: Any) -> Any:
+    def with_nan(values: Any) -> Any:
         return [math.nan if value is None else value for value in values] if isinstance(values, list) else values
 
-    row = {**row, **{key: measured(row[key]) for key in ("kl", "nll") if key in row}}
-    row |= {key: math.nan for key in ("seconds", "sampling_seconds") if key in row and row[key] is None}
+    stored = {measure.stored for measure in MEASURES}
+    measured = {key: with_nan(value) for key, value in row.items() if key in stored}
+    row = {key: value for key, value in row.items() if key not in stored}
     if isinstance(row.get("scores"), dict):
-        row["scores"] = {scorer: measured(values) for scorer, values in row["scores"].items()}
-    return row
+        row["scores"] = {scorer: with_nan(values) for scorer, values in row["scores"].items()}
+    return {**row, "measured": measured}

@@ -6,7 +6,6 @@ import math
 import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import yaml
@@ -27,6 +26,7 @@ from ..runtime.settings import changes, maybe_meant
 from ..sampling.config import NEUTRAL
 from .arguments import _options, check_shared, shared_settings
 from .config import IDLE, ComparisonConfig
+from .measures import FinishedRun, measured
 from .methods import METHODS, Method
 from .results import ComparisonResults, MethodResult
 from .stages import NAMED, checkpoint_evals_stage, likelihood_near_stage, pairs_stage, sample_rank_stage, train_stage
@@ -349,40 +349,25 @@ class SeedRun:
                 sampled += self.config.max_steps * _prompts_per_update(self.config) * answers
             model = Path(merged_model(rounds.run, name, trust_remote_code=self.config.trust_remote_code))
             parts = [name]
-        rounds.evaluate("start" if method.recipe is None else name, model)
+        evaluation = rounds.evaluate("start" if method.recipe is None else name, model)
         answers = rounds.answers("start" if method.recipe is None else name)
-        result = MethodResult(
+        finished = FinishedRun(answers, evaluation, trainings, sampled, sampling, before, self.models_resident[name])
+        scorers = [scorer for scorer in ("reward", "judge") if scorer in answers[0]]
+        return MethodResult(
             method=name,
             label=method.label,
             seed=self.seed,
             status="done",
-            scores={"reward": [one["reward"] for one in answers]},
-            lengths=[one["num_tokens"] for one in answers],
-            kl=[one["kl"] for one in answers],
-            nll=[-one["fixed_logp"] for one in answers],
+            scores={scorer: [one[scorer] for one in answers] for scorer in scorers},
+            measured=measured(finished),
             examples=[
                 {"prompt": as_text(one["prompt"]), "answer": as_text(one["answer"]), "reward": one["reward"]}
                 for one in answers[:NUM_EXAMPLES]
             ],
-            updates=sum(figures["updates"] for figures in trainings),
-            completions_sampled=sampled,
-            sampling_seconds=sampling,
-            models_resident=self.models_resident[name],
+            curve=self._curve(parts, trainings),
             notes=[] if method.note is None else [method.note],
             prompts_key=f"seed-{self.seed}",
         )
-        if "judge" in answers[0]:
-            result.scores["judge"] = [one["judge"] for one in answers]
-        if trainings:
-            seconds = sum(figures["seconds"] for figures in trainings)
-            result.seconds = seconds + before
-            result.peak_memory_mib = max(figures["peak_memory_mib"] for figures in trainings)
-            counts = [figures.get("prompts") for figures in trainings]
-            result.training_prompts = None if None in counts else fmean(counts)
-            tokens = [figures["num_tokens"] for figures in trainings]
-            result.tokens_per_second = None if None in tokens else sum(tokens) / seconds
-            result.curve = self._curve(parts, trainings)
-        return result
 
     def _curve(self, parts: list[str], trainings: list[dict]) -> list[dict[str, Any]]:
         """Log-likelihoods as they were logged, and reward and KL of the checkpoints."""

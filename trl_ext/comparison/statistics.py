@@ -65,6 +65,11 @@ class Estimate:
 MISSING = Estimate(math.nan, math.nan, math.nan, 0, 0)
 
 
+def direction(estimate: Estimate, value: float) -> int:
+    """1 if the whole interval is above `value`, -1 if it is below, 0 if neither."""
+    return (1 if estimate.low > value else -1) if estimate.lies_off(value) else 0
+
+
 def mean_interval(rows: Sequence[Sequence[float]], prompts_keys: Sequence[Hashable] | None = None) -> Estimate:
     """
     Mean over all seeds and prompts.

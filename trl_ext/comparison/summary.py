@@ -2,20 +2,19 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 import numpy as np
 
-from .results import REWARD, ComparisonResults, MethodResult
+from .measures import MEASURES, REWARD, Measure
+from .results import ComparisonResults, MethodResult
 from .statistics import (
     MISSING,
     Estimate,
     difference_interval,
     length_controlled_win_rate,
     mean_interval,
-    perplexity_interval,
-    perplexity_ratio_interval,
     win_rate,
 )
 
@@ -33,14 +32,9 @@ class MethodSummary:
         differences (`dict[str, Estimate]`): scorer to mean difference from the base.
         win_rates (`dict[str, Estimate]`): scorer to win rate over the base.
         length_controlled (`dict[str, Estimate]`): scorer to length-controlled win rate over the base.
-        kl (`Estimate`): nats per answer.
-        perplexity (`Estimate`): of the answers under the fixed model.
-        perplexity_ratio (`Estimate`): to that of the base.
-        length (`Estimate`): tokens per answer.
-        length_difference (`Estimate`): to that of the base.
-        updates, training_prompts, completions_sampled, seconds, sampling_seconds, tokens_per_second, peak_memory_mib
-            (`float`): means over seeds; NaN where nothing was measured.
-        models_resident (`str`): as in `MethodResult`.
+        figures (`dict[str, Estimate | str]`): what each of the [`MEASURES`] comes to, by its key: an estimate, which
+            has no interval where a run has one value, or a text.
+        changes (`dict[str, Estimate]`): key of a measure to its change from the base.
         notes (`tuple[str, ...]`): each once.
     """
 
@@ -52,19 +46,8 @@ class MethodSummary:
     differences: dict[str, Estimate] = field(default_factory=dict)
     win_rates: dict[str, Estimate] = field(default_factory=dict)
     length_controlled: dict[str, Estimate] = field(default_factory=dict)
-    kl: Estimate = MISSING
-    perplexity: Estimate = MISSING
-    perplexity_ratio: Estimate = MISSING
-    length: Estimate = MISSING
-    length_difference: Estimate = MISSING
-    updates: float = math.nan
-    training_prompts: float = math.nan
-    completions_sampled: float = math.nan
-    seconds: float = math.nan
-    sampling_seconds: float = math.nan
-    tokens_per_second: float = math.nan
-    peak_memory_mib: float = math.nan
-    models_resident: str = ""
+    figures: dict[str, Estimate | str] = field(default_factory=dict)
+    changes: dict[str, Estimate] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -82,42 +65,47 @@ def summarize(results: Iterable[MethodResult], base: Iterable[MethodResult]) -> 
     keys = [result.prompts_key for result in done]
     pairs = pairs_of(done, base)
     pair_keys = [one.prompts_key for one, _ in pairs]
-    figures: dict[str, dict[str, Estimate]] = {
+    lengths = _both(pairs, lambda one: one.measured.get("lengths"))
+    scores: dict[str, dict[str, Estimate]] = {
         "scores": {},
         "differences": {},
         "win_rates": {},
         "length_controlled": {},
     }
     for scorer in dict.fromkeys(scorer for result in done for scorer in result.scores):
-        figures["scores"][scorer] = mean_interval(_rows(done, lambda one: one.scores.get(scorer)), keys)  # noqa: B023
+        scores["scores"][scorer] = mean_interval(_rows(done, lambda one: one.scores.get(scorer)), keys)  # noqa: B023
         a, b = _both(pairs, lambda one: one.scores.get(scorer))  # noqa: B023
-        figures["differences"][scorer] = difference_interval(a, b, pair_keys)
-        figures["win_rates"][scorer] = win_rate(a, b, pair_keys)
-        figures["length_controlled"][scorer] = length_controlled_win_rate(
-            a, b, *_both(pairs, lambda one: one.lengths), pair_keys
-        )
-    nll, lengths = _both(pairs, lambda one: one.nll), _both(pairs, lambda one: one.lengths)
+        scores["differences"][scorer] = difference_interval(a, b, pair_keys)
+        scores["win_rates"][scorer] = win_rate(a, b, pair_keys)
+        scores["length_controlled"][scorer] = length_controlled_win_rate(a, b, *lengths, pair_keys)
     return MethodSummary(
         results[0].method,
         results[0].label,
         tuple(result.seed for result in done),
         {result.seed: result.error or "no reason given" for result in results if result.status != "done"},
-        **figures,
-        kl=mean_interval(_rows(done, lambda one: one.kl), keys),
-        perplexity=perplexity_interval(_rows(done, lambda one: one.nll), _rows(done, lambda one: one.lengths), keys),
-        perplexity_ratio=perplexity_ratio_interval(nll[0], lengths[0], nll[1], lengths[1], pair_keys),
-        length=mean_interval(_rows(done, lambda one: one.lengths), keys),
-        length_difference=difference_interval(*lengths, pair_keys),
-        updates=_mean(one.updates for one in done),
-        training_prompts=_mean(one.training_prompts for one in done),
-        completions_sampled=_mean(one.completions_sampled for one in done),
-        seconds=_mean(one.seconds for one in done),
-        sampling_seconds=_mean(one.sampling_seconds for one in done),
-        tokens_per_second=_mean(one.tokens_per_second for one in done),
-        peak_memory_mib=_mean(one.peak_memory_mib for one in done),
-        models_resident=", ".join(dict.fromkeys(one.models_resident for one in done if one.models_resident)),
+        **scores,
+        figures={measure.key: _figure(measure, done, keys) for measure in MEASURES},
+        changes={measure.key: _change(measure, pairs, pair_keys) for measure in MEASURES if measure.is_compared},
         notes=tuple(dict.fromkeys(note for one in results for note in one.notes)),
     )
+
+
+def _figure(measure: Measure, done: Sequence[MethodResult], keys: Sequence[str]) -> Estimate | str:
+    """What a measure comes to over the seeds of a method."""
+    if measure.statistic is not None:
+        names = (measure.stored, *measure.statistic.also)
+        return measure.statistic.interval(*(_rows(done, lambda one: one.measured.get(name)) for name in names), keys)  # noqa: B023
+    values = [one.measured.get(measure.stored) for one in done]
+    if any(isinstance(value, str) for value in values):
+        return ", ".join(dict.fromkeys(value for value in values if value))
+    return replace(MISSING, value=_mean(values), num_seeds=len(done))
+
+
+def _change(measure: Measure, pairs: Sequence[tuple[MethodResult, MethodResult]], keys: Sequence[str]) -> Estimate:
+    """How far a measure is from the base's."""
+    names = (measure.stored, *measure.statistic.also)
+    sides = [_both(pairs, lambda one: one.measured.get(name)) for name in names]  # noqa: B023
+    return measure.statistic.change(*(a for a, _ in sides), *(b for _, b in sides), keys)
 
 
 def summaries(comparison: ComparisonResults) -> list[MethodSummary]:

@@ -5,26 +5,45 @@ import io
 import math
 from collections.abc import Callable
 
-from .figures import (
-    direction,
-    format_number,
-    format_share,
-)
 from .findings import Findings
-from .results import REWARD, MethodResult
-from .statistics import MISSING, Estimate
+from .measures import MEASURES, REWARD, Measure
+from .results import MethodResult
+from .statistics import MISSING, Estimate, direction
 from .summary import MethodSummary, summarize
 from .text import (
-    CSV_COLUMNS,
-    PLAIN_FIGURES,
     exact,
+    format_number,
+    format_share,
     last_line,
     markdown_row,
     markdown_text,
     signed,
     with_interval,
-    write_figure,
 )
+
+
+def csv_columns() -> dict[str, str]:
+    """The columns of `comparison.csv`, and what is in each."""
+    figures = ["score", "difference (from the base)", "win_rate", "length_controlled_win_rate"]
+    for measure in MEASURES:
+        figures.append(measure.key + (f" ({measure.meaning})" if measure.meaning else ""))
+        if measure.is_compared:
+            figures.append(f"{measure.change_key} ({measure.statistic.change_meaning})")
+    return {
+        "method": "its key",
+        "label": "as shown",
+        "seed": "a seed, or “all” for all of them together",
+        "status": "done, or failed, with the reason under “error” and no figure",
+        "figure": ", ".join(figures),
+        "scorer": "for score, difference and win rates: which one",
+        "over": "for differences, ratios and win rates: the method it is compared with",
+        "value": "the figure; empty where it was not measured",
+        "low": "lower end of the 95 % interval, over prompts for one seed, over prompts and seeds for all",
+        "high": "its upper end",
+        "seeds": "training runs it comes from",
+        "values": "values it comes from",
+        "error": "why it failed",
+    }
 
 
 class Tables(Findings):
@@ -32,7 +51,7 @@ class Tables(Findings):
 
     def csv(self) -> str:
         opened = io.StringIO()
-        writer = csv.DictWriter(opened, list(CSV_COLUMNS), lineterminator="\n", restval="")
+        writer = csv.DictWriter(opened, list(csv_columns()), lineterminator="\n", restval="")
         writer.writeheader()
         base = self.by_method[self.comparison.base]
         for method, results in self.by_method.items():
@@ -66,20 +85,24 @@ class Tables(Findings):
             ):
                 for scorer, estimate in estimates.items():
                     write_figure(writer, {**about, "figure": figure, "scorer": scorer, "over": over}, estimate)
-            write_figure(writer, {**about, "figure": "perplexity_ratio", "over": over}, one.perplexity_ratio)
-            write_figure(writer, {**about, "figure": "length_difference", "over": over}, one.length_difference)
-        for figure in ("kl", "perplexity", "length"):
-            write_figure(writer, {**about, "figure": figure}, getattr(one, figure))
-        for figure in PLAIN_FIGURES:
-            value = getattr(one, figure)
-            shown = value if isinstance(value, str) else exact(value)
-            writer.writerow({**about, "figure": figure, "value": shown, "seeds": len(one.seeds)})
+            for measure in MEASURES:
+                if measure.is_compared:
+                    figure = {"figure": measure.change_key, "over": over}
+                    write_figure(writer, {**about, **figure}, one.changes[measure.key])
+        for measure in MEASURES:
+            figure, row = one.figures[measure.key], {**about, "figure": measure.key}
+            if measure.statistic is not None:
+                write_figure(writer, row, figure)
+            else:
+                value = figure if isinstance(figure, str) else exact(figure.value)
+                writer.writerow({**row, "value": value, "seeds": len(one.seeds)})
 
     def markdown(self) -> str:
         head, rows = self._table(lambda estimate, shown, way, better: with_interval(estimate, shown))
-        head += ["training, s", "peak MiB", "models"]
+        costs = [measure for measure in MEASURES if measure.markdown_column is not None]
+        head += [measure.markdown_column for measure in costs]
         for row, one in zip(rows, self.summaries, strict=True):
-            row += [format_number(one.seconds), format_number(one.peak_memory_mib), one.models_resident or "–"]
+            row += [formatted(measure, one) for measure in costs]
         setting, points, caution = self.conclusions()
         lines = [f"**{markdown_text(self.comparison.title)}**", "", markdown_text(setting), ""]
         lines += [*(f"- {markdown_text(point)}" for point in points), ""]
@@ -110,7 +133,8 @@ class Tables(Findings):
         """
         base = self.base.label
         head = ["method", "seeds", *self.scorers, f"{REWARD} − {base}", f"wins over {base}", "wins at equal length"]
-        head += ["KL, nats", "perplexity", "tokens"]
+        measures = [measure for measure in MEASURES if measure.column is not None]
+        head += [measure.column for measure in measures]
         rows = []
         for one in self.summaries:
             is_base = one is self.base
@@ -129,9 +153,10 @@ class Tables(Findings):
             ):
                 estimate = MISSING if is_base else estimates.get(REWARD, MISSING)
                 row.append(cell(estimate, how, estimate, equal))
-            row.append(cell(one.kl, format_number))
-            row.append(cell(one.perplexity, format_number, one.perplexity_ratio, 1.0, better=-1))
-            row.append(cell(one.length, format_number, one.length_difference, better=0))
+            for measure in measures:
+                equal = measure.statistic.equal if measure.is_compared else 0.0
+                change = one.changes.get(measure.key, MISSING)
+                row.append(cell(one.figures[measure.key], measure.format, change, equal, measure.better))
             rows.append(row)
         return head, rows
 
@@ -139,3 +164,17 @@ class Tables(Findings):
         if not one.failures:
             return str(len(one.seeds))
         return f"{len(one.seeds)}, {len(one.failures)} failed" if one.seeds else "failed"
+
+
+def formatted(measure: Measure, one: MethodSummary) -> str:
+    """A method's figure, and a dash where it was not measured."""
+    figure = one.figures[measure.key]
+    if isinstance(figure, str):
+        return figure or "–"
+    return "–" if math.isnan(figure.value) else measure.format(figure.value)
+
+
+def write_figure(writer: csv.DictWriter, about: dict[str, str], estimate: Estimate) -> None:
+    numbers = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+    counts = {"seeds": estimate.num_seeds, "values": estimate.num_values}
+    writer.writerow({**about, **{key: exact(number) for key, number in numbers.items()}, **counts})

@@ -1,49 +1,12 @@
 """Numbers, lists and conversations as text."""
 
-import csv
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from .figures import format_number
-from .results import MethodResult
 from .statistics import Estimate
-from .summary import mean_curve
-
-CSV_COLUMNS = {
-    "method": "its key",
-    "label": "as shown",
-    "seed": "a seed, or “all” for all of them together",
-    "status": "done, or failed, with the reason under “error” and no figure",
-    "figure": "score, difference (from the base), win_rate, length_controlled_win_rate, kl (nats per answer), "
-    "perplexity, perplexity_ratio (to the base), length (tokens per answer), length_difference (from the base), "
-    "updates, training_prompts, completions_sampled, seconds (of training), sampling_seconds, tokens_per_second, "
-    "peak_memory_mib, models_resident",
-    "scorer": "for score, difference and win rates: which one",
-    "over": "for differences, ratios and win rates: the method it is compared with",
-    "value": "the figure; empty where it was not measured",
-    "low": "lower end of the 95 % interval, over prompts for one seed, over prompts and seeds for all",
-    "high": "its upper end",
-    "seeds": "training runs it comes from",
-    "values": "values it comes from",
-    "error": "why it failed",
-}
-
-
-COUNTS = ("updates", "training_prompts", "completions_sampled")
-
-
-PLAIN_FIGURES = (
-    *COUNTS,
-    "seconds",
-    "sampling_seconds",
-    "tokens_per_second",
-    "peak_memory_mib",
-    "models_resident",
-)
-
 
 INTERVALS = (
     "<p>With one seed, held-out prompts are drawn with replacement, 2000 times, and an interval holds 95 % of the "
@@ -55,10 +18,36 @@ INTERVALS = (
 )
 
 
-def write_figure(writer: csv.DictWriter, about: dict[str, str], estimate: Estimate) -> None:
-    numbers = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
-    counts = {"seeds": estimate.num_seeds, "values": estimate.num_values}
-    writer.writerow({**about, **{key: exact(number) for key, number in numbers.items()}, **counts})
+def format_number(value: float | None) -> str:
+    """Three digits or so, and a dash for what was not measured."""
+    if value is None or math.isnan(value):
+        return "–"
+    size = abs(value)
+    if math.isinf(value):
+        text = "∞"
+    elif size >= 1000:
+        text = f"{size:,.0f}".replace(",", "\u202f")  # narrow space
+    elif size == 0 or size >= 0.001:
+        text = f"{size:.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.1 or size == 0 else 3}f}"
+    else:
+        text = f"{size:.1e}"
+    return f"\u2212{text}" if value < 0 else text
+
+
+def format_count(value: float) -> str:
+    """A whole number, or the mean of whole numbers."""
+    return f"{value:,.0f}".replace(",", "\u202f") if value % 1 == 0 else format_number(value)
+
+
+def format_share(value: float | None) -> str:
+    """0 to 1 as a percentage."""
+    return "–" if value is None or math.isnan(value) else f"{100 * value:.0f}\u202f%"
+
+
+def clean_text(text: str) -> str:
+    """Text without what a file or a page cannot hold: control characters, and halves of surrogate pairs."""
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text.replace("\r\n", "\n"))
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def exact(value: float) -> str:
@@ -78,12 +67,6 @@ def with_interval(estimate: Estimate, shown: Callable[[float], str]) -> str:
     if math.isnan(estimate.low):
         return shown(estimate.value)
     return f"{shown(estimate.value)} ({shown(estimate.low)} to {shown(estimate.high)})"
-
-
-def has_way(results: Sequence[MethodResult]) -> bool:
-    """Whether [`path_plot`] draws a line for a method."""
-    kl, reward = (dict(mean_curve(results, key)) for key in ("kl", "reward"))
-    return len(set(kl) & set(reward)) > 1
 
 
 def html_cell(estimate: Estimate, shown: Callable[[float], str], way: int, better: int) -> str:
