@@ -7,6 +7,7 @@ setup(
     package_dir={"trl_ext.recipes": "recipes", "trl_ext.accelerate_configs": "accelerate_configs"},
     package_data={
         "trl_ext.cli": ["options.json"],
+        "trl_ext.comparison": ["*.j2"],
         "trl_ext.recipes": ["*.md", "configs/*.yaml", "slurm/*"],
         "trl_ext.accelerate_configs": ["*"],
     },

@@ -4,13 +4,12 @@ The figures of a comparison's page: inline SVG whose colours are the page's, so 
 Text stays text, in the page's font. The same data give the same bytes.
 """
 
-import html
 import io
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from xml.dom import minidom
 
 import numpy as np
 
@@ -143,52 +142,6 @@ def interval_plot(
     return _svg(name, described, (10, 0.75 + 0.26 * len(summaries)), draw)
 
 
-def matrix_plot(
-    name: str,
-    described: str,
-    summaries: Sequence[MethodSummary],
-    rates: dict[tuple[str, str], Estimate],
-    base: str,
-) -> str:
-    """
-    Win rate of the row over the column, in per cent: bold and coloured where its interval does not contain 50 %.
-
-    Args:
-        rates (`dict`): see [`~trl_ext.comparison.summary.win_rate_matrix`].
-        name, described, summaries, base: as in [`interval_plot`].
-    """
-    from matplotlib.patches import Rectangle
-
-    def draw(figure):
-        axis = figure.subplots()
-        for row, one in enumerate(summaries):
-            for column, other in enumerate(summaries):
-                rate = rates.get((one.method, other.method), MISSING)
-                if row == column:
-                    axis.add_patch(Rectangle((column, row), 1, 1, facecolor=GRID, edgecolor="none"))
-                    continue
-                if rate.lies_off(0.5):
-                    colour, strength = UP if rate.value > 0.5 else DOWN, 0.12 + 0.45 * abs(2 * rate.value - 1)
-                    axis.add_patch(
-                        Rectangle((column, row), 1, 1, facecolor=colour, alpha=round(strength, 3), edgecolor="none")
-                    )
-                text = "–" if math.isnan(rate.value) else f"{100 * rate.value:.0f}"
-                weight = "bold" if rate.lies_off(0.5) else "normal"
-                axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", weight=weight)
-        places, labels = np.arange(len(summaries)) + 0.5, [row_label(one, base) for one in summaries]
-        axis.set(xlim=(0, len(summaries)), ylim=(len(summaries), 0))
-        axis.set_yticks(places, labels)
-        axis.set_xticks(places, labels, rotation=40, ha="left", rotation_mode="anchor")
-        axis.xaxis.tick_top()
-        axis.tick_params(length=0)
-        axis.grid(False)
-        for spine in axis.spines.values():
-            spine.set_visible(False)
-
-    side = 0.5 * len(summaries)
-    return _svg(name, described, (max(3.4 + side, 4.5), 1.9 + 0.62 * side), draw)
-
-
 def path_plot(
     name: str,
     described: str,
@@ -207,7 +160,6 @@ def path_plot(
 
     def draw(figure):
         axis = figure.subplots()
-        ends, passed = [], []
         for number, summary in enumerate(summaries):
             colour = INK if summary.method == base else SERIES[number % len(SERIES)]
             kl, reward = (dict(mean_curve(results[summary.method], key)) for key in ("kl", "reward"))
@@ -215,23 +167,17 @@ def path_plot(
             end = (summary.figures["kl"].value, summary.scores.get(REWARD, MISSING).value)
             if len(way) > 1:
                 axis.plot(*zip(*way, strict=True), color=colour, linewidth=1.2, marker=".", markersize=3, alpha=0.75)
-                passed += way
             if all(map(math.isfinite, end)):
                 if len(way) > 1:
                     axis.plot(*zip(way[-1], end, strict=True), color=colour, linewidth=1.2, linestyle=":")
                 # another marker each time the colours begin anew
                 turn = number + number // len(SERIES)
                 marker = "D" if summary.method == base else MARKERS[turn % len(MARKERS)]
-                axis.plot(*end, marker, color=colour, markersize=8)
-                ends.append((*end, row_label(summary, base)))
+                axis.plot(*end, marker, color=colour, markersize=8, label=row_label(summary, base))
         axis.set_xscale("function", functions=(_signed_root, _signed_square))
         axis.set(xlabel="KL to the SFT model, nats per answer (square-root scale)", ylabel="reward")
-        values = [x for x, *_ in [*ends, *passed]]
-        if values:
-            low, high = _signed_root(np.array([min(values), max(values)]))
-            room = 0.06 * (high - low) or 0.1
-            axis.set_xlim(*_signed_square(np.array([low - room, high + 3 * room])))
-        _place_labels(figure, axis, ends, passed)
+        axis.margins(x=0.06)
+        figure.legend(loc="outside right upper", frameon=False)
 
     return _svg(name, described, (10, 5.6), draw)
 
@@ -242,49 +188,6 @@ def _signed_root(value):
 
 def _signed_square(value):
     return np.sign(value) * np.square(value)
-
-
-def _place_labels(figure, axis, points: Sequence[tuple[float, float, str]], passed) -> None:
-    """Write each point's label beside it, where it hides least, with a line to it where it had to move away."""
-    from matplotlib.transforms import Bbox
-
-    figure.canvas.draw()  # sets the layout
-    figure.set_layout_engine("none")
-    pixel = figure.dpi / 72
-    inside = axis.get_window_extent().padded(4 * pixel)
-    spots = [axis.transData.transform((x, y)) for x, y, _ in points]
-    taken = [Bbox.from_bounds(x - 5 * pixel, y - 5 * pixel, 10 * pixel, 10 * pixel) for x, y in spots]
-    crossed = [axis.transData.transform(point) for point in passed]
-    angles = [0, 180, 45, -45, 135, -135, 90, -90, 20, -20, 160, -160]
-    for (x, y, label), spot in zip(points, spots, strict=True):
-        text = axis.text(0, 0, label)
-        size = text.get_window_extent()
-        text.remove()
-        best: tuple[float, Any] = (math.inf, None)
-        for distance in (9, 15, 24, 36, 50, 70, 95):
-            for angle in angles:
-                shift = distance * pixel * np.array([math.cos(math.radians(angle)), math.sin(math.radians(angle))])
-                side = -round(math.cos(math.radians(angle)) / 0.72)  # which end of the text is at the point
-                left = spot[0] + shift[0] - (side + 1) / 2 * size.width
-                box = Bbox.from_bounds(left, spot[1] + shift[1] - size.height / 2, size.width, size.height)
-                hidden = sum(box.padded(pixel).overlaps(other) for other in taken)
-                hidden += 4 * (not (inside.x0 <= box.x0 and box.x1 <= inside.x1))
-                hidden += 4 * (not (inside.y0 <= box.y0 and box.y1 <= inside.y1))
-                cost = 100 * hidden + distance + 3 * sum(box.contains(*place) for place in crossed)
-                if cost < best[0]:
-                    best = (cost, (shift / pixel, ("left", "center", "right")[side + 1], box, distance))
-        shift, anchor, box, distance = best[1]
-        taken.append(box)
-        axis.annotate(
-            label,
-            (x, y),
-            xytext=tuple(shift),
-            textcoords="offset points",
-            ha=anchor,
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.6} if distance > 15 else None,
-        )
 
 
 def likelihood_plot(
@@ -340,11 +243,6 @@ def shortened(label: str) -> str:
     return label if len(label) <= LONGEST_LABEL else label[: LONGEST_LABEL - 1] + "…"
 
 
-def _of_page(tag: str, name: str) -> str:
-    tag = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", tag)
-    return re.sub(r"#0000[0-9a-f]{2}\b", lambda found: COLOURS.get(found[0], found[0]), tag)
-
-
 def _svg(name: str, described: str, size: tuple[float, float], draw: Callable[[Any], None]) -> str:
     """
     An `<svg>` element, drawn by `draw(figure)`.
@@ -364,15 +262,25 @@ def _svg(name: str, described: str, size: tuple[float, float], draw: Callable[[A
         draw(figure)
         opened = io.StringIO()
         figure.savefig(opened, format="svg")
-    text = opened.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style type=\"text/css\">.*?</style>", "", text, flags=re.S)
-    text = re.sub(r"<[^>]+>", lambda found: _of_page(found[0], name), text)  # what is between tags is the labels'
-    text = re.sub(r"\n\s*", "\n", text)
-    width, height = (round(72 * inches * PIXELS_PER_POINT) for inches in size)
-    head = (
-        f'<svg role="img" aria-label="{html.escape(described)}" viewBox="0 0 {72 * size[0]:g} {72 * size[1]:g}" '
-        f'width="{width}" height="{height}" xmlns="http://www.w3.org/2000/svg" '
-        'xmlns:xlink="http://www.w3.org/1999/xlink">'
-    )
-    return head + text[text.index(">") + 1 :]
+    root = minidom.parseString(opened.getvalue()).documentElement
+    root.setAttribute("role", "img")
+    root.setAttribute("aria-label", described)
+    for side, inches in zip(("width", "height"), size, strict=True):
+        root.setAttribute(side, str(round(72 * inches * PIXELS_PER_POINT)))
+    for kind in ("metadata", "style"):  # the file's own, and a style that would be the whole page's
+        for element in root.getElementsByTagName(kind):
+            element.parentNode.removeChild(element)
+    for element in [root, *root.getElementsByTagName("*")]:
+        for comment in [node for node in element.childNodes if node.nodeType == node.COMMENT_NODE]:
+            element.removeChild(comment)
+        for key, value in element.attributes.items():
+            if key == "id":
+                value = f"{name}-{value}"
+            elif key == "xlink:href":
+                value = f"#{name}-{value[1:]}"
+            elif key in ("style", "clip-path"):
+                value = value.replace("url(#", f"url(#{name}-")
+                for colour, of_page in COLOURS.items():
+                    value = value.replace(colour, of_page)
+            element.setAttribute(key, value)
+    return root.toxml()

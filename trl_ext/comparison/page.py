@@ -6,20 +6,21 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..runtime.files import write_atomically
-from .figures import Panel, interval_plot, likelihood_plot, matrix_plot, path_plot, shortened
+from .figures import Panel, interval_plot, likelihood_plot, path_plot, row_label, shortened
 from .findings import is_measured
-from .html import SCRIPT, escaped, figure_of, html_table, section, style
 from .measures import MEASURES, PICTURES, REWARD, Measure
 from .results import ComparisonResults, MethodResult
 from .statistics import MISSING, Estimate
 from .summary import MethodSummary, mean_curve
 from .tables import Tables, csv_columns, formatted
-from .text import INTERVALS, as_text, clean_text, exact, format_number, html_cell, listed, number_or_nan
+from .text import clean_text, exact, format_number, listed, number_or_nan
 
 
 def write_report(results: ComparisonResults, folder: str | Path) -> None:
@@ -41,78 +42,97 @@ def write_report(results: ComparisonResults, folder: str | Path) -> None:
     write_atomically(folder / "comparison.html", clean_text(report.html()))
 
 
+@dataclass(frozen=True)
+class Figure:
+    """
+    A section of the page with a picture, or with a matrix of win rates.
+
+    Attributes:
+        name (`str`): the section's id.
+        title, caption (`str`): above it, and below it.
+        svg (`str`): the picture.
+        told, methods, rates: of a matrix: what it shows, for those who do not see it, its rows and columns, and the
+            win rate of each over each other.
+    """
+
+    name: str
+    title: str
+    caption: str
+    svg: str = ""
+    told: str = ""
+    methods: Sequence[MethodSummary] = ()
+    rates: dict[tuple[str, str], Estimate] | None = None
+
+
 class Page(Tables):
-    """`comparison.html`: one file, without anything from the network."""
+    """`comparison.html`: one file, without anything from the network. What `page.html.j2` shows."""
 
     def html(self) -> str:
-        title = escaped(self.comparison.title)
-        setting, points, caution = self.conclusions()
-        body = [
-            f"<header><h1>{title}</h1></header>",
-            "<main>",
-            f'<section class="summary" aria-label="Summary"><p>{escaped(setting)}</p><ul>'
-            + "".join(f"<li>{escaped(point)}</li>" for point in points)
-            + f"</ul><p>{escaped(caution)}</p></section>",
-            self._main_table(),
-            self._failures(),
-            *self._figures(),
-            self._costs(),
-            self._examples(),
-            self._settings(),
-            "</main>",
-        ]
-        digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-        policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-        return (
-            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-            f"<title>{title}</title>\n<style>{style()}</style>\n</head>\n<body>\n"
-            + "\n".join(part for part in body if part)
-            + f"\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
+        environment = Environment(
+            loader=FileSystemLoader(Path(__file__).parent),
+            autoescape=True,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
+            undefined=StrictUndefined,
         )
+        environment.tests["nan"] = math.isnan
+        environment.filters |= {
+            "exact": exact,
+            "listed": listed,
+            "row_label": row_label,
+            "sha256": lambda text: base64.b64encode(hashlib.sha256(clean_text(text).encode()).digest()).decode(),
+        }
+        return environment.get_template("page.html.j2").render(page=self, reward=REWARD, columns=csv_columns())
 
-    def _main_table(self) -> str:
-        marks: set[tuple[int, int]] = set()
+    def results_table(self) -> tuple[list[str], list[tuple[MethodSummary, list[tuple]]], str]:
+        """Headings, methods with what [`Tables`] says of each cell, and what the triangles in them mean."""
+        head, rows = self._table(lambda *cell: cell)
+        marks = {(way, way * better) for row in rows for _, _, way, better in row[2:] if way}
+        cells = (row[2:] for row in rows)
+        return head, list(zip(self.summaries, cells, strict=True)), self._signs(marks) if marks else ""
 
-        def shown(estimate, how, way, better):
-            marks.update({(way, way * better)} if way else ())
-            return html_cell(estimate, how, way, better)
+    def costs_table(self) -> tuple[list[str], list[tuple[MethodSummary, list[tuple[str, str, str]]]]]:
+        """Headings, and methods with figures as text, as a value to sort by, and as a percentage of the largest."""
+        costs = [measure for measure in MEASURES if measure.cost_column is not None]
+        rows = [(one, [self._cost(measure, one) for measure in costs]) for one in self.summaries]
+        return ["method", *(measure.cost_column for measure in costs)], rows
 
-        head, rows = self._table(shown)
-        lines = []
-        for one, row in zip(self.summaries, rows, strict=True):
-            state = ' class="failed"' if one.failures else ""
-            seeds = f'<td{state} data-value="{len(one.seeds)}">{row[1]}</td>'
-            lines.append(self._row(one, [seeds, *row[2:]]))
-        caption = f"Highest {REWARD} first. Below a figure is its 95 % interval. A tie is half a win."
-        caption += f" {self._signs(marks)}" if marks else ""
-        notes = "".join(f"<li>{escaped(note)}</li>" for note in self.notes())
-        table = html_table("All methods", head, lines, caption)
-        return section("results", "Results", table + (f'<ul class="notes">{notes}</ul>' if notes else ""))
+    def _cost(self, measure: Measure, one: MethodSummary) -> tuple[str, str, str]:
+        figure, shown = one.figures[measure.key], formatted(measure, one)
+        if isinstance(figure, str):
+            return shown, shown, ""
+        if not is_measured(figure) or figure.value <= 0:
+            return shown, exact(figure.value), ""
+        others = (other.figures[measure.key] for other in self.summaries)
+        most = max(other.value for other in others if is_measured(other))
+        return shown, exact(figure.value), f"{100 * figure.value / most:.0f}"
 
-    def _row(self, one: MethodSummary, cells: Iterable[str]) -> str:
-        is_base = one is self.base
-        label = escaped(one.label) + (" <small>(base)</small>" if is_base else "")
-        return f'<tr{" class=base" if is_base else ""}><th scope="row">{label}</th>{"".join(cells)}</tr>'
+    def examples(self) -> tuple[dict[str, list[tuple[MethodSummary, str, str]]], list[int]]:
+        """Prompts with methods, their rewards and their answers, and the seeds that these are of."""
+        asked, seeds = {}, set()
+        for one in self.summaries:
+            result = next((result for result in self.by_method[one.method] if result.examples), None)
+            for example in result.examples if result else []:
+                reward = format_number(number_or_nan(example["reward"]))
+                asked.setdefault(example["prompt"], []).append((one, reward, example["answer"]))
+                seeds.add(result.seed)
+        return asked, sorted(seeds)
 
-    def _failures(self) -> str:
-        rows = [
-            f"<dt>{escaped(one.label)}, seed {seed}</dt><dd><pre>{escaped(error)}</pre></dd>"
-            for one in self.summaries
-            for seed, error in one.failures.items()
-        ]
-        return section("failed", "Failed", f"<dl>{''.join(rows)}</dl>") if rows else ""
+    def settings(self) -> str:
+        return json.dumps(self.comparison.settings, indent=2, ensure_ascii=False, default=str)
 
-    def _figures(self) -> list[str]:
+    def figures(self) -> Iterator[Figure]:
+        """All figures for which something was measured, in their order."""
         parts = [self.scorers[start : start + 3] for start in range(0, len(self.scorers), 3)]
-        return [
+        found = [
             *(self._scores_figure(number, part) for number, part in enumerate(parts)),
             *(self._wins_figure(number, scorer) for number, scorer in enumerate(self.scorers)),
             self._paths_figure(),
             *(self._measures_figure(section) for section in PICTURES),
             self._likelihoods_figure(),
         ]
+        return filter(None, found)
 
     def _signs(self, marks: Collection[tuple[int, int]]) -> str:
         """What triangles mean: for each above (1) or below (-1), and better (1), worse (-1) or neither (0)."""
@@ -141,16 +161,19 @@ class Page(Tables):
         said += [f"Dashed: equal to {base}."] if has_line else []
         return " ".join(said)
 
-    def _interval_figure(self, name: str, title: str, told: str, panels: Sequence[Panel], said: str = "") -> str:
+    def _interval_figure(
+        self, name: str, title: str, told: str, panels: Sequence[Panel], said: str = ""
+    ) -> Figure | None:
         shown = [one for one in self.summaries if one.seeds]
         panels = [panel for panel in panels if any(math.isfinite(panel.figure(one).value) for one in shown)]
         if not panels:
-            return ""
+            return None
         svg = interval_plot(name, told, shown, panels, self.base.method)
         captions = dict.fromkeys(panel.caption for panel in panels if panel.caption)
-        return figure_of(name, title, svg, " ".join(filter(None, [*captions, said, self._marks(shown, panels)])))
+        caption = " ".join(filter(None, [*captions, said, self._marks(shown, panels)]))
+        return Figure(name, title, caption, svg)
 
-    def _scores_figure(self, number: int, part: Sequence[str]) -> str:
+    def _scores_figure(self, number: int, part: Sequence[str]) -> Figure | None:
         panels = [
             Panel(
                 shortened(scorer),
@@ -176,10 +199,10 @@ class Page(Tables):
             else "",
         )
 
-    def _wins_figure(self, number: int, scorer: str) -> str:
+    def _wins_figure(self, number: int, scorer: str) -> Figure | None:
         shown, rates = [one for one in self.summaries if one.seeds], self.rates[scorer]
         if not any(math.isfinite(rate.value) for rate in rates.values()):
-            return ""
+            return None
         told = f"Win rates by {scorer} of each of {len(shown)} methods over each other; see comparison.csv for all."
         caption = (
             "How many of 100 answers by the method of the row score higher than those by the method of the column to "
@@ -193,14 +216,10 @@ class Page(Tables):
             if all(rates.get((one.method, other.method), MISSING).low > 0.5 for other in shown if other is not one)
         ]
         caption += f" {unbeaten[0]} beats all others." if unbeaten and len(shown) > 2 else ""
-        return figure_of(
-            f"wins-{number}",
-            f"All against all, by {scorer}",
-            matrix_plot(f"wins-{number}", told, shown, rates, self.base.method),
-            caption,
-        )
+        title = f"All against all, by {scorer}"
+        return Figure(f"wins-{number}", title, caption, told=told, methods=shown, rates=rates)
 
-    def _paths_figure(self) -> str:
+    def _paths_figure(self) -> Figure | None:
         shown = [one for one in self.summaries if one.seeds]
         ends = [
             one.label
@@ -208,7 +227,7 @@ class Page(Tables):
             if is_measured(one.figures["kl"]) and is_measured(one.scores.get(REWARD, MISSING))
         ]
         if not ends:
-            return ""
+            return None
         has_ways = any(has_way(self.by_method[one.method]) for one in shown)
         told = f"KL divergence and {REWARD} of {listed(ends)}{', with their way through training' * has_ways}."
         caption = (
@@ -221,14 +240,10 @@ class Page(Tables):
                 " Lines: what was measured along training, dotted from the last look to the finished model; a line "
                 "that goes right without going up pays for nothing."
             )
-        return figure_of(
-            "paths",
-            f"KL to the SFT model against {REWARD}",
-            path_plot("paths", told, shown, self.by_method, self.base.method),
-            caption,
-        )
+        svg = path_plot("paths", told, shown, self.by_method, self.base.method)
+        return Figure("paths", f"KL to the SFT model against {REWARD}", caption, svg)
 
-    def _measures_figure(self, section: str) -> str:
+    def _measures_figure(self, section: str) -> Figure | None:
         title, told = PICTURES[section]
         shown = [measure for measure in MEASURES if measure.picture is not None and measure.picture.section == section]
         panels = [self._panel(measure) for measure in sorted(shown, key=lambda measure: not measure.is_compared)]
@@ -276,7 +291,7 @@ class Page(Tables):
             )
         ]
 
-    def _likelihoods_figure(self) -> str:
+    def _likelihoods_figure(self) -> Figure | None:
         shown = [one for one in self.summaries if one.seeds]
         told = "Log-probabilities of chosen and rejected answers over training, by method."
         missing = [
@@ -286,83 +301,18 @@ class Page(Tables):
         ]
         svg = likelihood_plot("likelihoods", told, shown, self.by_method)
         if not svg:
-            return ""
-        return figure_of(
-            "likelihoods",
-            "Log-probability of chosen and rejected answers over training",
-            svg,
+            return None
+        caption = (
             "▲ and solid: chosen, ▼ and dashed: rejected; the first point is as early as it was logged, and every "
             "panel has a scale of its own. The distance should grow. Where both fall, likelihood goes to answers that "
             "are in neither set (likelihood displacement)."
-            + (f" Without a panel, as it was not logged: {listed(missing)}." if missing else ""),
         )
+        caption += f" Without a panel, as it was not logged: {listed(missing)}." if missing else ""
+        title = "Log-probability of chosen and rejected answers over training"
+        return Figure("likelihoods", title, caption, svg)
 
     def _over_base(self, one: MethodSummary, name: str) -> Estimate:
         return MISSING if one is self.base else getattr(one, name).get(REWARD, MISSING)
-
-    def _costs(self) -> str:
-        costs = [measure for measure in MEASURES if measure.cost_column is not None]
-        lines = [self._row(one, [self._cost_cell(measure, one) for measure in costs]) for one in self.summaries]
-        caption = (
-            "Means over seeds. Bars are relative to the largest of a column; a method with less time, memory and "
-            "fewer sampled answers is cheaper. Prompts that gave a method no row are not among those it trained on. "
-            "Models: those in memory during training."
-        )
-        table = html_table("Costs", ["method", *(measure.cost_column for measure in costs)], lines, caption)
-        return section("costs", "What it costs", table)
-
-    def _cost_cell(self, measure: Measure, one: MethodSummary) -> str:
-        figure, shown = one.figures[measure.key], escaped(formatted(measure, one))
-        if isinstance(figure, str):
-            return f'<td data-value="{shown}">{shown}</td>'
-        bar = ""
-        if is_measured(figure) and figure.value > 0:
-            others = (other.figures[measure.key] for other in self.summaries)
-            most = max(other.value for other in others if is_measured(other))
-            bar = f'<span class="bar" style="width:{100 * figure.value / most:.0f}%"></span>'
-        return f'<td data-value="{exact(figure.value)}">{shown}{bar}</td>'
-
-    def _examples(self) -> str:
-        asked: dict[str, list[tuple[MethodSummary, MethodResult, dict[str, Any]]]] = {}
-        for one in self.summaries:
-            result = next((result for result in self.by_method[one.method] if result.examples), None)
-            for example in result.examples if result else []:
-                asked.setdefault(as_text(example["prompt"]), []).append((one, result, example))
-        parts = []
-        for prompt, answers in asked.items():
-            lines = [
-                self._row(
-                    one,
-                    [
-                        f"<td>{format_number(number_or_nan(example['reward']))}</td>",
-                        f'<td class="text">{escaped(as_text(example["answer"]))}</td>',
-                    ],
-                )
-                for one, _, example in answers
-            ]
-            table = html_table("Answers", ["method", REWARD, "answer"], lines, "", is_text=True)
-            parts.append(f'<h3>Prompt</h3><p class="text prompt">{escaped(prompt)}</p>{table}')
-        if not parts:
-            return ""
-        number = len(parts)
-        seeds = sorted({result.seed for answers in asked.values() for _, result, _ in answers})
-        summary = f"{number} prompt{'s' if number > 1 else ''}, with answers of seed {listed(map(str, seeds))}"
-        return section(
-            "examples", "Answers to read", f"<details><summary>{summary}</summary>{''.join(parts)}</details>"
-        )
-
-    def _settings(self) -> str:
-        settings = json.dumps(self.comparison.settings, indent=2, ensure_ascii=False, default=str)
-        command = self.comparison.command
-        parts = [f"<h3>Command</h3><pre>{escaped(command)}</pre>"] if command else []
-        parts.append(f"<details><summary>Settings</summary><pre>{escaped(settings)}</pre></details>")
-        columns = "".join(f"<dt>{name}</dt><dd>{escaped(text)}</dd>" for name, text in csv_columns().items())
-        parts.append(
-            "<details><summary>Columns of comparison.csv</summary>"
-            f"<p>One figure a row, for each seed and for all of them.</p><dl>{columns}</dl></details>"
-        )
-        parts.append(f"<details><summary>How intervals are made</summary>{INTERVALS}</details>")
-        return section("made-by", "How this was made", "".join(parts))
 
 
 def has_way(results: Sequence[MethodResult]) -> bool:

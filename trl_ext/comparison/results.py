@@ -28,7 +28,7 @@ CURVE_KEYS = {
     "chosen_logps": float | None,
     "rejected_logps": float | None,
 }
-EXAMPLE_KEYS = ("prompt", "answer", "reward")
+EXAMPLE_KEYS = {"prompt": str, "answer": str, "reward": float | None}
 
 
 @dataclass
@@ -153,16 +153,9 @@ class ComparisonResults:
                     "each prompt, NaN for a missing one, or none at all."
                 )
         for point in result.curve:
-            if set(point) != set(CURVE_KEYS) or not all(
-                has_type(point[key], hint) for key, hint in CURVE_KEYS.items()
-            ):
-                wanted = ", ".join(f"{key}: {shown_hint(hint)}" for key, hint in CURVE_KEYS.items())
-                raise ValueError(f"{name} has {point!r:.200} on its curve. A point is {{{wanted}}}.")
+            _check_entry(point, CURVE_KEYS, f"{name} has an entry of `curve` that")
         for example in result.examples:
-            if set(example) != set(EXAMPLE_KEYS):
-                raise ValueError(
-                    f"{name} has an example with {', '.join(example) or 'nothing'}. Give it {', '.join(EXAMPLE_KEYS)}."
-                )
+            _check_entry(example, EXAMPLE_KEYS, f"{name} has an entry of `examples` that")
 
     def save(self, path: str | Path) -> None:
         """
@@ -218,6 +211,12 @@ def _built(kind: type, content: Mapping[str, Any], name: str) -> Any:
         said += [f"has {', '.join(unknown)}, which is not known"] if unknown else []
         raise ValueError(f"{name} {' and '.join(said)}. It has {', '.join(wanted)}.")
     return kind(**content)
+
+
+def _check_entry(entry: dict[str, Any], keys: Mapping[str, Any], name: str) -> None:
+    if set(entry) != set(keys) or not all(has_type(entry[key], hint) for key, hint in keys.items()):
+        wanted = ", ".join(f"{key}: {shown_hint(hint)}" for key, hint in keys.items())
+        raise ValueError(f"{name} must be {{{wanted}}}, got {entry!r:.200}.")
 
 
 def _check_types(one: Any, name: str, apart_from: tuple[str, ...] = ()) -> None:

@@ -142,7 +142,7 @@ class Tables(Findings):
             def cell(estimate, how, change=MISSING, equal=0.0, better=1, is_base=is_base):
                 return shown(estimate, how, 0 if is_base else direction(change, equal), better)
 
-            row = [one.label, self._seeds(one)]
+            row = [one.label, self.seeds(one)]
             for scorer in self.scorers:
                 change = one.differences.get(scorer, MISSING)
                 row.append(cell(one.scores.get(scorer, MISSING), format_number, change))
@@ -160,7 +160,7 @@ class Tables(Findings):
             rows.append(row)
         return head, rows
 
-    def _seeds(self, one: MethodSummary) -> str:
+    def seeds(self, one: MethodSummary) -> str:
         if not one.failures:
             return str(len(one.seeds))
         return f"{len(one.seeds)}, {len(one.failures)} failed" if one.seeds else "failed"

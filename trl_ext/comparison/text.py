@@ -1,21 +1,11 @@
 """Numbers, lists and conversations as text."""
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from .statistics import Estimate
-
-INTERVALS = (
-    "<p>With one seed, held-out prompts are drawn with replacement, 2000 times, and an interval holds 95 % of the "
-    "results. With several, seeds and prompts are drawn independently of each other, so that an interval is also "
-    "about training runs that were not made. In simulation, nominal 95 % intervals contained the truth in 99 % of "
-    "cases where seeds did not differ, and where they differed much in 73 % with two seeds, 81 % with three and 87 % "
-    "with five. Where all values are equal an interval is a single point, which does not mean certainty.</p>"
-    "<p>Comparisons are of answers to the same prompt with the same seed.</p>"
-)
 
 
 def format_number(value: float | None) -> str:
@@ -69,25 +59,10 @@ def with_interval(estimate: Estimate, shown: Callable[[float], str]) -> str:
     return f"{shown(estimate.value)} ({shown(estimate.low)} to {shown(estimate.high)})"
 
 
-def html_cell(estimate: Estimate, shown: Callable[[float], str], way: int, better: int) -> str:
-    sign, place = {1: ("▲", "above"), -1: ("▼", "below"), 0: ("", "")}[way]
-    kind, judged = {1: ("up", ", better"), -1: ("down", ", worse"), 0: ("neither", "")}[way * better]
-    mark = f' <span class="{kind}" role="img" aria-label="{place} the base{judged}">{sign}</span>' if sign else ""
-    interval = "" if math.isnan(estimate.low) else f"<small>{shown(estimate.low)} to {shown(estimate.high)}</small>"
-    return f'<td data-value="{exact(estimate.value)}">{shown(estimate.value)}{mark}{interval}</td>'
-
-
 def listed(words: Iterable[str], last: str = "and") -> str:
     words = list(words)
     comma = "; " if any("," in word for word in words) else ", "
     return f"{comma.join(words[:-1])} {last} {words[-1]}" if len(words) > 1 else "".join(words)
-
-
-def as_text(value: Any) -> str:
-    """A prompt or an answer as one reads it: text, or messages one after the other."""
-    if isinstance(value, list) and all(isinstance(one, dict) and {"role", "content"} <= set(one) for one in value):
-        return "\n".join(f"{one['role']}: {as_text(one['content'])}" for one in value)
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def last_line(text: str) -> str:
