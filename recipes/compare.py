@@ -45,8 +45,8 @@ def main(arguments):
     given = given_options(arguments, PLAYGROUND_CONFIG if is_playground(*parsed) else None)
     if has_failed(compare(parsed, Path(__file__).parent, given)):
         sys.exit(
-            "Some methods failed; their reasons are in the report. Mend what they name and add "
-            "`--resume_from_checkpoint true` to go on with them."
+            "Some methods failed. The report has their reasons. Correct what they name, and add "
+            "`--resume_from_checkpoint true` to resume."
         )
 
 

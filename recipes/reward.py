@@ -53,8 +53,8 @@ def main(arguments):
         return train(arguments)
     if parsed[2].use_peft:
         raise ValueError(
-            "The playground evaluates its reward model, and an adapter has to be merged before that. Leave out "
-            "`--use_peft`, or train on your own data."
+            "`use_peft` must be False on the playground, got True: it tests its reward model, and an adapter would "
+            "have to be merged first. Remove `--use_peft`, or train on your own data."
         )
     rounds = start_playground(parsed, num_stages=7)
     data = rounds.make_candidates("candidates", rounds.model)

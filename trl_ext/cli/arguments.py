@@ -1,6 +1,5 @@
 """Command lines and config files, without the dataclasses of a recipe: torch and TRL are not imported."""
 
-import difflib
 import os
 import re
 import reprlib
@@ -8,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from ..runtime.settings import WIDER_THAN_DECLARED, has_type, list_items, shown_hint
+from ..runtime.settings import WIDER_THAN_DECLARED, did_you_mean, has_type, list_items, shown_hint
 
 # option of the command line -> what it replaces in a config file, beside itself
 INSTEAD_OF = {"dataset_name": ("datasets",), "rewards": ("ranker",), "ranker": ("rewards", "reward_weights")}
@@ -47,11 +46,6 @@ def refuse_unknown_options(known: Collection[str], args: Sequence[str]) -> None:
         if word.startswith("--") and name not in known and name.removeprefix("no_") not in known:
             shown = word.partition("=")[0][:80]
             raise ValueError(f"Unknown option `{shown}`. {did_you_mean(name, known, '--')}")
-
-
-def did_you_mean(name: str, known: Collection[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(name, sorted(known), n=1)
-    return f"Did you mean `{prefix}{close[0]}`?" if close else "`--help` lists the options."
 
 
 def explained(message: str, hints: dict[str, Any]) -> str:

@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from .arguments import did_you_mean, with_config_apart
+from ..runtime.settings import did_you_mean
+from .arguments import with_config_apart
 from .mistakes import is_known, print_mistake
 from .options import options_of, recipe_dataclasses
 from .preflight import check_before_imports

@@ -11,7 +11,7 @@ from typing import Any
 from ..cli.arguments import read_config, typed_options, with_config_apart
 from ..cli.options import recipe_dataclasses
 from ..cli.parse import imported, option_hints, parse_recipe_args
-from ..runtime.settings import maybe_meant
+from ..runtime.settings import did_you_mean
 from .config import IDLE, ComparisonConfig
 from .methods import METHODS, RESERVED, settings_by_name
 
@@ -77,8 +77,8 @@ def check_shared(config: ComparisonConfig, recipes: Path) -> None:
     unknown = sorted(set(config.settings.get("all", {})) - known)
     if unknown:
         raise ValueError(
-            f"settings: 'all' has the options {', '.join(unknown)}, which no method has. Leave them out"
-            + maybe_meant(unknown[0], known)
+            f"Unknown options {', '.join(f'`{name}`' for name in unknown)} in `settings` of 'all'. "
+            + did_you_mean(unknown[0], known, otherwise="Remove them.")
         )
 
 

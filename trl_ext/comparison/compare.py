@@ -98,7 +98,7 @@ def _with_labels_of_now(file: Path, config: ComparisonConfig) -> list[MethodResu
     try:
         refuse_equal_labels({**{one.method: one.label for one in earlier}, **config.labels})
     except ValueError as error:
-        raise ValueError(f"What is in {file} stays in the report: {error}") from None
+        raise ValueError(f"The results in {file} stay in the report: {error}") from None
     return earlier
 
 

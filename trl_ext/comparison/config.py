@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 
 from ..runs.config import RoundsConfig
-from ..runtime.settings import maybe_meant
+from ..runtime.settings import did_you_mean
 from ..trainers.common_config import CommonConfig
 from .methods import METHODS, RESERVED, Method, refuse_equal_labels, settings_by_name
 
@@ -83,15 +83,15 @@ class ComparisonConfig(CommonConfig, TrainingArguments):
         if isinstance(self.seeds, int):
             self.seeds = [self.seeds]
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds={self.seeds} has none, or one twice. Give each seed once.")
+            raise ValueError(f"`seeds` must be at least one seed, each once, got {self.seeds}.")
         if self.max_steps < 2:
             raise ValueError(
-                f"max_steps={self.max_steps}: methods that train twice need two updates. Set it to 2 or more."
+                f"`max_steps` must be at least 2, got {self.max_steps}: methods that train twice need two updates."
             )
         if self.num_checkpoints < 0 or self.num_checkpoint_prompts < 1:
             raise ValueError(
-                f"num_checkpoints={self.num_checkpoints}, num_checkpoint_prompts={self.num_checkpoint_prompts}: set "
-                "the first to 0 or more, the second to 1 or more."
+                "`num_checkpoints` must be at least 0 and `num_checkpoint_prompts` at least 1, got "
+                f"{self.num_checkpoints} and {self.num_checkpoint_prompts}."
             )
         self.settings = settings_by_name(self.settings)
         for name, values in self.settings.items():
@@ -101,9 +101,8 @@ class ComparisonConfig(CommonConfig, TrainingArguments):
         known = [*METHODS, *self.variants]
         for name in self.methods or ():
             if name not in known:
-                raise ValueError(
-                    f"methods: {name!r} is not known. Set it to some of {', '.join(known)}" + maybe_meant(name, known)
-                )
+                meant = did_you_mean(name, known, otherwise="")
+                raise ValueError(f"`methods` must be some of {', '.join(known)}, got {name!r}. {meant}".rstrip())
         refuse_equal_labels(self.labels)
         super().__post_init__()
 
@@ -111,27 +110,28 @@ class ComparisonConfig(CommonConfig, TrainingArguments):
         taken = [key for key in RESERVED if key in values]
         if taken:
             raise ValueError(
-                f"settings: {name!r} sets {', '.join(taken)}, which the comparison sets itself, for all methods "
-                "alike. Leave it out; `max_steps`, `num_candidates`, `seeds` and so on are options of the comparison."
+                f"`settings` of {name!r} must not set {', '.join(f'`{key}`' for key in taken)}: the comparison sets "
+                "the same for all methods. Remove it. `max_steps`, `num_candidates`, `seeds` and so on are options "
+                "of the comparison."
             )
         if name in METHODS or name in SHARED:
             if "method" in values or "label" in values:
                 raise ValueError(
-                    f"settings: {name!r} is a name that is taken. Call the further method something else."
+                    f"The name of a further method in `settings` must be new, got {name!r}. Choose another name."
                 )
             return
         if values.get("method") not in METHODS or values["method"] == "sft":
             raise ValueError(
-                f"settings: {name!r} is no method. Correct it to one of {', '.join(METHODS)}, or, for a further one, "
-                "add `method`, the one of these that it is made of."
+                f"A name in `settings` must be one of {', '.join(METHODS)}, got {name!r}. For a further method, set "
+                "its `method` to the one of these that it is made of."
             )
         if not isinstance(name, str) or not name.isidentifier() or len(name) > 60 or name in FOLDERS:
             raise ValueError(
-                f"settings: {name!r} cannot be the name of a further method, which is also that of a folder. Use "
-                f"letters, digits and underscores, and none of {', '.join(FOLDERS)}."
+                "The name of a further method in `settings` must have letters, digits and underscores, and be none "
+                f"of {', '.join(FOLDERS)}, got {name!r}: a folder has the same name."
             )
         if not isinstance(values.get("label", ""), str):
-            raise ValueError(f"settings: the `label` of {name!r} is {values['label']!r:.60}, and it has to be text.")
+            raise ValueError(f"`label` of {name!r} in `settings` must be text, got {values['label']!r:.60}.")
 
     @property
     def labels(self) -> dict[str, str]:
@@ -175,11 +175,12 @@ class ComparedRoundsConfig(RoundsConfig):
     def __post_init__(self):
         if self.num_rounds != 1 or self.pair_rule is not None or self.pairs_per_prompt is not None:
             raise ValueError(
-                "num_rounds, pair_rule and pairs_per_prompt belong to the methods of a comparison. Leave them out."
+                "`num_rounds`, `pair_rule` and `pairs_per_prompt` must not be set: the methods of a comparison set "
+                "them. Remove them."
             )
         if self.perplexity_model is not None:
             raise ValueError(
-                "perplexity_model: the fixed model of a comparison is the one that all methods start from, as the KL "
-                "to it is compared. Leave it out."
+                "`perplexity_model` must not be set: the fixed model of a comparison is the one that all methods "
+                "start from. Remove it."
             )
         super().__post_init__()

@@ -92,8 +92,8 @@ def refuse_equal_labels(labels: Mapping[str, str]) -> None:
         other = owners.setdefault(label, name)
         if other != name:
             raise ValueError(
-                f"The methods {other!r} and {name!r} are both called {label!r}, and a report has both. Give one of "
-                "them another `label` in `settings`."
+                f"Methods must have different labels, got {label!r} for {other!r} and {name!r}. Give one of them "
+                "another `label` in `settings`."
             )
 
 
@@ -108,15 +108,15 @@ def settings_by_name(settings: Any) -> dict[str, dict[str, Any]]:
         try:
             settings = json.loads(settings)
         except ValueError as error:
-            raise ValueError(f"settings={settings!r:.80} is not JSON ({error}). Mend it.") from None
+            raise ValueError(f"`settings` must be JSON, got {settings!r:.80} ({error}).") from None
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
-        raise ValueError(f"settings={settings!r:.80} has to be options by name of a method. Mend it.")
+        raise ValueError(f"`settings` must be options by name of a method, got {settings!r:.80}.")
     for name, values in settings.items():
         if not isinstance(values, dict) or not all(isinstance(option, str) for option in values):
-            raise ValueError(f"settings: {name!r} has {values!r:.60}, and it has to be options by name. Mend it.")
+            raise ValueError(f"`settings` of {name!r} must be options by name, got {values!r:.60}.")
         try:
             json.dumps(values, default=str)
         except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"settings: {name!r} has values that are none of JSON ({error}). Mend it.") from None
+            raise ValueError(f"`settings` of {name!r} must be values of JSON ({error}).") from None
     return settings

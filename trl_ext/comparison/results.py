@@ -100,7 +100,7 @@ class ComparisonResults:
         """
         _check_types(self, "The comparison", apart_from=("results",))
         if not self.results:
-            raise ValueError("The comparison has no results, so there is nothing to report. Give one per method.")
+            raise ValueError("`results` must have at least one result, got none.")
         labels: dict[str, str] = {}
         keys: dict[int, str] = {}
         seen = set()
@@ -108,30 +108,28 @@ class ComparisonResults:
             name = f"Method {result.method!r}, seed {result.seed}"
             _check_types(result, name)
             if (result.method, result.seed) in seen:
-                raise ValueError(f"{name} is there twice. Give one result per method and seed.")
+                raise ValueError(f"{name} must have one result, got two.")
             seen.add((result.method, result.seed))
             if labels.setdefault(result.method, result.label) != result.label:
                 raise ValueError(
-                    f"{name} is called {result.label!r}, and {labels[result.method]!r} with another seed. Give a "
-                    "method one label, and a variant of it a key of its own."
+                    f"{name} must have the label {labels[result.method]!r} as with other seeds, got {result.label!r}. "
+                    "Give a variant of a method a key of its own."
                 )
             if result.status not in STATUSES:
-                raise ValueError(f"{name} has status {result.status!r}. Set it to one of {', '.join(STATUSES)}.")
+                raise ValueError(f"{name}: `status` must be one of {', '.join(STATUSES)}, got {result.status!r}.")
             if result.status == "failed":
                 continue
             if keys.setdefault(result.seed, result.prompts_key) != result.prompts_key:
                 raise ValueError(
-                    f"{name} answered the prompts {result.prompts_key!r}, other methods with this seed "
-                    f"{keys[result.seed]!r}: their answers make no pairs. Ask all methods the same prompts."
+                    f"{name} must have answered the prompts {keys[result.seed]!r}, as other methods with this seed, "
+                    f"got {result.prompts_key!r}. Ask all methods the same prompts."
                 )
             self._check_figures(result, name)
         if len(set(labels.values())) < len(labels):
             twice = next(label for label in labels.values() if list(labels.values()).count(label) > 1)
-            raise ValueError(f"Several methods are called {twice!r}. Give each a label of its own.")
+            raise ValueError(f"Methods must have different labels, got {twice!r} for several.")
         if self.base not in labels:
-            raise ValueError(
-                f"The base {self.base!r} is not among the methods {', '.join(labels)}. Set `base` to one of them."
-            )
+            raise ValueError(f"`base` must be one of {', '.join(labels)}, got {self.base!r}.")
 
     def _check_figures(self, result: MethodResult, name: str) -> None:
         lists = {f"scores[{scorer!r}]": values for scorer, values in result.scores.items()}
@@ -140,17 +138,16 @@ class ComparisonResults:
             if measure.statistic is not None:
                 lists[measure.stored] = [] if value is None else value
             elif not has_type(value, float | str | None):
-                raise ValueError(f"{name} has {measure.stored}={value!r:.80}, and it has to be a number.")
+                raise ValueError(f"{name}: `{measure.stored}` must be a number, got {value!r:.80}.")
         for key, values in lists.items():
             if not isinstance(values, list) or not all(has_type(value, float) for value in values):
                 raise ValueError(
-                    f"{name} has {values!r:.80} in {key}, and that has to be a list of numbers. Give NaN for a value "
-                    "that is missing."
+                    f"{name}: `{key}` must be a list of numbers, got {values!r:.80}. Use NaN for a missing value."
                 )
             if values and len(values) != self.prompts:
                 raise ValueError(
-                    f"{name} has {len(values)} values in {key}, and there are {self.prompts} prompts. Give one for "
-                    "each prompt, NaN for a missing one, or none at all."
+                    f"{name}: `{key}` must have {self.prompts} values, one for each prompt, got {len(values)}. Use "
+                    "NaN for a missing value, or an empty list."
                 )
         for point in result.curve:
             _check_entry(point, CURVE_KEYS, f"{name} has an entry of `curve` that")
@@ -166,7 +163,8 @@ class ComparisonResults:
         """
         self.check()
         content = {"version": VERSION, **asdict(self)}
-        content["results"] = [{**row, **row.pop("measured")} for row in content["results"]]
+        for row in content["results"]:
+            row |= row.pop("measured")  # flat
         content = _finite(content)
         write_atomically(Path(path), json.dumps(content, indent=1, allow_nan=False, default=str) + "\n")
 
@@ -183,17 +181,17 @@ class ComparisonResults:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{path} cannot be read as JSON ({reason}). Give the file of a comparison.") from None
+            raise ValueError(f"{path} must be JSON: {reason}. Pass the file of a comparison.") from None
         version = content.get("version") if isinstance(content, dict) else None
         if version != VERSION or isinstance(version, bool):
             raise ValueError(
-                f"{path} has version {version!r:.80}, and this program reads version {VERSION}. Give the file of a "
-                "comparison, read it with the program that wrote it, or run the comparison anew."
+                f"{path} must have version {VERSION}, got {version!r:.80}. Pass the file of a comparison, read it "
+                "with the program that wrote it, or run the comparison again."
             )
         del content["version"]
         rows = content.get("results")
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError(f"{path} has no list of results. Give the file of a comparison.")
+            raise ValueError(f"{path} must have a list of `results`. Pass the file of a comparison.")
         try:
             results = [_built(MethodResult, _nested(row), f"Result {number}") for number, row in enumerate(rows)]
             comparison = _built(cls, {**content, "results": results}, "The comparison")
@@ -209,7 +207,7 @@ def _built(kind: type, content: Mapping[str, Any], name: str) -> Any:
     if missing or unknown:
         said = [f"lacks {', '.join(missing)}"] if missing else []
         said += [f"has {', '.join(unknown)}, which is not known"] if unknown else []
-        raise ValueError(f"{name} {' and '.join(said)}. It has {', '.join(wanted)}.")
+        raise ValueError(f"{name} {' and '.join(said)}. Its entries must be {', '.join(wanted)}.")
     return kind(**content)
 
 
@@ -223,7 +221,7 @@ def _check_types(one: Any, name: str, apart_from: tuple[str, ...] = ()) -> None:
     for entry in fields(one):
         value = getattr(one, entry.name)
         if entry.name not in apart_from and not has_type(value, entry.type):
-            raise ValueError(f"{name} has {entry.name}={value!r:.80}, and it has to be {shown_hint(entry.type)}.")
+            raise ValueError(f"{name}: `{entry.name}` must be {shown_hint(entry.type)}, got {value!r:.80}.")
 
 
 def _finite(value: Any) -> Any:

@@ -22,7 +22,7 @@ from ..runs.settings import is_playground, unset_value
 from ..runs.stages import merged_model
 from ..runtime.headings import Headings, count
 from ..runtime.jsonl import read_jsonl
-from ..runtime.settings import changes, maybe_meant
+from ..runtime.settings import changes, did_you_mean
 from ..sampling.config import NEUTRAL
 from .arguments import _options, check_shared, shared_settings
 from .config import IDLE, ComparisonConfig
@@ -66,11 +66,13 @@ class SeedRun:
         self.methods = {name: known[name] for name in config.methods or known}
         idle = [f"{name} ({why})" for name, why in IDLE.items() if name in given]
         if idle:
-            raise ValueError(f"{', '.join(idle)} would do nothing in a comparison. Leave them out.")
+            raise ValueError(
+                f"{', '.join(idle)} must not be set in a comparison. Remove {'it' if len(idle) == 1 else 'them'}."
+            )
         if "rrhf_two_rounds" in self.methods and sampling.num_candidates < 4:
             raise ValueError(
-                f"num_candidates={sampling.num_candidates}: RRHF in two rounds has half of them in each, and needs "
-                "two to rank. Set it to 4 or more, or leave the method out by `--methods`."
+                f"`num_candidates` must be at least 4 for RRHF in two rounds, got {sampling.num_candidates}: each "
+                "round ranks half of them. Set it to 4 or more, or choose other `--methods`."
             )
         self.models_resident = {}
         every = {"sft": METHODS["sft"], **self.methods, "reward_model": REWARD_MODEL}
@@ -79,8 +81,8 @@ class SeedRun:
             self.models_resident[name] = "–" if read is None else models_resident(method.recipe, read)
             if read is not None and config.num_checkpoints and read[2].use_peft:
                 raise ValueError(
-                    f"num_checkpoints={config.num_checkpoints} with use_peft, of {name}: checkpoints of adapters are "
-                    "not looked at. Leave one of them out."
+                    f"`num_checkpoints` must be 0 with `use_peft`, got {config.num_checkpoints} for {name}: "
+                    "checkpoints of adapters are not evaluated. Remove one of them."
                 )
         check_shared(config, recipes)
         parts = (script_args, self.config, model_args, dataset_args, self.sampling, ranking)
@@ -96,10 +98,10 @@ class SeedRun:
                 continue
             if config.methods:
                 raise ValueError(
-                    f"methods: {name} trains on the column `{method.needs}`, and the dataset has {sorted(columns)}. "
-                    "Add the column, or leave the method out."
+                    f"The dataset must have a column `{method.needs}` for {name!r} of `methods`, got "
+                    f"{sorted(columns)}. Add the column, or remove the method."
                 )
-            PartialState().print(f"{method.label} is left out: the dataset has no column `{method.needs}`.")
+            PartialState().print(f"{method.label} is skipped: the dataset has no column `{method.needs}`.")
             del self.methods[name]
         headings.total = len(config.seeds) * self._num_stages()
         self.methods = {"sft": METHODS["sft"], **self.methods}
@@ -196,8 +198,8 @@ class SeedRun:
         unknown = sorted(given - options)
         if unknown:
             raise ValueError(
-                f"settings: {name!r} has the unknown options {', '.join(unknown)}. Leave them out"
-                + maybe_meant(unknown[0], options)
+                f"Unknown options {', '.join(f'`{option}`' for option in unknown)} in `settings` of {name!r}. "
+                + did_you_mean(unknown[0], options, otherwise="Remove them.")
             )
         return {key: value for key, value in values.items() if key in options}
 
@@ -208,7 +210,7 @@ class SeedRun:
         """What the recipe reads of its options, before anything is begun; nothing where nothing is trained."""
         if method.recipe is None:
             if self.config.settings.get(name):
-                raise ValueError(f"settings: {name!r} is not trained, so there is nothing to set. Leave it out.")
+                raise ValueError(f"`settings` of {name!r} must be empty, as it is not trained. Remove them.")
             return None
         values = self.values_for(name, method, updates=2, answers=self.sampling.num_candidates)
         with tempfile.TemporaryDirectory() as folder:
@@ -262,8 +264,8 @@ class SeedRun:
         changed = changes(before, values, lambda key: NEUTRAL.get(key, unset_value(read, key)), apart_from=NAMED)
         if changed:
             raise ValueError(
-                f"{name} is trained, with other options than there are now: {changed}. Set them back, or remove "
-                f"{folder.parent} to train it anew."
+                f"{name} must have the options that it was trained with: {changed}. Set them back, or remove "
+                f"{folder.parent} to train it again."
             )
 
     def _reward_model(self) -> Path:
@@ -329,7 +331,7 @@ class SeedRun:
                 if PartialState().num_processes > 1:
                     raise
                 result = MethodResult(name, method.label, self.seed, "failed", " ".join(str(error).split())[:500])
-                PartialState().print(f"{method.label} failed and is left out: {error}")
+                PartialState().print(f"{method.label} failed and is skipped: {error}")
             yield result
 
     def _play(self, name: str, method: Method) -> MethodResult:

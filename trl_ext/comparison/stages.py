@@ -79,8 +79,8 @@ def likelihood_near_stage(folder: Path, *, ranked: Path, positive_above: float, 
     PartialState().print(str(report))
     if not pairs:
         raise ValueError(
-            f"No prompt has answers with rewards above and below click_threshold={positive_above}. Set it between the "
-            "rewards that answers get."
+            f"`click_threshold` must lie between the rewards of answers to one prompt, got {positive_above}: no "
+            "prompt has answers on both sides."
         )
     write_jsonl(folder / "pairs.jsonl", pairs)
     return {"num_pairs": len(pairs)}

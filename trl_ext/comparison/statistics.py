@@ -181,7 +181,8 @@ def length_controlled_win_rate(
     longer = [one - other for one, other in _paired(lengths_a, lengths_b)]
     if [len(row) for row in outcomes] != [len(row) for row in longer]:
         raise ValueError(
-            "There are scores of other answers than there are lengths of. Give both for the same answers."
+            f"Scores and lengths must be of the same answers, got {[len(row) for row in outcomes]} scores and "
+            f"{[len(row) for row in longer]} lengths."
         )
     known = np.isfinite(np.concatenate([*outcomes, []])) & np.isfinite(np.concatenate([*longer, []]))
     won, difference = np.concatenate([*outcomes, []])[known], np.concatenate([*longer, []])[known]
@@ -245,8 +246,8 @@ def _outcomes(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> lis
 def _paired(a, b) -> list[tuple[np.ndarray, np.ndarray]]:
     if [len(row) for row in a] != [len(row) for row in b]:
         raise ValueError(
-            f"There are {[len(row) for row in a]} values on one side and {[len(row) for row in b]} on the other, "
-            "which make no pairs. Give one of each for every seed and prompt, in the same order."
+            "Both sides must have one value for each seed and prompt, in the same order, got "
+            f"{[len(row) for row in a]} and {[len(row) for row in b]} values."
         )
     return [(np.asarray(one, dtype=float), np.asarray(other, dtype=float)) for one, other in zip(a, b, strict=True)]
 
@@ -306,8 +307,8 @@ def _draws(prompts_keys: tuple[Hashable, ...], sizes: tuple[int, ...]) -> tuple[
     for key, size in zip(prompts_keys, sizes, strict=True):
         if size_of.setdefault(key, size) != size:
             raise ValueError(
-                f"There are {size_of[key]} and {size} values for the same prompts {key!r}. Give one for each prompt, "
-                "NaN where it is missing."
+                f"Seeds with the prompts {key!r} must have equally many values, got {size_of[key]} and {size}. Use "
+                "NaN for a missing value."
             )
     generator = np.random.default_rng(0)
     num_seeds = len(prompts_keys)

@@ -66,10 +66,13 @@ class RankingConfig(ScorerConfig):
                 "pairwise judge."
             )
         if self.pair_rule is None and self.pairs_per_prompt is not None:
-            raise ValueError(f"pairs_per_prompt={self.pairs_per_prompt} would do nothing. Set `pair_rule` too.")
+            raise ValueError(
+                f"`pairs_per_prompt` needs `pair_rule`, got {self.pairs_per_prompt} without it. Set `pair_rule` too."
+            )
         if self.pair_rule != "likelihood_near" and self.positive_above != 0.5:
             raise ValueError(
-                f"positive_above={self.positive_above} would do nothing. It belongs to `pair_rule` 'likelihood_near'."
+                f"`positive_above` needs `pair_rule` 'likelihood_near', got {self.positive_above} with "
+                f"{self.pair_rule!r}. Remove it."
             )
         if self.pair_rule is not None:
             try:
@@ -141,16 +144,17 @@ class RoundsConfig(RankingConfig):
     def __post_init__(self):
         check_field_types(self)
         if self.num_rounds < 0:
-            raise ValueError(f"num_rounds={self.num_rounds}: set it to 0 (train on the data as it is) or more.")
+            raise ValueError(f"`num_rounds` must be 0 (train on the data as it is) or more, got {self.num_rounds}.")
         if self.num_watched_prompts < 2:
             raise ValueError(
-                f"num_watched_prompts={self.num_watched_prompts} shows nothing. Set it to 2 or more; 100 and more "
+                f"`num_watched_prompts` must be at least 2, got {self.num_watched_prompts}. About 100 are needed to "
                 "tell models apart."
             )
         if not 1 < self.max_perplexity_ratio or not 0 <= self.min_distinct_ratio < 1:
             raise ValueError(
-                f"max_perplexity_ratio={self.max_perplexity_ratio}, min_distinct_ratio={self.min_distinct_ratio}: an "
-                "unchanged model would count as degenerate. Set the first above 1 and the second below 1."
+                "`max_perplexity_ratio` must be above 1 and `min_distinct_ratio` from 0 to below 1, got "
+                f"{self.max_perplexity_ratio} and {self.min_distinct_ratio}: otherwise an unchanged model counts as "
+                "degenerate."
             )
         if self.num_rounds:
             self.check()
@@ -162,5 +166,6 @@ class RoundsConfig(RankingConfig):
         ]
         if idle:
             raise ValueError(
-                f"{', '.join(idle)} would do nothing: nothing is sampled. Set `--num_rounds 1`, or leave them out."
+                f"{', '.join(f'`{name}`' for name in idle)} has no effect with num_rounds=0, where nothing is "
+                f"sampled. Set `--num_rounds 1`, or remove {'it' if len(idle) == 1 else 'them'}."
             )

@@ -131,6 +131,5 @@ def outcomes(scores: Sequence[float], others: Sequence[float]) -> np.ndarray:
 def _check_pairs(scores: Sequence[float], others: Sequence[float]) -> None:
     if len(scores) != len(others) or not len(scores):
         raise ValueError(
-            f"Both sides must have one value for every prompt, got {len(scores)} and {len(others)} values, which make "
-            "no pairs."
+            f"Both sides must have one value for every prompt, got {len(scores)} and {len(others)} values."
         )

@@ -258,7 +258,8 @@ def all_processes() -> PartialState:
     state, launched = process_state(), int(os.environ.get("WORLD_SIZE", "1"))
     if launched != state.num_processes:
         raise RuntimeError(
-            f"The launcher has started {launched} processes, and this one sees {state.num_processes}: each would do "
-            "all the work, in the same folder. Without accelerator set `--use_cpu true`; else launch one process."
+            f"The launcher must start as many processes as see each other, got {launched} started and "
+            f"{state.num_processes} seen: each would do all the work in the same folder. Without an accelerator set "
+            "`--use_cpu true`. Otherwise launch one process."
         )
     return state

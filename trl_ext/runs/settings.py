@@ -127,7 +127,10 @@ def local_model(model_args, *, trust_remote_code: bool = False) -> str:
     if os.path.isdir(name):
         return name
     if name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"model_name_or_path={name!r} looks like a local folder, and there is none.")
+        raise FileNotFoundError(
+            f"`model_name_or_path` must be a model's name or an existing folder, got {name!r}: there is no such "
+            "folder."
+        )
     patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
     patterns += ["*.py"] if trust_remote_code else []
     with PartialState().local_main_process_first():

@@ -149,10 +149,13 @@ def changes(
     return ", ".join(found)
 
 
-def maybe_meant(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: what it may be meant for, if there is something like it."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; {name!r} may be meant for {close[0]!r}." if close else "."
+LISTED = "`--help` lists the options."
+
+
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "", otherwise: str = LISTED) -> str:
+    """A question about an unknown name: whether a known one like it was meant; `otherwise` if none is like it."""
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"Did you mean `{prefix}{close[0]}`?" if close else otherwise
 
 
 def shown_hint(hint: Any) -> str:

@@ -84,9 +84,9 @@ def _refuse_trained_head(model: nn.Module) -> None:
     head = model.get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper | TrainableTokensLayer):
         raise ValueError(
-            "An adapter that trains single tokens (`trainable_token_indices`, `TrainableTokensConfig`) is not "
-            "supported on tied embeddings: the LM head is trained with them, and log-probabilities are computed from "
-            "its weight alone. Use a model with `tie_word_embeddings=False`, or train the embeddings whole "
+            "An adapter must not train single tokens (`trainable_token_indices`, `TrainableTokensConfig`) on tied "
+            "embeddings: it trains the LM head with them, and log-probabilities are computed from the head's weight "
+            "alone. Use a model with `tie_word_embeddings=False`, or train the embeddings whole "
             "(`modules_to_save=['embed_tokens']`)."
         )
 
@@ -94,35 +94,36 @@ def _refuse_trained_head(model: nn.Module) -> None:
 def check_peft_model(model: Any, args: Any, *, has_reference: bool, uses_reference: bool) -> None:
     """Refuse PEFT objects for which TRL would make no reference, the wrong one, or one it cannot make."""
     if isinstance(model, PeftMixedModel):
-        raise NotImplementedError("A PeftMixedModel cannot be trained here. Pass a PeftModel with one adapter.")
+        raise NotImplementedError("`model` must be a PeftModel with one adapter, got a PeftMixedModel.")
     if not isinstance(model, PeftModel):
         return
     adapters = list(model.peft_config)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
-            f"Nothing in the PeftModel (adapters {adapters}) is trainable. Load it with `is_trainable=True`."
+            f"The PeftModel (adapters {adapters}) must have trainable weights, got none. Load it with "
+            "`is_trainable=True`."
         )
     if has_reference:
         return
     if "default" not in adapters:
         raise ValueError(
-            f"The PeftModel has the adapters {adapters}, and TRL looks for one called 'default'. Load the adapter "
-            "with `adapter_name='default'`."
+            f"The PeftModel must have an adapter called 'default', got {adapters}. Load it with "
+            "`adapter_name='default'`."
         )
     if "ref" in adapters:
         raise ValueError(
-            f"The PeftModel has the adapters {adapters}: an earlier trainer left its reference 'ref', and TRL "
-            "would add another. Remove it with `model.delete_adapter('ref')`."
+            f"The PeftModel must not have an adapter called 'ref', got {adapters}: TRL adds one, and an earlier "
+            "trainer has left its own. Remove it with `model.delete_adapter('ref')`."
         )
     if model.peft_config["default"].peft_type == PeftType.ADALORA:
         raise ValueError(
-            "An AdaLoRA PeftModel cannot be given a second adapter, and TRL adds one. Pass the base model and the "
-            "AdaLoraConfig as `peft_config`."
+            "The PeftModel must not be AdaLoRA, which takes no second adapter: TRL adds one. Pass the base model, "
+            "and the AdaLoraConfig as `peft_config`."
         )
     if uses_reference and model.active_adapters != ["default"]:
         raise ValueError(
-            f"Of the adapters {adapters} of the PeftModel, {model.active_adapters} are active, and TRL takes a "
-            "copy of 'default' as reference. Activate 'default' alone."
+            f"The active adapter of the PeftModel must be 'default' alone, got {model.active_adapters} of {adapters}: "
+            "TRL copies 'default' as reference. Activate 'default' alone."
         )
 
 
@@ -192,7 +193,7 @@ def check_chunking(args: Any, model: Any, peft_config: PeftConfig | None) -> Non
         reason = None if adapter is None else adapter_reason(adapter)
         if reason is not None:
             raise NotImplementedError(
-                f"{given} cuts a batch by rows, which does not suit this adapter: {reason}. Leave it out, or use LoRA."
+                f"{given} cuts a batch by rows, which this adapter does not support: {reason}. Remove it, or use LoRA."
             )
     config = load_config(model, args) if isinstance(model, str) else model.config
     config = config.get_text_config()
@@ -201,6 +202,6 @@ def check_chunking(args: Any, model: Any, peft_config: PeftConfig | None) -> Non
         coefficient = getattr(config, "router_aux_loss_coef", 0.0)
     if hasattr(config, "output_router_logits") and coefficient != 0:
         raise NotImplementedError(
-            f"{given} runs a batch in parts, and the balancing loss of a mixture of experts is not the sum of those "
-            "of its parts. Leave it out, or set router_aux_loss_coef=0."
+            f"{given} runs a batch in parts, which changes the balancing loss of a mixture of experts. Remove it, or "
+            "set router_aux_loss_coef=0."
         )

@@ -30,8 +30,8 @@ def _check_batch(inputs: dict[str, torch.Tensor]) -> None:
     missing = REQUIRED_BATCH_KEYS - set(inputs)
     if missing:
         raise ValueError(
-            f"The batch lacks {sorted(missing)}: the data collator does not make the batches of "
-            "`trl_ext.CandidateCollator`. Leave `data_collator` out, or build on that class."
+            f"A batch must have what `trl_ext.CandidateCollator` makes, got none of {sorted(missing)}. Remove "
+            "`data_collator`, or derive it from that class."
         )
 
 

@@ -71,13 +71,13 @@ class CandidateConfig(SharingConfig, DPOConfig):
         if self.max_completions_per_forward is not None:
             if self.max_completions_per_forward < 1:
                 raise ValueError(
-                    f"max_completions_per_forward={self.max_completions_per_forward} would run nothing. Set it to 1 "
-                    "or more, or leave it out to run whole batches."
+                    f"`max_completions_per_forward` must be at least 1, got {self.max_completions_per_forward}. "
+                    "Remove it to run whole batches."
                 )
             if self.torch_compile:
                 raise ValueError(
-                    "max_completions_per_forward runs a different number of parts from batch to batch, which "
-                    "torch_compile=True, one program for the whole model, does not do. Leave one of them out."
+                    "`torch_compile` must be False with `max_completions_per_forward`, got True: the number of parts "
+                    "differs from batch to batch. Remove one of them."
                 )
         super().__post_init__()
         self.refuse_reentrant_checkpointing()
@@ -88,7 +88,7 @@ class CandidateConfig(SharingConfig, DPOConfig):
             "use_reentrant"
         ):
             raise ValueError(
-                "max_completions_per_forward with 'use_reentrant': True in activation_checkpointing_kwargs would run "
-                "a backward pass for each part, and DDP and DeepSpeed take the gradients of the first for all. Set "
-                "'use_reentrant' to False, or leave it out."
+                "'use_reentrant' of `activation_checkpointing_kwargs` must be False with "
+                "`max_completions_per_forward`, got True: each part would run a backward pass, and DDP and DeepSpeed "
+                "take the gradients of the first alone. Set it to False, or remove it."
             )

@@ -124,9 +124,7 @@ class CandidateTrainer(LoggedMetrics, ResumableTrainer, DPOTrainer):
         peft_config: "PeftConfig | None" = None,  # noqa: F821
     ):
         if model is None:
-            raise ValueError(
-                f"{type(self).__name__} got no model. Pass a name, a folder or a model object as `model`."
-            )
+            raise ValueError("`model` must be a name, a folder or a model object, got None.")
         if isinstance(model, str):
             refuse_missing_model(model)
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -140,11 +138,13 @@ class CandidateTrainer(LoggedMetrics, ResumableTrainer, DPOTrainer):
         tokenizer = tokenizer_of(processing_class)
         pad_token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
         if pad_token is None:
-            raise ValueError("The tokenizer has neither a padding nor an end token. Set `tokenizer.pad_token`.")
+            raise ValueError(
+                "The tokenizer must have a padding token or an end token, got neither. Set `tokenizer.pad_token`."
+            )
         if pad_token not in tokenizer.get_vocab():
             raise ValueError(
-                f"The padding token {pad_token!r} is not in the tokenizer's vocabulary. Set `pad_token` to one that "
-                "is, or leave it out."
+                f"`pad_token` must be in the tokenizer's vocabulary, got {pad_token!r}. Set it to a token of the "
+                "vocabulary, or remove it."
             )
         tokenizer.pad_token = pad_token
         # Accelerate's dispatcher, its default for streams, cuts every tensor of a batch to the number of prompts; ours
@@ -198,7 +198,7 @@ class CandidateTrainer(LoggedMetrics, ResumableTrainer, DPOTrainer):
                 self.model.delete_adapter("ref")
             if self.ref_model is not None:
                 raise RuntimeError(
-                    f"{type(self).__name__} needs no reference model, yet this TRL built one. Please report it with "
+                    f"{type(self).__name__} has no reference model, and this version of TRL built one. Report it with "
                     "the version of TRL."
                 )
         else:
@@ -225,45 +225,42 @@ class CandidateTrainer(LoggedMetrics, ResumableTrainer, DPOTrainer):
         trainer = type(self).__name__
         if not isinstance(args, self.config_class):
             raise TypeError(
-                f"{trainer} got `args` of type {type(args).__name__}, which lacks its settings. Pass a "
-                f"{self.config_class.__name__}; it takes the same fields."
+                f"`args` must be a {self.config_class.__name__}, got {type(args).__name__}. A "
+                f"{self.config_class.__name__} takes the same fields."
             )
         if train_dataset is None:
-            raise ValueError("`train_dataset` is required: pass a `Dataset` or an `IterableDataset`.")
+            raise ValueError("`train_dataset` must be a `Dataset` or an `IterableDataset`, got None.")
         if not isinstance(train_dataset, Dataset | IterableDataset):
             raise TypeError(
-                f"`train_dataset` is a {type(train_dataset).__name__}; pass a `Dataset` or an `IterableDataset` (one "
-                "split of a `DatasetDict`, for example)."
+                f"`train_dataset` must be a `Dataset` or an `IterableDataset`, got {type(train_dataset).__name__}. Of "
+                "a `DatasetDict` pass one split."
             )
         if args.accelerator_config.dispatch_batches:
             raise ValueError(
-                "accelerator_config.dispatch_batches=True would tear a prompt's completions apart: one process would "
-                "cut the batch by rows for the others. Leave it out."
+                "`dispatch_batches` of `accelerator_config` must be False, got True: one process would cut the batch "
+                "by rows, and separate a prompt's completions. Remove it."
             )
         if args.enable_jit_checkpoint:
             raise ValueError(
-                "enable_jit_checkpoint=True saves at another step on each process, and they would wait for each other "
-                f"for ever. Leave it out: {trainer} saves on SIGTERM by itself, all processes at the same step."
+                "`enable_jit_checkpoint` must be False, got True: each process would save at another step, and wait "
+                f"for the others forever. Remove it. {trainer} saves on SIGTERM itself, at one step on all processes."
             )
         split = sequence_split(args, model)
         if split is not None:
             raise NotImplementedError(
-                f"{trainer} does not run with {split}: its loss needs each sequence whole on one device. Leave it out "
-                "and use DDP, ZeRO or FSDP; for sequences that are too long, activation_checkpointing=True and "
+                f"{trainer} does not support {split}: its loss needs each sequence whole on one device. Remove it, "
+                "and use DDP, ZeRO or FSDP. For long sequences set activation_checkpointing=True and "
                 "max_completions_per_forward=1."
             )
         refuse_sharding_that_would_not_be(args)
         check_peft_model(model, args, has_reference=ref_model is not None, uses_reference=args.uses_reference_model)
         check_sampling_strategy(args, train_dataset)
         if ref_model is not None and not args.uses_reference_model:
-            raise ValueError(
-                f"{trainer} was given a `ref_model` that its loss never looks at and that would only take memory. "
-                "Leave `ref_model` out."
-            )
+            raise ValueError(f"`ref_model` must be None for {trainer}, whose loss has no reference model. Remove it.")
         if compute_metrics is not None:
             raise NotImplementedError(
-                f"{trainer} does not take `compute_metrics`: it is fed the full logits, which are never built here. "
-                "Use the metrics the trainer logs, or a `TrainerCallback` with `on_evaluate`."
+                f"`compute_metrics` must be None for {trainer}: it takes full logits, which are never computed here. "
+                "Use the logged metrics, or a `TrainerCallback` with `on_evaluate`."
             )
         if args.prefix_sharing is True:
             refuse_unless_shareable(model, args, peft_config)
@@ -288,7 +285,7 @@ class CandidateTrainer(LoggedMetrics, ResumableTrainer, DPOTrainer):
         options = dataclasses.replace(options, eos_token=tokenizer_of(processing_class).eos_token)
         if options.eos_token is None:
             warnings.warn(
-                "The tokenizer has no end token, so plain-text answers get none and the model does not learn to stop. "
+                "The tokenizer has no end token: plain-text answers get none, and the model does not learn to stop. "
                 "Set `tokenizer.eos_token`.",
                 stacklevel=3,
             )
@@ -378,7 +375,7 @@ class CandidateTrainer(LoggedMetrics, ResumableTrainer, DPOTrainer):
             `tuple`: losses `(B,)`, one per prompt, and metrics by name: a tensor `(B,)` to be averaged over prompts,
             or a pair of them, numerators and denominators.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no loss: define `loss_from_logps`.")
+        raise NotImplementedError(f"{type(self).__name__} must define `loss_from_logps`.")
 
     def forward_batch(self, model: nn.Module, inputs: dict[str, torch.Tensor], **model_kwargs: Any):
         """The model call for one batch; a method that needs more from the model overrides it."""

@@ -33,13 +33,13 @@ def check_sampling_strategy(args: TrainingArguments, train_dataset: Any) -> None
     strategy = args.train_sampling_strategy
     if strategy in GROUPS_BY_LENGTH and isinstance(train_dataset, IterableDataset):
         raise ValueError(
-            f"train_sampling_strategy={strategy!r} needs the lengths of all rows, and a stream has them one by one. "
-            "Pass a `Dataset`, or leave `train_sampling_strategy` out."
+            f"`train_dataset` must be a `Dataset` with train_sampling_strategy={strategy!r}, got a stream, whose "
+            "lengths are unknown. Pass a `Dataset`, or remove `train_sampling_strategy`."
         )
     if strategy == "batch_rebalance" and args.world_size > 1:
         raise NotImplementedError(
-            "train_sampling_strategy='batch_rebalance' on several processes is not supported: rows that fill up the "
-            "last batch could not be told from others. Set 'group_by_length'."
+            "`train_sampling_strategy` must not be 'batch_rebalance' on several processes: rows that fill up the "
+            "last batch would count twice. Set 'group_by_length'."
         )
 
 

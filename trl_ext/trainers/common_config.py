@@ -55,12 +55,12 @@ class CommonConfig:
     def __post_init__(self):
         self.check_types()  # again, where a subclass has: comparisons of its own come before
         if self.on_invalid_row not in ("error", "drop"):
-            raise ValueError(f"on_invalid_row={self.on_invalid_row!r} is not known. Set it to 'error' or 'drop'.")
+            raise ValueError(f"`on_invalid_row` must be 'error' or 'drop', got {self.on_invalid_row!r}.")
         if isinstance(self.deepspeed, str) and self.deepspeed and not self.deepspeed.lstrip().startswith("{"):
             if not os.path.isfile(self.deepspeed):
                 raise FileNotFoundError(
-                    f"deepspeed={self.deepspeed!r:.80} is no file. Set it to the JSON file of a DeepSpeed config, or "
-                    "leave it out and launch with one of `accelerate_configs`."
+                    f"`deepspeed` must be the JSON file of a DeepSpeed config, got {self.deepspeed!r:.80}, which is "
+                    "not a file. Correct it, or remove it and launch with one of `accelerate_configs`."
                 )
         self._refuse_unused_fields()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
@@ -72,8 +72,8 @@ class CommonConfig:
                 super().__post_init__()
         except (ArithmeticError, AttributeError, LookupError, OSError, UnicodeError) as error:
             raise ValueError(
-                f"Nothing can be made of these settings ({type(error).__name__}: {str(error)[:200]}): "
-                f"{self._shown_settings()}. Mend the one that this is about, or leave it out."
+                f"These settings are invalid ({type(error).__name__}: {str(error)[:200]}): {self._shown_settings()}. "
+                "Correct or remove the one that the error is about."
             ) from error
 
     @classmethod
@@ -157,12 +157,12 @@ class SharingConfig(CommonConfig):
         self.check_types()
         by_word = {"true": True, "false": False, "auto": "auto"}  # from the command line everything is text
         if str(self.prefix_sharing).lower() not in by_word:
-            raise ValueError(f"prefix_sharing={self.prefix_sharing!r} is not known. Set it to 'auto', True or False.")
+            raise ValueError(f"`prefix_sharing` must be 'auto', True or False, got {self.prefix_sharing!r}.")
         self.prefix_sharing = by_word[str(self.prefix_sharing).lower()]
         if self.check_prefix_sharing and self.prefix_sharing is False:
             raise ValueError(
-                "check_prefix_sharing=True compares shared with padded batches, and prefix_sharing=False shares none. "
-                "Leave one of them out."
+                "`check_prefix_sharing` must be False with prefix_sharing=False, got True: nothing is shared. Remove "
+                "one of them."
             )
         super().__post_init__()
 

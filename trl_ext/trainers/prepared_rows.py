@@ -108,8 +108,7 @@ class PreparedRowsMixin(ResumableTrainer):
         dataset = dataset.select_columns(names).map(type(self).columns_for, batched=True, remove_columns=names)
         if isinstance(dataset, Dataset) and not len(dataset):
             raise ValueError(
-                f"No row of the {name} dataset has two answers with different scores, so there is nothing to compare. "
-                "Give it such rows."
+                f"The {name} dataset must have rows with two answers of different scores, got none. Add such rows."
             )
         return dataset
 

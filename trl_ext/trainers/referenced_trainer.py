@@ -58,8 +58,8 @@ class ReferencedTrainer(CandidateTrainer):
             self._refuse_stream(dataset, name)
         if ref_model is not None and ref_model is model:
             raise ValueError(
-                f"`ref_model` must be another object than `model`, which {type(self).__name__} trains. Leave "
-                "`ref_model` out: the reference is the model as it is now."
+                f"`ref_model` must be another object than `model`, which {type(self).__name__} trains. Remove "
+                "`ref_model`: the reference is then the model as it is now."
             )
         super().__init__(
             model=model,
@@ -92,8 +92,8 @@ class ReferencedTrainer(CandidateTrainer):
     def _refuse_stream(self, dataset: Any, name: str) -> None:
         if isinstance(dataset, IterableDataset):
             raise NotImplementedError(
-                f"{type(self).__name__} does not take a stream as `{name}`: the reference goes over all rows "
-                "before the first step. Pass a `Dataset`."
+                f"`{name}` must be a `Dataset` for {type(self).__name__}, got a stream: the reference reads all rows "
+                "before the first step."
             )
 
     def _check_arguments(self, args, model, ref_model, train_dataset, compute_metrics, peft_config) -> None:
@@ -108,8 +108,8 @@ class ReferencedTrainer(CandidateTrainer):
         # rows given to `evaluate` or `predict`
         if self.state.global_step > 0 or not self._checks_first_loss:
             raise ValueError(
-                f"The reference is needed for the {dataset_name} dataset, and it is gone: it was run once, before "
-                "training. Pass these rows as `eval_dataset` to the constructor."
+                f"The rows of the {dataset_name} dataset have no reference log-probabilities: the reference ran once, "
+                "before training. Pass these rows as `eval_dataset` to the constructor."
             )
         with Reference(self, None) as reference:
             return reference.add_to(dataset, dataset_name)

@@ -59,8 +59,8 @@ class ResumableTrainer(Trainer):
             found = find_checkpoint(self.args, resume_from_checkpoint)
             if found is None:
                 raise ValueError(
-                    f"resume_from_checkpoint={resume_from_checkpoint}, and there is no whole checkpoint in "
-                    f"{self.args.output_dir}. Leave it out to begin anew."
+                    f"`resume_from_checkpoint` must name a complete checkpoint, got {resume_from_checkpoint}, and "
+                    f"{self.args.output_dir} has none. Remove it to train from the start."
                 )
             resume_from_checkpoint = found
         check_before_training(self)

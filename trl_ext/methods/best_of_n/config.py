@@ -25,7 +25,7 @@ class BestOfNConfig(CommonConfig, trl.SFTConfig):
         self.check_types()
         if self.completion_only_loss is not True:
             raise ValueError(
-                f"completion_only_loss={self.completion_only_loss} would learn the prompts too. Leave it out; for "
-                "that use TRL's `trl sft` on the file of best answers."
+                f"`completion_only_loss` must be True, got {self.completion_only_loss}: best-of-n learns answers "
+                "alone. To learn the prompts too, run TRL's `trl sft` on the file of best answers."
             )
         super().__post_init__()

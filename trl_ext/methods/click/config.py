@@ -47,17 +47,15 @@ class CLICKConfig(CandidateConfig):
     def __post_init__(self):
         self.check_types()
         if not 0 < self.margin < float("inf"):
-            raise ValueError(
-                f"margin={self.margin} is no margin: without a positive one a hinge is satisfied by ties. Set "
-                "margin > 0."
-            )
+            raise ValueError(f"`margin` must be above 0, got {self.margin}: without a margin, ties satisfy the hinge.")
         if not 0 <= self.pair_weight < float("inf"):
             raise ValueError(
-                f"pair_weight={self.pair_weight} would prefer the negatives. Set pair_weight >= 0; 0 switches it off."
+                f"`pair_weight` must be 0 (no pairs) or more, got {self.pair_weight}: a negative weight prefers the "
+                "negatives."
             )
         if self.pair_weight == 0 and self.margin != 15.0:
             raise ValueError(
-                f"margin={self.margin} has no part in the loss with pair_weight=0, which leaves the pairs out. Leave "
-                "it out, or set pair_weight > 0."
+                f"`margin` must be 15.0, its default, with pair_weight=0, got {self.margin}: without pairs it has no "
+                "effect. Remove `margin`, or set `pair_weight` above 0."
             )
         super().__post_init__()

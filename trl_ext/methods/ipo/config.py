@@ -52,11 +52,9 @@ class IPOConfig(CandidateConfig):
     def __post_init__(self):
         self.check_types()
         if not 0 < self.beta < float("inf"):
-            raise ValueError(f"beta={self.beta} has no target 1 / (2 beta). Set beta > 0.")
+            raise ValueError(f"`beta` must be above 0, got {self.beta}: the target of the loss is 1 / (2 beta).")
         if self.log_ratios not in LENGTHS:
-            raise ValueError(f"log_ratios={self.log_ratios!r} is not known. Set it to one of {', '.join(LENGTHS)}.")
+            raise ValueError(f"`log_ratios` must be one of {', '.join(LENGTHS)}, got {self.log_ratios!r}.")
         if self.precompute_ref_batch_size is not None and self.precompute_ref_batch_size < 1:
-            raise ValueError(
-                f"precompute_ref_batch_size={self.precompute_ref_batch_size} would run nothing. Set it to 1 or more."
-            )
+            raise ValueError(f"`precompute_ref_batch_size` must be at least 1, got {self.precompute_ref_batch_size}.")
         super().__post_init__()

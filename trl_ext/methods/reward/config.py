@@ -36,11 +36,12 @@ class RewardConfig(SharingConfig, trl.RewardConfig):
         self.check_types()
         if not 0 <= self.difference_penalty < float("inf"):
             raise ValueError(
-                f"difference_penalty={self.difference_penalty} would drive rewards apart. Set it to 0 (none) or more."
+                f"`difference_penalty` must be 0 (no penalty) or more, got {self.difference_penalty}: a negative "
+                "penalty drives rewards apart."
             )
         if self.max_difference is not None and not self.max_difference > 0:
             raise ValueError(
-                f"max_difference={self.max_difference} would end the gradient before a pair is in order. Set it above "
-                "0, or leave it out."
+                f"`max_difference` must be above 0, got {self.max_difference}: below that, the gradient ends before a "
+                "pair is in order. Remove it for no limit."
             )
         super().__post_init__()

@@ -43,8 +43,8 @@ class RLOOTrainer(ResumableTrainer, trl.RLOOTrainer):
     def __init__(self, model: Any, *, args: Any, train_dataset: Dataset, eval_dataset: Any = None, **kwargs: Any):
         if not args.rewards:
             raise ValueError(
-                "There is nothing to train towards. Set `rewards` to functions (file.py:function) or reward models, "
-                "such as `recipes/reward.py` trains."
+                "`rewards` must name at least one scorer, got none. Set it to functions (file.py:function) or reward "
+                "models, such as `recipes/reward.py` trains."
             )
         name = model if isinstance(model, str) else model.config._name_or_path
         revision = (args.model_init_kwargs or {}).get("revision") or "main"
@@ -93,21 +93,21 @@ def _check_prompt_lengths(dataset: Dataset, tokenizer: Any, limits: Limits, args
 def _usable_prompts(dataset: Any, tokenizer: Any, args: Any, name: str) -> Dataset:
     if not isinstance(dataset, Dataset):
         raise NotImplementedError(
-            f"The {name} dataset is a {type(dataset).__name__}; its prompts are checked before anything is sampled. "
-            "Pass a `Dataset` (leave `--dataset_streaming` out)."
+            f"The {name} dataset must be a `Dataset`, got {type(dataset).__name__}: its prompts are checked before "
+            "anything is sampled. Remove `--dataset_streaming`."
         )
     if "prompt" not in dataset.column_names and not {"chosen", "rejected"} <= set(dataset.column_names):
         raise ValueError(
-            f"The {name} dataset has the columns {sorted(dataset.column_names)} and no `prompt` to answer. Rename or "
-            "add it."
+            f"The {name} dataset must have a column `prompt`, got the columns {sorted(dataset.column_names)}. Rename "
+            "or add it."
         )
     dataset = without_files(dataset, name)
     check_features(dataset.features, name)
     given, unread = [as_given(row, dataset.features) for row in dataset], ("tools", "chat_template_kwargs")
     if idle := [column for column in unread if any(row.get(column) for row in given)]:
         raise ValueError(
-            f"The {name} dataset has a column {' and '.join(map(repr, idle))}, and TRL's RLOO renders prompts without "
-            "what a row says there. Leave the column out; `chat_template_kwargs` of the config holds for all rows."
+            f"The {name} dataset must not have values in {' and '.join(f'`{column}`' for column in idle)}: TRL's RLOO "
+            "does not read them. Remove the column, or set `chat_template_kwargs` in the config for all rows."
         )
     rows = []
     for number, row in enumerate(given):

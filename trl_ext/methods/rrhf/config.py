@@ -90,44 +90,43 @@ class RRHFConfig(CandidateConfig):
         self.check_types()
         for name, allowed in (("arithmetic", ARITHMETICS), ("sft_reduction", SFT_REDUCTIONS)):
             if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not known. Set it to one of {', '.join(allowed)}."
-                )
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
         if not 0 <= self.rank_weight < float("inf"):
             raise ValueError(
-                f"rank_weight={self.rank_weight} would turn the ranking round. Set rank_weight >= 0; 0 switches it "
-                "off."
+                f"`rank_weight` must be 0 (no ranking) or more, got {self.rank_weight}: a negative weight reverses "
+                "the ranking."
             )
         if not 0 <= self.sft_weight < float("inf"):
             raise ValueError(
-                f"sft_weight={self.sft_weight} would make the best candidate less likely. Set sft_weight >= 0; 0 "
-                "switches it off."
+                f"`sft_weight` must be 0 (no SFT term) or more, got {self.sft_weight}: a negative weight makes the "
+                "best candidate less likely."
             )
         if self.rank_weight == self.sft_weight == 0:
-            raise ValueError("rank_weight=0 and sft_weight=0 leave no loss. Set one of them above 0.")
+            raise ValueError("`rank_weight` or `sft_weight` must be above 0, got 0 for both: that leaves no loss.")
         if not 0 <= self.length_penalty < float("inf"):
             raise ValueError(
-                f"length_penalty={self.length_penalty} would multiply by the length instead of dividing by it. Set "
-                "length_penalty >= 0; 0 compares sums."
+                f"`length_penalty` must be 0 (compare sums) or more, got {self.length_penalty}: a negative one "
+                "multiplies by the length."
             )
         if self.rank_weight == 0 and self.length_penalty != 1.0:
             raise ValueError(
-                f"length_penalty={self.length_penalty} has no part in the loss with rank_weight=0, which compares "
-                "nothing. Leave it out, or set rank_weight > 0."
+                f"`length_penalty` must be 1.0, its default, with rank_weight=0, got {self.length_penalty}: nothing "
+                "is compared, so it has no effect. Remove it, or set `rank_weight` above 0."
             )
         if self.rank_weight == 0 and self.arithmetic == "official":
             raise ValueError(
-                "arithmetic='official' divides by the longest of a prompt's candidates, and with rank_weight=0 only "
-                "the best one is computed. Leave it out, or set rank_weight > 0."
+                "`rank_weight` must be above 0 with arithmetic='official', got 0: it divides by the longest of a "
+                "prompt's candidates, of which only the best is computed. Set arithmetic='paper', or `rank_weight` "
+                "above 0."
             )
         if self.arithmetic == "official" and self.sft_reduction != "sum":
             raise ValueError(
-                f"sft_reduction={self.sft_reduction!r} has no part in arithmetic='official', which divides by the "
-                "prompt's longest row. Leave it out, or set arithmetic='paper'."
+                f"`sft_reduction` must be 'sum', its default, with arithmetic='official', got {self.sft_reduction!r}: "
+                "'official' divides by the prompt's longest row. Remove it, or set arithmetic='paper'."
             )
         if self.sft_weight == 0 and self.sft_reduction != "sum":
             raise ValueError(
-                f"sft_reduction={self.sft_reduction!r} has no part in the loss with sft_weight=0. Leave it out, or "
-                "set sft_weight > 0."
+                f"`sft_reduction` must be 'sum', its default, with sft_weight=0, got {self.sft_reduction!r}: it has "
+                "no effect. Remove it, or set `sft_weight` above 0."
             )
         super().__post_init__()

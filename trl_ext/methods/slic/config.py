@@ -114,29 +114,28 @@ class SLiCConfig(CandidateConfig):
             ("logps_reduction", LOGPS_REDUCTIONS),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not known. Set it to one of {', '.join(allowed)}."
-                )
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
         if not 0 < self.delta < float("inf"):
-            raise ValueError(
-                f"delta={self.delta} is no margin: without a positive one a hinge is satisfied by ties. Set delta > 0."
-            )
+            raise ValueError(f"`delta` must be above 0, got {self.delta}: without a margin, ties satisfy the hinge.")
         if not 0 <= self.reg_weight < float("inf"):
             raise ValueError(
-                f"reg_weight={self.reg_weight} would make y_ref less likely. Set reg_weight >= 0; 0 switches it off."
+                f"`reg_weight` must be 0 (no regulariser) or more, got {self.reg_weight}: a negative weight makes "
+                "y_ref less likely."
             )
         if self.calibration == "expected_reward" and self.delta != 1.0:
             raise ValueError(
-                f"delta={self.delta} has no part in calibration='expected_reward'. Leave it out, or choose another."
+                f"`delta` must be 1.0, its default, with calibration='expected_reward', got {self.delta}: it has no "
+                "effect. Remove it, or choose another `calibration`."
             )
         if self.reg_type == "kl" and self.reg_weight == 0:
             raise ValueError(
-                "reg_type='kl' with reg_weight=0 would load a reference model whose term is multiplied by 0. Set "
-                "reg_weight > 0, or leave reg_type at 'cross_entropy'."
+                "`reg_weight` must be above 0 with reg_type='kl', got 0: a reference model would be loaded without "
+                "effect. Set it above 0, or set reg_type='cross_entropy'."
             )
         if self.reg_type == "kl" and self.max_completions_per_forward is not None:
             raise ValueError(
-                f"max_completions_per_forward={self.max_completions_per_forward} runs a batch in parts, and the 'kl' "
-                "regulariser compares two models over the whole batch. Leave it out, or set reg_type='cross_entropy'."
+                "`max_completions_per_forward` must not be set with reg_type='kl', got "
+                f"{self.max_completions_per_forward}: that regulariser compares two models over the whole batch. "
+                "Remove it, or set reg_type='cross_entropy'."
             )
         super().__post_init__()

@@ -156,9 +156,9 @@ class SLiCTrainer(CandidateTrainer):
             head = policy.get_output_embeddings()
             if isinstance(head, AuxiliaryTrainingWrapper):
                 raise NotImplementedError(
-                    "reg_type='kl' with an adapter that trains the LM head (`modules_to_save` or "
-                    "`trainable_token_indices`) is not supported: the head is the reference's as well. Leave the head "
-                    "out of the adapter, or set reg_type='cross_entropy'."
+                    "An adapter must not train the LM head (`modules_to_save` or `trainable_token_indices`) with "
+                    "reg_type='kl': the reference uses the same head. Remove the head from the adapter, or set "
+                    "reg_type='cross_entropy'."
                 )
             for name, parameter in self.model.named_parameters():
                 if ".ref." in name:  # not every kind of adapter is frozen by TRL's copying it

@@ -141,35 +141,35 @@ class SPINConfig(ScorerConfig, SamplingOptions, CandidateConfig):
     def __post_init__(self):
         self.check_types()
         if self.num_iterations < 1:
-            raise ValueError(f"num_iterations={self.num_iterations} would play nothing. Set it to 1 or more.")
+            raise ValueError(f"`num_iterations` must be at least 1, got {self.num_iterations}.")
         if self.history < 0:
             raise ValueError(
-                f"history={self.history}: set it to 0 (this iteration's answers alone) or more; the paper's is 1."
+                f"`history` must be 0 (this iteration's answers alone) or more, got {self.history}. The paper's value "
+                "is 1."
             )
         for name in ("loss", "reference", "early_stop"):
             allowed = {"loss": LOSSES, "reference": REFERENCES, "early_stop": EARLY_STOPS}[name]
             if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not known. Set it to one of {', '.join(allowed)}."
-                )
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
         for name in BY_ITERATION:
             setattr(self, name, self._one_or_each(name))
         for beta in self.beta if isinstance(self.beta, list) else [self.beta]:
             if not 0 < beta < float("inf"):
-                raise ValueError(f"beta={self.beta} would turn the loss round or flatten it. Set beta > 0.")
+                raise ValueError(f"`beta` must be above 0, got {self.beta}.")
         for rate in self.learning_rate if isinstance(self.learning_rate, list) else [self.learning_rate]:
             if not 0 <= rate < float("inf"):
-                raise ValueError(f"learning_rate={self.learning_rate} is no step size. Set learning_rate >= 0.")
+                raise ValueError(f"`learning_rate` must be at least 0, got {self.learning_rate}.")
         if self.num_watched_prompts < 0:
-            raise ValueError(f"num_watched_prompts={self.num_watched_prompts}: set it to 0 (no evaluation) or more.")
+            raise ValueError(
+                f"`num_watched_prompts` must be 0 (no evaluation) or more, got {self.num_watched_prompts}."
+            )
         if self.early_stop == "reward" and not self.rewards:
             raise ValueError(
-                "early_stop='reward' watches nothing without `rewards`. Name scorers, or set it to 'nll'."
+                "`rewards` must name at least one scorer with early_stop='reward', got none. Name scorers, or set "
+                "early_stop='nll'."
             )
         if self.precompute_ref_batch_size is not None and self.precompute_ref_batch_size < 1:
-            raise ValueError(
-                f"precompute_ref_batch_size={self.precompute_ref_batch_size} would run nothing. Set it to 1 or more."
-            )
+            raise ValueError(f"`precompute_ref_batch_size` must be at least 1, got {self.precompute_ref_batch_size}.")
         self.vllm_args = self.sampling().vllm_args  # checks them all
         super().__post_init__()
 
@@ -178,13 +178,13 @@ class SPINConfig(ScorerConfig, SamplingOptions, CandidateConfig):
         try:
             values = [float(value) for value in (given if isinstance(given, list | tuple) else [given])]
         except OverflowError:
-            raise ValueError(f"{name}={reprlib.repr(given)} is too large a number. Lower it.") from None
+            raise ValueError(f"`{name}` must be a number that a float can hold, got {reprlib.repr(given)}.") from None
         if len(values) == 1:
             return values[0]
         if len(values) != self.num_iterations:
             raise ValueError(
-                f"{name}={given} has {len(values)} values for num_iterations={self.num_iterations}. Give one value, "
-                "or one for each iteration."
+                f"`{name}` must be one value, or {self.num_iterations} values (`num_iterations`), got {given}: "
+                f"{len(values)} values."
             )
         return values
 

@@ -81,8 +81,8 @@ def spin_pairs(answered: Sequence[dict[str, Any]], real: str) -> tuple[list[dict
             pairs.append({**kept, "chosen": row[real], "rejected": generated, "rejected_is_cut": is_cut})
     if not pairs:
         raise ValueError(
-            f"Of {len(answered)} generated answers {num_equal} equal the real one and {num_empty} are empty, so there "
-            "is nothing to tell apart. A model that repeats its data has nothing to learn from it: use other rows, or "
-            "take the model as it is."
+            f"No generated answer makes a pair: of {len(answered)}, {num_equal} equal the real answer and {num_empty} "
+            "are empty. A model that repeats its data learns nothing from it. Use other rows, or keep the model as "
+            "it is."
         )
     return pairs, num_equal, num_empty

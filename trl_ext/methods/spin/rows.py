@@ -49,18 +49,18 @@ def sft_rows(
     columns = set(dataset.column_names)
     if "messages" not in columns and not {"prompt", "completion"} <= columns:
         raise ValueError(
-            f"The {name} dataset has the columns {sorted(columns)}. SPIN needs `prompt` and `completion` (the real "
-            "answer), or `messages` that end with it: rename or add the columns."
+            f"The {name} dataset must have `prompt` and `completion` (the real answer), or `messages` that end with "
+            f"it, got the columns {sorted(columns)}. Rename or add the columns."
         )
     if "label" in columns:
         raise ValueError(
-            f"The {name} dataset has a column `label`, as rows for KTO have, and SPIN would imitate its bad answers "
-            "too. Keep the rows with good ones, and remove the column."
+            f"The {name} dataset must not have a column `label`: SPIN would imitate the bad answers too. Keep the "
+            "rows with good answers, and remove the column."
         )
     if "messages" not in columns and config.first_turn_only:
         raise ValueError(
-            "first_turn_only=True would do nothing: it cuts `messages`, and the rows have `prompt` and `completion`. "
-            "Leave it out."
+            "`first_turn_only` must be False for rows of `prompt` and `completion`, got True: it cuts `messages`. "
+            "Remove it."
         )
     options = RowOptions(min_completions=1, max_length=config.max_length, eos_token=tokenizer.eos_token)
     check_row = None if limits is None else limits.row_check(name, tokenizer, config.max_length)
@@ -135,7 +135,8 @@ def train_and_watched(train_dataset, eval_dataset, tokenizer, config: SPINConfig
         train = [row for row in rows if prompt_key(row) not in prompts]
         if not train:
             raise ValueError(
-                "All prompts of the train dataset are in the eval dataset, and nothing is left to train on."
+                "The train dataset must have prompts that are not in the eval dataset, got none. Use another eval "
+                "dataset."
             )
         if len(train) < len(rows):
             PartialState().print(f"{len(rows) - len(train)} rows are left out: their prompts are in the eval dataset")

@@ -77,35 +77,36 @@ class SelfPlay:
     ):
         if config.early_stop != "none" and not watched:
             raise ValueError(
-                f"early_stop={config.early_stop!r} watches held-out rows, and there are none. Set "
-                "`num_watched_prompts`, or give an eval dataset."
+                f"early_stop={config.early_stop!r} needs held-out rows, got none. Set `num_watched_prompts`, or pass "
+                "an eval dataset."
             )
         idle = [name for name in ("load_best_model_at_end", "eval_on_start") if getattr(config, name)]
         if idle or config.lr_scheduler_type == "reduce_lr_on_plateau":
             raise ValueError(
-                f"{', '.join(idle) or 'lr_scheduler_type'} would need evaluations during training, and each model is "
-                "evaluated after its iteration. Leave it out; `early_stop` compares the iterations."
+                f"{', '.join(f'`{name}`' for name in idle or ['lr_scheduler_type'])} must keep the default in "
+                "self-play: each model is evaluated after its iteration, not during training. Remove it. "
+                "`early_stop` compares the iterations."
             )
         if config.save_only_model:
             raise ValueError(
-                "save_only_model=True would let an interrupted iteration go on with a fresh optimizer, to other "
-                "weights. Leave it out; the last checkpoints can be removed when all is done."
+                "`save_only_model` must be False in self-play, got True: an interrupted iteration would resume with "
+                "a new optimizer. Remove it. The last checkpoints can be deleted after the run."
             )
         refuse_fsdp(config)
         if config.push_to_hub:
             raise ValueError(
-                "push_to_hub would push the model of every iteration, each over the one before. Leave it out, and "
-                "push the model to take at the end: `hf upload NAME OUTPUT_DIR/iteration-N/model`."
+                "`push_to_hub` must be False in self-play, got True: each iteration would overwrite the one before. "
+                "Remove it, and push the final model: `hf upload NAME OUTPUT_DIR/iteration-N/model`."
             )
         if (trainer_kwargs or {}).get("quantization_config") is not None:
             raise ValueError(
-                "Self-play samples from whole models, and merges adapters into them, which is not what a quantised "
-                "model would answer. Leave the quantisation out; LoRA works."
+                "Self-play must have a model without quantisation: it samples from whole models and merges adapters "
+                "into them. Remove the quantisation. LoRA works."
             )
         if config.rewards and not watched:
             raise ValueError(
-                f"rewards={config.rewards} would do nothing: there are no held-out rows whose answers they could "
-                "score. Set `num_watched_prompts`, or give an eval dataset."
+                "`rewards` needs held-out rows whose answers it scores, got none. Set `num_watched_prompts`, or pass "
+                "an eval dataset."
             )
         if config.rewards:
             check_scorers(config.rewards, columns=list(watched[0]), **config.scorer_options())
@@ -365,32 +366,31 @@ class SelfPlay:
         given = [name for name, value in objects.items() if value is not None]
         if given:
             raise ValueError(
-                f"{', '.join(given)} cannot go to the processes in which the iterations are trained. Leave "
-                f"{'it' if len(given) == 1 else 'them'} out (there are the settings `optim`, `lr_scheduler_type` and "
-                "`report_to`), or train one iteration at a time, on rows of `prompt`, `chosen` and `rejected`."
+                f"{', '.join(f'`{name}`' for name in given)} cannot be passed on to the processes that train the "
+                f"iterations. Remove {'it' if len(given) == 1 else 'them'} and use `optim`, `lr_scheduler_type` and "
+                "`report_to`. Or train one iteration at a time, on rows of `prompt`, `chosen` and `rejected`."
             )
         is_object = not isinstance(model, str | Path)
         model_id = get_config_model_id(model.config) if is_object else str(model)
         config = args or SPINConfig(f"{model_id.rstrip('/').split('/')[-1]}-SPIN")
         if not isinstance(config, SPINConfig):
             raise TypeError(
-                f"SPINTrainer got `args` of type {type(config).__name__}, which lacks its settings. Pass a "
-                "SPINConfig; it takes the same fields."
+                f"`args` must be a SPINConfig, got {type(config).__name__}. A SPINConfig takes the same fields."
             )
         if not isinstance(train_dataset, Dataset) or not isinstance(eval_dataset, Dataset | None):
             raise TypeError(
-                "Self-play goes over all rows in every iteration. Pass `train_dataset` and `eval_dataset` as a "
-                "`Dataset` each, not as a stream or a dict."
+                f"`train_dataset` and `eval_dataset` must be a `Dataset` each, got {type(train_dataset).__name__} and "
+                f"{type(eval_dataset).__name__}: self-play reads all rows in every iteration."
             )
         if is_object and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             raise ValueError(
-                "The model was loaded in ZeRO-3's shards, of which each process holds a part. Pass its name or "
-                "folder, or load it before the SPINConfig is made."
+                "`model` must be whole, got a model in ZeRO-3's shards. Pass its name or folder, or load it before "
+                "the SPINConfig is made."
             )
         if is_object and hasattr(model, "peft_config"):
             raise ValueError(
-                "The model is a PeftModel, and each iteration trains an adapter of its own. Pass the base model, or "
-                "the result of `merge_and_unload()`, and a `peft_config`."
+                "`model` must not be a PeftModel: each iteration trains an adapter of its own. Pass the base model, "
+                "or the result of `merge_and_unload()`, and a `peft_config`."
             )
         hub = {
             "revision": (config.model_init_kwargs or {}).get("revision") or "main",
@@ -408,8 +408,8 @@ class SelfPlay:
         """Open the folder, play, and say which model to take and how to construct a trainer with it."""
         if resume_from_checkpoint not in (None, True, False):
             raise ValueError(
-                f"resume_from_checkpoint={resume_from_checkpoint!r}: self-play goes on in its own folder and has no "
-                "checkpoint to name. Set it to True."
+                f"`resume_from_checkpoint` must be True, False or None in self-play, got {resume_from_checkpoint!r}: "
+                "it resumes in its own folder. Set it to True."
             )
         model, processing_class, revision = self._given
         is_object = not isinstance(model, str | Path)

@@ -159,20 +159,20 @@ class SPINTrainer(ReferencedTrainer):
         for name in BY_ITERATION:
             if isinstance(getattr(args, name), list):
                 raise ValueError(
-                    f"{name}={getattr(args, name)} is one value for each iteration, and rows of `chosen` and "
-                    "`rejected` are one iteration. Give one value."
+                    f"`{name}` must be one value for rows of `chosen` and `rejected`, which are one iteration, got "
+                    f"{getattr(args, name)}."
                 )
         columns = train_dataset.column_names
         if not {"chosen", "rejected", "completions", "prompt_ids"} & set(columns):
             raise ValueError(
-                f"The train dataset has the columns {sorted(columns)}. SPIN plays all iterations on `prompt` and "
-                "`completion` (the real answer) or on `messages`, and one on `prompt`, `chosen` (the real answer) and "
-                "`rejected` (the generated one). Rename or add the columns."
+                "The train dataset must have `prompt` and `completion` (the real answer) or `messages` to run all "
+                "iterations. To run one, it must have `prompt`, `chosen` (the real answer) and `rejected` (the "
+                f"generated one). Got the columns {sorted(columns)}. Rename or add the columns."
             )
         if "completions" in columns:
             raise ValueError(
-                f"The train dataset has the columns {sorted(columns)}. One iteration of SPIN takes one real and one "
-                "generated answer: make `completions` the columns `chosen` and `rejected`."
+                "The train dataset must have `chosen` (the real answer) and `rejected` (the generated one) for one "
+                f"iteration of SPIN, got the columns {sorted(columns)}. Split `completions` into these two."
             )
 
     @staticmethod
@@ -180,20 +180,20 @@ class SPINTrainer(ReferencedTrainer):
         kind = getattr(args, "reference", "previous")
         if ref_model is not None and kind == "previous":
             raise ValueError(
-                "`ref_model` has no part in reference='previous', where the model itself, as it is before training, "
-                "is the reference. Leave `ref_model` out, or set reference='initial'."
+                "`ref_model` must not be set with reference='previous', where the model before training is the "
+                "reference. Remove `ref_model`, or set reference='initial'."
             )
         if kind == "initial" and (ref_model is None or ref_model is model):
             raise ValueError(
-                "reference='initial' on rows of `chosen` and `rejected` needs the model that started the first "
-                "iteration: pass it as `ref_model`, another object than `model`. Without one set reference='previous'."
+                "`ref_model` must be the model that started the first iteration, another object than `model`, with "
+                "reference='initial' on rows of `chosen` and `rejected`. Pass it, or set reference='previous'."
             )
 
     def __getattr__(self, name: str):
         if self.__dict__.get("_self_play") is not None and not name.startswith("__"):
             raise AttributeError(
-                f"{type(self).__name__} has no {name!r} before `train()` has played the iterations: no model is "
-                "loaded until then."
+                f"{type(self).__name__} has no {name!r} before `train()` has run the iterations: no model is loaded "
+                "until then."
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -241,7 +241,7 @@ class SPINTrainer(ReferencedTrainer):
     def push_to_hub(self, *args, **kwargs):
         if self._played is not None:
             raise RuntimeError(
-                f"The output folder holds the models of all iterations. Push the one to take: `hf upload NAME "
+                "The output folder holds the models of all iterations. Push the final one: `hf upload NAME "
                 f"{self._played}`."
             )
         return super().push_to_hub(*args, **kwargs)
