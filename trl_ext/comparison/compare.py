@@ -36,6 +36,9 @@ from .page import write_report
 from .results import ComparisonResults, MethodResult
 from .seed_run import SeedRun, _prompts_per_update
 
+# options of sampling that change the speed alone, or are the seed's
+NOT_RECORDED = ("sampling_batch_size", "vllm_python", "sampling_seed")
+
 
 def compare(parsed: Sequence[Any], recipes: Path, given: Collection[str]) -> ComparisonResults:
     """
@@ -109,8 +112,7 @@ def _results(parsed: Sequence[Any], num_held_out: int, results: list[MethodResul
         "model": model_args.model_name_or_path or "trained on the playground",
         "rewards": ranking.rewards or [ranking.ranker],
         "judge": ranking.judge,
-        "num_candidates": sampling.num_candidates,
-        "temperature": sampling.temperature,
+        **{name: value for name, value in dataclasses.asdict(sampling).items() if name not in NOT_RECORDED},
         **{
             name: getattr(config, name) for name in ("seeds", "max_steps", "max_length", "settings", "click_threshold")
         },
