@@ -207,6 +207,13 @@ MEASURES = [
         picture=Picture("length", "tokens per answer"),
     ),
     Measure(
+        "distinct_2",
+        lambda run: run.evaluation["distinct_2"],
+        "distinct-2",
+        meaning="share of different ones among all pairs of words in the answers",
+        column="distinct-2",
+    ),
+    Measure(
         "updates",
         lambda run: run.total("updates") or 0,
         "updates",
