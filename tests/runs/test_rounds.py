@@ -184,6 +184,8 @@ GOOD = {"reward": 0.5, "perplexity": 10.0, "distinct_1": 0.8, "distinct_2": 0.9}
         ({"reward": 0.6, "perplexity": 14.9}, None, None),
         ({"reward": 0.6, "perplexity": 15.1}, None, "perplexity went from 10.0 at the start to 15.1"),
         ({"reward": 0.6, "distinct_2": 0.5}, None, "distinct-2 fell from 0.90 at the start to 0.50"),
+        ({"reward": 0.6, "distinct_2": None}, None, None),  # answers of one word each
+        ({"reward": 0.6, "distinct_1": None, "distinct_2": None}, None, "the answers lost all words"),
         ({"reward": 0.6}, -0.1, "the judge's score changed by -0.100"),
         ({"reward": 0.6}, 0.1, None),
     ],

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 # panel title -> {metric: label}
 SLIC_PANELS = {
     "loss": {"loss": "total", "loss/calibration": "calibration", "loss/regularization": "regularisation (unweighted)"},
@@ -198,10 +200,10 @@ def plot_rounds(
     for axis, (title, metrics) in zip(axes.flat, ROUND_PANELS.items(), strict=False):
         shown = {key: label for key, label in metrics.items() if any(key in models[name] for name in names)}
         for key, label in shown.items():
-            values = [models[name][key] for name in names]
-            (drawn,) = axis.plot(line, [values[number] for number in line], "o-", label=label)
+            values = np.array([models[name][key] for name in names], dtype=float)  # NaN for `None`
+            (drawn,) = axis.plot(line, values[line], "o-", label=label)
             others = [number for number in range(len(names)) if number not in line]  # beside the rounds
-            axis.plot(others, [values[number] for number in others], "D", color=drawn.get_color(), markersize=5)
+            axis.plot(others, values[others], "D", color=drawn.get_color(), markersize=5)
         axis.set_title(title, fontsize=10)
         axis.set_xticks(range(len(names)), names, fontsize=8)
         axis.grid(alpha=0.3)

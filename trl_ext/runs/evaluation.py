@@ -196,11 +196,11 @@ def perplexity(logps: Sequence[tuple[float, int]]) -> float:
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
     """
-    Share of different n-grams among all n-grams of the answers, 0 to 1; 0 without any.
+    Share of different n-grams among all n-grams of the answers, 0 to 1; NaN where no answer has n words.
 
     Args:
         texts (`Sequence[str]`): the answers.
         n (`int`): words per n-gram.
     """
     grams = [tuple(words[start : start + n]) for words in map(str.split, texts) for start in range(len(words) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 0.0
+    return len(set(grams)) / len(grams) if grams else math.nan

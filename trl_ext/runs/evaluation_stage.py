@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import isnan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -64,7 +65,7 @@ def evaluation_stage(
 
     Returns:
         `dict`: those figures as means over answers, `length` (tokens sampled, the end token included), `truncated` (a
-        share), `distinct_1`, `distinct_2`, `num_answers` and `num_prompts`.
+        share), `distinct_1`, `distinct_2` (`None` where no answer has so many words), `num_answers` and `num_prompts`.
     """
     asked = [{**row, "_number": number} for number, row in enumerate(read_jsonl(prompts))]
     config = replace(config, num_candidates=1, keep_duplicates=True, **NEUTRAL)
@@ -114,10 +115,10 @@ def evaluation_stage(
         figures |= _compare_with_real(answered, answers, real, before, model, {**loading, "max_length": max_length})
     write_jsonl(folder / "answers.jsonl", answers)
     texts = [as_text(one["answer"]) for one in answers]
+    distinct = {f"distinct_{n}": distinct_n(texts, n) for n in (1, 2)}
     return {
         **figures,
-        "distinct_1": distinct_n(texts, 1),
-        "distinct_2": distinct_n(texts, 2),
+        **{name: None if isnan(share) else share for name, share in distinct.items()},
         "length": fmean(one["num_tokens"] for one in answers),
         "truncated": report.truncated,
         "num_answers": len(answers),

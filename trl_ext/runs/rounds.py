@@ -236,7 +236,8 @@ class Rounds:
 
         def row(label: str, key: str, form: str) -> None:
             if key in self.figures["start"]:
-                table.add_row(label, *(format(self.figures[name][key], form) for name in names))
+                values = (self.figures[name][key] for name in names)
+                table.add_row(label, *("–" if value is None else format(value, form) for value in values))
 
         row("reward", "reward", ".3f")
         pairs = zip(names, list(names)[1:], strict=False)

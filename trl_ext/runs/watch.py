@@ -51,8 +51,11 @@ def reward_hacking(
     rose = f"the reward rose from {before['reward']:.3f} to {now['reward']:.3f} while "
     if now["perplexity"] > config.max_perplexity_ratio * first["perplexity"]:
         return rose + f"perplexity went from {first['perplexity']:.1f} at the start to {now['perplexity']:.1f}"
+    if first["distinct_1"] and now["distinct_1"] is None:
+        return rose + "the answers lost all words"
     for name in ("distinct_1", "distinct_2"):
-        if first[name] and now[name] < config.min_distinct_ratio * first[name]:
+        measured = first[name] is not None and now[name] is not None
+        if measured and now[name] < config.min_distinct_ratio * first[name]:
             return rose + f"{name.replace('_', '-')} fell from {first[name]:.2f} at the start to {now[name]:.2f}"
     if judged_before is not None and judged_now is not None:
         both = sorted(judged_before.keys() & judged_now.keys())
