@@ -112,7 +112,7 @@ def test_shares_of_wins_by_hand():
     shares = on_playground.compared([1.0, 0.5, 0.5, 0.0, 0.9], [0.0, 0.5, 0.6, 0.0, 0.8])
     assert shares == pytest.approx({"won": 0.4, "tied": 0.4, "lost": 0.2, "win_rate": 0.6})
     assert on_playground.compared([0.5], [0.5])["win_rate"] == 0.5
-    with pytest.raises(ValueError, match="make no pairs"):
+    with pytest.raises(ValueError, match="one value for every prompt"):
         on_playground.compared([1.0, 0.5], [1.0])
 
 

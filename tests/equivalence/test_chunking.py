@@ -342,7 +342,7 @@ def test_checkpointing_stays_as_the_user_wants_it_where_trl_would_change_it(
     settings["activation_checkpointing_kwargs"] = {"use_reentrant": False}
     args = RRHFConfig(**{**config_kwargs, **settings}, max_completions_per_forward=3)
     args.activation_checkpointing_kwargs["use_reentrant"] = True  # changed afterwards
-    with pytest.raises(ValueError, match="would run a backward pass for each part"):
+    with pytest.raises(ValueError, match="each part would run a backward pass"):
         RRHFTrainer(model_dir, args=args, train_dataset=Dataset.from_list(LISTS), processing_class=tokenizer)
 
 
@@ -418,9 +418,9 @@ def test_memory_does_not_grow_with_the_number_of_completions(
 @pytest.mark.parametrize(
     ("config", "settings", "message"),
     [
-        (RRHFConfig, {"max_completions_per_forward": 0}, r"max_completions_per_forward=0 would run nothing"),
-        (RRHFConfig, {"max_completions_per_forward": -3}, r"=-3 would run nothing. Set it to 1 or more"),
-        (RRHFConfig, {"max_completions_per_forward": 2, "torch_compile": True}, r"torch_compile=True, one program"),
+        (RRHFConfig, {"max_completions_per_forward": 0}, r"`max_completions_per_forward` must be at least 1, got 0"),
+        (RRHFConfig, {"max_completions_per_forward": -3}, r"must be at least 1, got -3"),
+        (RRHFConfig, {"max_completions_per_forward": 2, "torch_compile": True}, r"`torch_compile` must be False"),
         (
             RRHFConfig,
             {
@@ -428,9 +428,13 @@ def test_memory_does_not_grow_with_the_number_of_completions(
                 "activation_checkpointing": True,
                 "activation_checkpointing_kwargs": {"use_reentrant": True},
             },
-            r"would run a backward pass for each part.* Set 'use_reentrant' to False",
+            r"'use_reentrant' of .* must be False .* each part would run a backward pass",
         ),
-        (SLiCConfig, {"max_completions_per_forward": 2, "reg_type": "kl"}, r"=2 runs a batch in parts, and the 'kl'"),
+        (
+            SLiCConfig,
+            {"max_completions_per_forward": 2, "reg_type": "kl"},
+            r"with reg_type='kl', got 2",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(config, settings, message, tmp_path):
@@ -449,7 +453,7 @@ def test_a_balancing_loss_is_refused_before_any_weight_is_loaded(how, tokenizer,
         model.save_pretrained(config_kwargs["output_dir"])
         model = config_kwargs["output_dir"]
     kwargs = {**config_kwargs, "max_completions_per_forward": 2}
-    with pytest.raises(NotImplementedError, match="balancing loss .* Leave it out, or set router_aux_loss_coef=0"):
+    with pytest.raises(NotImplementedError, match="balancing loss .* Remove it, or set router_aux_loss_coef=0"):
         build(model, tokenizer, kwargs)
     trainer = build(model, tokenizer, kwargs, router_aux_loss_coef=0.0)
     whole = build(copy_of(trainer.model), tokenizer, config_kwargs, router_aux_loss_coef=0.0)

@@ -211,14 +211,20 @@ def test_prompts_are_set_apart_whole():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_rounds": -1}, "num_rounds=-1"),
+        ({"num_rounds": -1}, "`num_rounds` must be 0 .*got -1"),
         ({"num_rounds": 1}, "Neither `rewards` nor `ranker` is given"),
         ({"num_rounds": 1, "rewards": ["a"], "ranker": "b"}, "Both `rewards` and `ranker` are given"),
-        ({"rewards": ["a"], "judge": "b"}, "rewards, judge would do nothing: nothing is sampled"),
-        ({"num_rounds": 1, "rewards": ["a"], "pairs_per_prompt": 2}, "pairs_per_prompt=2 would do nothing"),
-        ({"num_rounds": 1, "rewards": ["a"], "positive_above": 0.1}, "positive_above=0.1 would do nothing"),
-        ({"num_rounds": 1, "rewards": ["a"], "max_perplexity_ratio": 1.0}, "an unchanged model would count"),
-        ({"num_rounds": 1, "rewards": ["a"], "num_watched_prompts": 1}, "num_watched_prompts=1 shows nothing"),
+        ({"rewards": ["a"], "judge": "b"}, "`rewards`, `judge` has no effect with num_rounds=0"),
+        ({"num_rounds": 1, "rewards": ["a"], "pairs_per_prompt": 2}, "`pairs_per_prompt` needs `pair_rule`, got 2"),
+        (
+            {"num_rounds": 1, "rewards": ["a"], "positive_above": 0.1},
+            "'likelihood_near', got 0.1 with None",
+        ),
+        ({"num_rounds": 1, "rewards": ["a"], "max_perplexity_ratio": 1.0}, "an unchanged model counts"),
+        (
+            {"num_rounds": 1, "rewards": ["a"], "num_watched_prompts": 1},
+            "must be at least 2, got 1",
+        ),
     ],
 )
 def test_settings_that_cannot_be_honoured(settings, message):

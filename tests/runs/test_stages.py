@@ -151,7 +151,7 @@ def test_folders_of_something_else_are_refused(tmp_path):
 
 def test_processes_that_do_not_see_each_other_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match="started 2 processes, and this one sees 1: each .* set `--use_cpu true`"):
+    with pytest.raises(RuntimeError, match="got 2 started and 1 seen: each .* set `--use_cpu true`"):
         Run(tmp_path, {}, resume=False)
     assert not list(tmp_path.iterdir())
 

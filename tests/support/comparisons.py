@@ -54,9 +54,19 @@ def invented_comparison(prompts: int = 120, seeds: tuple[int, ...] = (0, 1), met
                         "reward": (generator.random(prompts) < reward + level).astype(float).tolist(),
                         "judge": np.clip(generator.normal(judge + level, 0.2), 0, 1).tolist(),
                     },
-                    lengths=lengths.tolist(),
-                    kl=generator.normal(kl, 0.3 + kl / 4, size=prompts).tolist() if kl else [0.0] * prompts,
-                    nll=(lengths * generator.normal(nats, 0.1, size=prompts)).tolist(),
+                    measured={
+                        "lengths": lengths.tolist(),
+                        "kl": generator.normal(kl, 0.3 + kl / 4, size=prompts).tolist() if kl else [0.0] * prompts,
+                        "nll": (lengths * generator.normal(nats, 0.1, size=prompts)).tolist(),
+                        "distinct_2": 0.8 - 0.02 * number,
+                        "updates": 0 if method == "sft" else 120,
+                        "completions_sampled": 0 if method in ("sft", "dpo", "spin") else 8 * 320,
+                        "seconds": 20 + 9.0 * number,
+                        "sampling_seconds": 0.0 if method == "sft" else 11.5,
+                        "tokens_per_second": None if method == "sft" else 5200 - 210.0 * number,
+                        "peak_memory_mib": 410 + 35.0 * number,
+                        "models_resident": "2" if method in ("dpo", "ipo", "kto", "rloo") else "1",
+                    },
                     examples=[
                         {
                             "prompt": f"In words: {value}",
@@ -66,13 +76,6 @@ def invented_comparison(prompts: int = 120, seeds: tuple[int, ...] = (0, 1), met
                         for value in (17, 204)
                     ],
                     curve=[] if method in ("sft", "best_of_n") else curve,
-                    updates=0 if method == "sft" else 120,
-                    completions_sampled=0 if method in ("sft", "dpo", "spin") else 8 * 320,
-                    seconds=20 + 9.0 * number,
-                    sampling_seconds=0.0 if method == "sft" else 11.5,
-                    tokens_per_second=None if method == "sft" else 5200 - 210.0 * number,
-                    peak_memory_mib=410 + 35.0 * number,
-                    models_resident="2" if method in ("dpo", "ipo", "kto", "rloo") else "1",
                     notes=["no training: of 8 answers per prompt the best is kept"] if method == "best_of_n" else [],
                 )
             )
@@ -101,9 +104,9 @@ def hostile_comparison(**size) -> ComparisonResults:
     comparison.settings[HOSTILE] = HOSTILE
     for number, result in enumerate(comparison.results[:3]):
         result.notes.append(HOSTILE)
-        result.examples.append({"prompt": [{"role": "user", "content": HOSTILE}], "answer": HOSTILE, "reward": None})
+        result.examples.append({"prompt": HOSTILE, "answer": HOSTILE, "reward": None})
         if number:
-            result.models_resident = HOSTILE
+            result.measured["models_resident"] = HOSTILE
     label = comparison.results[1].label + HOSTILE
     for result in comparison.results:
         if result.method == comparison.results[1].method:

@@ -160,9 +160,9 @@ def test_a_sample_that_may_be_bad_is_no_target(row, message, model, tokenizer, c
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"margin": 0.0}, "margin=0.0 is no margin"),
-        ({"pair_weight": -1.0}, "pair_weight=-1.0 would prefer the negatives"),
-        ({"pair_weight": 0.0, "margin": 5.0}, "margin=5.0 has no part in the loss with pair_weight=0"),
+        ({"margin": 0.0}, "`margin` must be above 0, got 0.0"),
+        ({"pair_weight": -1.0}, "`pair_weight` must be 0 .*got -1.0: a negative weight prefers"),
+        ({"pair_weight": 0.0, "margin": 5.0}, "`margin` must be 15.0, its default, with pair_weight=0, got 5.0"),
         ({"beta": 0.2}, "beta=0.2: set `margin`, in nats"),
     ],
 )

@@ -111,16 +111,16 @@ def test_another_reference(model_dir, model, tokenizer, config_kwargs, pairs, tm
 
 def test_what_cannot_be_is_refused(model_dir, config_kwargs, pairs):
     for settings, message in (
-        ({"beta": 0.0}, "beta=0.0 has no target"),
-        ({"log_ratios": "median"}, "log_ratios='median' is not known"),
+        ({"beta": 0.0}, "`beta` must be above 0, got 0.0"),
+        ({"log_ratios": "median"}, "`log_ratios` must be one of .*got 'median'"),
         ({"loss_type": ["ipo"]}, "set `log_ratios`"),
-        ({"precompute_ref_batch_size": 0}, "would run nothing"),
+        ({"precompute_ref_batch_size": 0}, "`precompute_ref_batch_size` must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             IPOConfig(**config_kwargs, **settings)
     stream = IterableDataset.from_generator(lambda: iter(PAIRS))
     for data in ({"train_dataset": stream}, {"train_dataset": pairs, "eval_dataset": {"one": stream}}):
-        with pytest.raises(NotImplementedError, match="does not take a stream"):
+        with pytest.raises(NotImplementedError, match="must be a `Dataset` for IPOTrainer, got a stream"):
             IPOTrainer(model_dir, args=IPOConfig(**config_kwargs), **data)
     with pytest.raises(ValueError, match="1 of 1 rows that cannot be used"):
         rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "b"}])

@@ -42,7 +42,7 @@ def no_weights(monkeypatch):
 @pytest.mark.parametrize(("trainer", "config"), [(SLiCTrainer, SLiCConfig), (RRHFTrainer, RRHFConfig)])
 def test_set_in_the_trainer(trainer, config, settings, named, model_dir, pairs, config_kwargs, no_weights):
     args = config(**config_kwargs, **settings)
-    with pytest.raises(NotImplementedError, match=f"{trainer.__name__} does not run with {named}: its loss needs"):
+    with pytest.raises(NotImplementedError, match=f"{trainer.__name__} does not support {named}: its loss needs"):
         trainer(model_dir, args=args, train_dataset=pairs)
 
 
@@ -50,7 +50,7 @@ def test_set_in_the_trainer(trainer, config, settings, named, model_dir, pairs, 
 def test_set_by_the_launcher(kind, model_dir, pairs, config_kwargs, no_weights, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     monkeypatch.setenv(f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", "2")
-    with pytest.raises(NotImplementedError, match=rf"does not run with {kind}_size=2 \(accelerate's config file, or"):
+    with pytest.raises(NotImplementedError, match=rf"does not support {kind}_size=2 \(accelerate's config file, or"):
         SLiCTrainer(model_dir, args=SLiCConfig(**config_kwargs), train_dataset=pairs)
 
 
@@ -111,4 +111,4 @@ def test_a_recipe_under_the_real_launcher(flags, deepspeed, named, model_dir, pa
         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)},
     )  # fmt: skip
     assert done.returncode != 0
-    assert f"SLiCTrainer does not run with {named}" in done.stderr, done.stderr[-3000:]
+    assert f"SLiCTrainer does not support {named}" in done.stderr, done.stderr[-3000:]

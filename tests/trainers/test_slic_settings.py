@@ -107,15 +107,15 @@ def test_kl_with_lora_is_the_kl_to_the_base_model(model_dir, tokenizer, pairs, c
         ({"precompute_ref_log_probs": True}, r"precompute_ref_log_probs=True: .* train a LoRA adapter"),
         ({"padding_free": True}, r"padding_free=True: TRL itself switches it off"),
         ({"truncation_mode": "keep_end"}, r"truncation_mode='keep_end': cut prompts before training"),
-        ({"delta": 0}, r"delta=0 is no margin.* Set delta > 0"),
-        ({"delta": float("nan")}, r"delta=nan is no margin"),
-        ({"reg_weight": -0.1}, r"reg_weight=-0.1 would make y_ref less likely. Set reg_weight >= 0"),
-        ({"calibration": "hinge"}, r"calibration='hinge' is not known. Set it to one of rank, margin"),
-        ({"reg_type": "KL"}, r"reg_type='KL' is not known. Set it to one of cross_entropy, kl"),
-        ({"logps_reduction": "avg"}, r"logps_reduction='avg' is not known"),
-        ({"calibration": "expected_reward", "delta": 2.0}, r"delta=2.0 has no part in calibration='expected_reward'"),
-        ({"reg_type": "kl", "reg_weight": 0}, r"reg_type='kl' with reg_weight=0 would load a reference model"),
-        ({"on_invalid_row": "skip"}, r"on_invalid_row='skip' is not known"),
+        ({"delta": 0}, r"`delta` must be above 0, got 0"),
+        ({"delta": float("nan")}, r"`delta` must be above 0, got nan"),
+        ({"reg_weight": -0.1}, r"`reg_weight` must be 0 .*got -0.1: a negative weight makes y_ref"),
+        ({"calibration": "hinge"}, r"`calibration` must be one of rank, margin.*got 'hinge'"),
+        ({"reg_type": "KL"}, r"`reg_type` must be one of cross_entropy, kl, got 'KL'"),
+        ({"logps_reduction": "avg"}, r"`logps_reduction` must be one of .*got 'avg'"),
+        ({"calibration": "expected_reward", "delta": 2.0}, r"with calibration='expected_reward', got 2.0"),
+        ({"reg_type": "kl", "reg_weight": 0}, r"`reg_weight` must be above 0 with reg_type='kl', got 0"),
+        ({"on_invalid_row": "skip"}, r"`on_invalid_row` must be 'error' or 'drop', got 'skip'"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings, message, tmp_path):
@@ -135,19 +135,19 @@ def test_refusals_come_before_any_weight_is_loaded(model_dir, tokenizer, pairs, 
             build(model_dir, tokenizer, bad_rows, config_kwargs)
         with pytest.raises(ValueError, match="eval dataset has 1 of 1 rows"):
             build(model_dir, tokenizer, pairs, config_kwargs, eval_dataset=bad_rows)
-        with pytest.raises(ValueError, match="`ref_model` that its loss never looks at"):
+        with pytest.raises(ValueError, match="`ref_model` must be None for SLiCTrainer"):
             build(model_dir, tokenizer, pairs, config_kwargs, ref_model=model)
-        with pytest.raises(NotImplementedError, match="does not take `compute_metrics`"):
+        with pytest.raises(NotImplementedError, match="`compute_metrics` must be None"):
             build(model_dir, tokenizer, pairs, config_kwargs, compute_metrics=lambda prediction: {})
-        with pytest.raises(TypeError, match="of type DPOConfig.* Pass a SLiCConfig"):
+        with pytest.raises(TypeError, match="`args` must be a SLiCConfig, got DPOConfig"):
             SLiCTrainer(model_dir, args=DPOConfig(**config_kwargs), train_dataset=pairs)
-        with pytest.raises(ValueError, match="`train_dataset` is required"):
+        with pytest.raises(ValueError, match="`train_dataset` must be a .*got None"):
             build(model_dir, tokenizer, None, config_kwargs)
-        with pytest.raises(ValueError, match="got no model. Pass a name"):
+        with pytest.raises(ValueError, match="`model` must be a name, .*got None"):
             build(None, tokenizer, pairs, config_kwargs)
-        with pytest.raises(ValueError, match="dispatch_batches=True would tear"):
+        with pytest.raises(ValueError, match="`dispatch_batches` of `accelerator_config` must be False"):
             build(model_dir, tokenizer, pairs, config_kwargs, accelerator_config={"dispatch_batches": True})
-        with pytest.raises(TypeError, match="`train_dataset` is a dict"):
+        with pytest.raises(TypeError, match="`train_dataset` must be a .*got dict"):
             build(model_dir, tokenizer, {"train": pairs}, config_kwargs)
     assert counts["models"] == 0
 
@@ -160,38 +160,36 @@ def test_adapters_that_would_mean_the_wrong_reference_are_refused(model_dir, tok
             model.add_adapter(name, LORA)
         return model
 
-    with pytest.raises(
-        ValueError, match=r"has the adapters \['mine'\].* Load the adapter with `adapter_name='default'`"
-    ):
+    with pytest.raises(ValueError, match=r"called 'default', got \['mine'\]. Load it with `adapter_name='default'`"):
         build(peft_model("mine"), tokenizer, pairs, config_kwargs)
     two = peft_model("default", "other")
     two.set_adapter("other")
     build(two, tokenizer, pairs, config_kwargs)
-    with pytest.raises(ValueError, match=r"\['other'\] are active.* Activate 'default' alone"):
+    with pytest.raises(ValueError, match=r"must be 'default' alone, got \['other'\] of .*Activate 'default' alone"):
         build(two, tokenizer, pairs, config_kwargs, reg_type="kl")
     used = peft_model("default")
     build(used, tokenizer, pairs, config_kwargs, reg_type="kl")
     for reg_type in ("kl", "cross_entropy"):
-        with pytest.raises(ValueError, match=r"left its reference 'ref'.* with `model.delete_adapter\('ref'\)`"):
+        with pytest.raises(ValueError, match=r"called 'ref', got .* with `model.delete_adapter\('ref'\)`"):
             build(used, tokenizer, pairs, config_kwargs, reg_type=reg_type)
     peft_model("default").save_pretrained(config_kwargs["output_dir"])
     base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    with pytest.raises(ValueError, match="Nothing in the PeftModel .* is trainable. Load it with `is_trainable=True`"):
+    with pytest.raises(ValueError, match="must have trainable weights, got none. Load it with `is_trainable=True`"):
         build(PeftModel.from_pretrained(base, config_kwargs["output_dir"]), tokenizer, pairs, config_kwargs)
     base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     adalora = get_peft_model(base, AdaLoraConfig(total_step=10, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match="An AdaLoRA PeftModel cannot be given a second adapter"):
+    with pytest.raises(ValueError, match="must not be AdaLoRA, which takes no second adapter"):
         build(adalora, tokenizer, pairs, config_kwargs)
     trained_head = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     build(model_dir, tokenizer, pairs, config_kwargs, peft_config=trained_head)
-    with pytest.raises(NotImplementedError, match="the head is the reference's as well. Leave the head out"):
+    with pytest.raises(NotImplementedError, match="the reference uses the same head. Remove the head"):
         build(model_dir, tokenizer, pairs, config_kwargs, peft_config=trained_head, reg_type="kl")
 
 
 def test_padding_token_is_used_or_refused(model_dir, tokenizer, pairs, config_kwargs):
     trainer = build(model_dir, None, pairs, config_kwargs, pad_token="!")
     assert trainer.data_collator.pad_token_id == trainer.processing_class.convert_tokens_to_ids("!")
-    with pytest.raises(ValueError, match="The padding token '<nope>' is not in the tokenizer's vocabulary"):
+    with pytest.raises(ValueError, match="`pad_token` must be in the tokenizer's vocabulary, got '<nope>'"):
         build(model_dir, None, pairs, config_kwargs, pad_token="<nope>")
 
 
@@ -200,7 +198,7 @@ def test_foreign_collator_is_refused_by_name(model, tokenizer, pairs, config_kwa
         return {"input_ids": torch.zeros(2, 3, dtype=torch.long)}
 
     trainer = build(model, tokenizer, pairs, config_kwargs, data_collator=collator)
-    with pytest.raises(ValueError, match="does not make the batches of `trl_ext.CandidateCollator`"):
+    with pytest.raises(ValueError, match="must have what `trl_ext.CandidateCollator` makes"):
         trainer.train()
 
 

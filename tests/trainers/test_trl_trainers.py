@@ -251,7 +251,7 @@ def test_columns_of_batches():
 
 def test_rows_without_an_order_are_refused(model_dir, config_kwargs):
     rows = Dataset.from_list([{"prompt": "a", "completions": ["b", "c"], "scores": [1.0, 1.0]}])
-    with pytest.raises(ValueError, match="No row of the train dataset has two answers with different scores"):
+    with pytest.raises(ValueError, match="The train dataset must have rows with two answers of different scores"):
         DPOTrainer(model_dir, args=DPOConfig(**config_kwargs), train_dataset=rows)
 
 
@@ -389,16 +389,16 @@ def test_rloo_refuses_before_weights_are_loaded(model_dir, rl_kwargs, monkeypatc
     reward = {"rewards": "tests.trainers.test_trl_trainers:length_reward"}
     monkeypatch.setattr("torch.nn.Module.__init__", lambda *_: pytest.fail("a model is made"))
     for kwargs, dataset, error, message in (
-        ({}, rows, ValueError, "nothing to train towards. Set `rewards`"),
+        ({}, rows, ValueError, "`rewards` must name at least one scorer, got none"),
         (reward, rows.remove_columns("wanted"), TypeError, "wanted"),
-        (reward, rows.remove_columns("prompt"), ValueError, "no `prompt` to answer"),
+        (reward, rows.remove_columns("prompt"), ValueError, "must have a column `prompt`"),
         (
             reward,
             rows.add_column("tools", [[{"name": "add"}]] * len(rows)),
             ValueError,
-            "has a column 'tools', and TRL",
+            "must not have values in `tools`: TRL",
         ),
-        (reward, rows.to_iterable_dataset(), NotImplementedError, "Pass a `Dataset`"),
+        (reward, rows.to_iterable_dataset(), NotImplementedError, "must be a `Dataset`"),
         (reward, Dataset.from_list([{"prompt": None, "wanted": 1}]), ValueError, "row 0: column 'prompt' is missing"),
     ):
         with pytest.raises(error, match=message):
@@ -411,15 +411,15 @@ def test_rloo_refuses_before_weights_are_loaded(model_dir, rl_kwargs, monkeypatc
 @pytest.mark.parametrize(
     ("config", "settings", "message"),
     [
-        (KTOConfig, {"per_device_train_batch_size": 1}, "per_device_train_batch_size=1: KTO estimates"),
-        (RewardConfig, {"difference_penalty": -1.0}, "difference_penalty=-1.0 would drive rewards apart"),
-        (RewardConfig, {"max_difference": 0.0}, "max_difference=0.0 would end the gradient"),
+        (KTOConfig, {"per_device_train_batch_size": 1}, "must be at least 2, got 1: KTO estimates"),
+        (RewardConfig, {"difference_penalty": -1.0}, "got -1.0: a negative penalty drives rewards apart"),
+        (RewardConfig, {"max_difference": 0.0}, "`max_difference` must be above 0, got 0.0"),
         (RewardConfig, {"eos_token": "x"}, "eos_token='x': rows are tokenised before"),
-        (BestOfNConfig, {"completion_only_loss": False}, "would learn the prompts too"),
+        (BestOfNConfig, {"completion_only_loss": False}, "`completion_only_loss` must be True, got False"),
         (ORPOConfig, {"is_encoder_decoder": True}, "is_encoder_decoder=True: models are decoders"),
         (DPOConfig, {"truncation_mode": "keep_end"}, "truncation_mode='keep_end': cut prompts before training"),
-        (DPOConfig, {"prefix_sharing": "maybe"}, "prefix_sharing='maybe' is not known"),
-        (DPOConfig, {"on_invalid_row": "ignore"}, "on_invalid_row='ignore' is not known"),
+        (DPOConfig, {"prefix_sharing": "maybe"}, "`prefix_sharing` must be 'auto', True or False, got 'maybe'"),
+        (DPOConfig, {"on_invalid_row": "ignore"}, "`on_invalid_row` must be 'error' or 'drop', got 'ignore'"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(config, settings, message, config_kwargs):

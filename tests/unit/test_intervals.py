@@ -67,7 +67,7 @@ def test_a_tie_is_half_a_win_in_every_report():
 @pytest.mark.parametrize(("after", "before"), [([1.0], []), ([], [])])
 @pytest.mark.parametrize("function", [paired_difference, wins])
 def test_values_that_make_no_pairs(after, before, function):
-    with pytest.raises(ValueError, match="make no pairs"):
+    with pytest.raises(ValueError, match="one value for every prompt"):
         function(after, before)
 
 

@@ -14,13 +14,17 @@ import numpy as np
 import pytest
 
 from tests.support.comparisons import hostile_comparison, invented_comparison
-from trl_ext.comparison.html import THEMES
+from tests.support.data import REPOSITORY
+from trl_ext.comparison import measures
+from trl_ext.comparison.measures import MEASURES, FinishedRun, Measure, Picture, measured
 from trl_ext.comparison.page import write_report
 from trl_ext.comparison.results import ComparisonResults, MethodResult
 from trl_ext.comparison.statistics import (
     win_rate,
 )
-from trl_ext.comparison.text import CSV_COLUMNS
+from trl_ext.comparison.tables import csv_columns
+from trl_ext.comparison.text import format_number
+from trl_ext.runs.evaluation import distinct_n
 
 
 def small_comparison(**changes) -> ComparisonResults:
@@ -33,13 +37,14 @@ def small_comparison(**changes) -> ComparisonResults:
 def test_results_come_back_as_they_were_saved(tmp_path):
     comparison = small_comparison()
     comparison.results[1].scores["judge"][3] = math.nan
-    comparison.results[1].seconds = math.nan
+    comparison.results[1].measured["kl"][2] = math.nan
     comparison.results[2] = MethodResult("ipo", "IPO", 0, "failed", "it broke")
-    comparison.results[3].lengths = [np.int64(value) for value in comparison.results[3].lengths]
+    lengths = comparison.results[3].measured["lengths"]
+    comparison.results[3].measured["lengths"] = [np.int64(value) for value in lengths]
     comparison.save(tmp_path / "results.json")
-    assert "NaN" not in (tmp_path / "results.json").read_text()
+    assert not any(word in (tmp_path / "results.json").read_text() for word in ("NaN", "measured"))
     loaded = ComparisonResults.load(tmp_path / "results.json")
-    assert math.isnan(loaded.results[1].scores["judge"][3]) and math.isnan(loaded.results[1].seconds)
+    assert math.isnan(loaded.results[1].scores["judge"][3]) and math.isnan(loaded.results[1].measured["kl"][2])
     loaded.save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_text() == (tmp_path / "results.json").read_text()
     assert loaded.results[0] == comparison.results[0] and loaded.settings == comparison.settings
@@ -48,25 +53,34 @@ def test_results_come_back_as_they_were_saved(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda saved: saved.update(version=3), "has version 3"),
-        (lambda saved: saved.pop("version"), "has version None"),
-        (lambda saved: saved.update(results={}), "no list of results"),
-        (lambda saved: saved.update(results=[]), "has no results"),
+        (lambda saved: saved.update(version=3), "must have version 2, got 3"),
+        (lambda saved: saved.pop("version"), "must have version 2, got None"),
+        (lambda saved: saved.update(results={}), "must have a list of `results`"),
+        (lambda saved: saved.update(results=[]), "at least one result"),
         (lambda saved: saved.update(extra=1), "extra, which is not known"),
         (lambda saved: saved.pop("base"), "lacks base"),
-        (lambda saved: saved.update(base="ppo"), "'ppo' is not among"),
-        (lambda saved: saved.update(prompts="20"), "prompts='20'"),
-        (lambda saved: saved["results"][1].pop("kl"), "Result 1 lacks kl"),
-        (lambda saved: saved["results"][1].update(seed=True), "seed=True"),
-        (lambda saved: saved["results"][1].update(status="running"), "status 'running'"),
-        (lambda saved: saved["results"][1].update(method="sft", label="SFT"), "is there twice"),
-        (lambda saved: saved["results"][1].update(label="other"), "one label"),
-        (lambda saved: [row.update(label="SFT") for row in saved["results"]], "Several methods are called"),
-        (lambda saved: saved["results"][1]["lengths"].pop(), "19 values in lengths"),
-        (lambda saved: saved["results"][1]["scores"].update(reward="high"), "'high' in scores"),
-        (lambda saved: saved["results"][1]["curve"][0].pop("kl"), "on its curve"),
-        (lambda saved: saved["results"][1]["examples"][0].pop("reward"), "has an example with prompt, answer"),
-        (lambda saved: saved["results"][1].update(prompts_key="other"), "make no pairs"),
+        (lambda saved: saved.update(base="ppo"), "got 'ppo'"),
+        (lambda saved: saved.update(prompts="20"), "`prompts` must be int, got '20'"),
+        (lambda saved: saved["results"][1].pop("curve"), "Result 1 lacks curve"),
+        (lambda saved: saved["results"][1].update(updates=[120]), "`updates` must be a number, got [120]"),
+        (lambda saved: saved["results"][1].update(kl=0.5), "`kl` must be a list of numbers, got 0.5"),
+        (lambda saved: saved["results"][1].update(klx=[0.5]), "klx, which is not known"),
+        (lambda saved: saved["results"][1].update(seed=True), "`seed` must be int, got True"),
+        (
+            lambda saved: saved["results"][1].update(status="running"),
+            "must be one of done, failed, got 'running'",
+        ),
+        (lambda saved: saved["results"][1].update(method="sft", label="SFT"), "must have one result, got two"),
+        (lambda saved: saved["results"][1].update(label="other"), "must have the label 'other' as with other seeds"),
+        (lambda saved: [row.update(label="SFT") for row in saved["results"]], "Methods must have different labels"),
+        (
+            lambda saved: saved["results"][1]["lengths"].pop(),
+            "must have 20 values, one for each prompt, got 19",
+        ),
+        (lambda saved: saved["results"][1]["scores"].update(reward="high"), "must be a list of numbers, got 'high'"),
+        (lambda saved: saved["results"][1]["curve"][0].pop("kl"), "an entry of `curve` that must be"),
+        (lambda saved: saved["results"][1]["examples"][0].pop("reward"), "an entry of `examples` that must be"),
+        (lambda saved: saved["results"][1].update(prompts_key="other"), "got 'other'"),
     ],
 )
 def test_what_makes_no_report_is_refused_by_name(tmp_path, change, message):
@@ -82,11 +96,11 @@ def test_what_makes_no_report_is_refused_by_name(tmp_path, change, message):
 
 def test_what_is_no_json_is_refused(tmp_path):
     (tmp_path / "results.json").write_text("{")
-    with pytest.raises(ValueError, match="cannot be read as JSON"):
+    with pytest.raises(ValueError, match="must be JSON"):
         ComparisonResults.load(tmp_path / "results.json")
     comparison = small_comparison()
     comparison.results[0].scores["reward"][0] = None
-    with pytest.raises(ValueError, match="Give NaN for a value"):
+    with pytest.raises(ValueError, match="Use NaN for a missing value"):
         write_report(comparison, tmp_path / "report")
     assert not (tmp_path / "report").exists()
 
@@ -103,11 +117,11 @@ def test_the_csv_is_tidy_and_right(small_report):
     comparison, folder = small_report
     with (folder / "comparison.csv").open(newline="") as opened:
         rows = list(csv.DictReader(opened))
-    assert list(rows[0]) == list(CSV_COLUMNS)
+    assert list(rows[0]) == list(csv_columns())
     keys = ["method", "seed", "figure", "scorer", "over"]
     found = {tuple(row[key] for key in keys): row for row in rows}
     assert len(found) == len(rows)
-    assert {row["figure"] for row in rows} - {""} <= set(re.findall(r"\w+", CSV_COLUMNS["figure"]))
+    assert {row["figure"] for row in rows} - {""} <= set(re.findall(r"\w+", csv_columns()["figure"]))
     rewards = {(one.method, one.seed): one.scores.get("reward") for one in comparison.results}
     dpo = found["dpo", "1", "score", "reward", ""]
     assert float(dpo["value"]) == pytest.approx(np.mean(rewards["dpo", 1])) and dpo["seeds"] == "1"
@@ -132,6 +146,61 @@ def test_the_table_to_paste_is_one_table(small_report):
     assert comparison.command in text and comparison.notes[0] in text
 
 
+def finished(text: str) -> FinishedRun:
+    answers = [{"answer": text, "kl": 1.0, "fixed_logp": -4.0, "num_tokens": 5} for _ in range(20)]
+    return FinishedRun(answers, {"distinct_2": 0.5}, [], 0, math.nan, 0.0, "1")
+
+
+GUIDE = (REPOSITORY / "docs" / "extending.md").read_text()
+GUIDE = re.search(r"## A figure of the comparison\n.*?```python\n(.*?)```", GUIDE, re.S)[1]
+NEW_MEASURES = {
+    "a value for each prompt": eval(GUIDE, vars(measures)),
+    "a value for each run": Measure(
+        "different_words",
+        lambda run: distinct_n([one["answer"] for one in run.answers], 1),
+        "share of different words",
+        column="different words",
+        cost_column="different words",
+        markdown_column="words",
+        picture=Picture("further", "different words"),
+    ),
+}
+
+
+@pytest.fixture(params=NEW_MEASURES)
+def measure(request):
+    MEASURES.append(NEW_MEASURES[request.param])
+    yield MEASURES[-1]
+    MEASURES.pop()
+
+
+def test_a_new_measure_is_one_entry(tmp_path, measure):
+    comparison = small_comparison()
+    comparison.save(tmp_path / "older.json")
+    older = ComparisonResults.load(tmp_path / "older.json")  # written before there was such a measure
+    write_report(older, tmp_path / "older")
+    assert f"Not measured for any method: {measure.name}." in (tmp_path / "older" / "comparison.md").read_text()
+
+    for result in comparison.results:
+        result.measured = measured(finished("wow!" if result.method == "sft" else "oh wow?"))
+    comparison.save(tmp_path / "results.json")
+    write_report(ComparisonResults.load(tmp_path / "results.json"), tmp_path)
+    with (tmp_path / "comparison.csv").open(newline="") as opened:
+        rows = {(row["method"], row["figure"]): row for row in csv.DictReader(opened) if row["seed"] == "all"}
+    markdown, page = ((tmp_path / f"comparison.{kind}").read_text() for kind in ("md", "html"))
+    table = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert f" {measure.column} " in table[0] and "Not measured" not in markdown
+    assert f'<th scope="col">{measure.column}</th>' in page
+    assert 'id="further"' in page and measure.picture.title in page and measure.key in csv_columns()["figure"]
+    if measure.statistic is None:
+        assert (rows["dpo", measure.key]["value"], rows["dpo", measure.key]["low"]) == ("0.05", "")
+        assert ("dpo", "different_words_difference") not in rows
+        assert f'<td data-value="0.05">{format_number(0.05)}<span class="bar"' in page
+    else:
+        assert [rows["dpo", measure.key][end] for end in ("value", "low", "high")] == ["1"] * 3
+        assert rows["dpo", "questions_difference"]["value"] == "1"
+
+
 def conclusions(comparison: ComparisonResults, folder: Path) -> str:
     write_report(comparison, folder)
     text = (folder / "comparison.md").read_text()
@@ -150,8 +219,7 @@ def test_conclusions_follow_from_the_figures(tmp_path):
             seed,
             "done",
             scores={"reward": (noise + gain).tolist(), "judge": (noise + judge).tolist()},
-            lengths=[10] * prompts,
-            nll=[10 * nats] * prompts,
+            measured={"lengths": [10] * prompts, "nll": [10 * nats] * prompts},
         )
 
     cases = {"sft": (0, 0, 1), "a": (1, 0.5, 1), "b": (2, -1, 2), "c": (-1, 0, 1), "d": (0, 0, 1)}
@@ -204,19 +272,19 @@ def test_the_same_results_make_the_same_files(small_report, tmp_path):
 
 def without_figures(comparison):
     for one in comparison.results:
-        one.scores, one.lengths, one.kl, one.nll, one.examples, one.curve = {}, [], [], [], [], []
+        one.scores, one.examples, one.curve = {}, [], []
+        one.measured |= {"lengths": [], "kl": [], "nll": [], "distinct_2": None}
 
 
 def with_odd_values(comparison):
     for one in comparison.results[1:]:
         one.scores["reward"] = [math.nan] * 10 + [math.inf] * 5 + [1e30] * 5
-        one.kl, one.nll = [-1.0] * 20, [1e6] * 20
-        one.lengths = [0] * 20
+        one.measured |= {"kl": [-1.0] * 20, "nll": [1e6] * 20, "lengths": [0] * 20}
+        one.measured |= {"seconds": math.nan, "peak_memory_mib": math.inf, "models_resident": ""}
         one.curve[1:] = (
             [dict.fromkeys(one.curve[0]) | {"share": 0.5, "updates": 3, "reward": math.nan}] if one.curve else []
         )
-        one.examples = [{"prompt": {"a": 1}, "answer": "", "reward": math.nan}]
-        one.seconds, one.peak_memory_mib, one.models_resident = math.nan, math.inf, ""
+        one.examples = [{"prompt": "?", "answer": "", "reward": math.nan}]
 
 
 def with_failures(which):
@@ -232,7 +300,7 @@ def with_failures(which):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (without_figures, "Not measured for any method: KL, perplexity and length."),
+        (without_figures, "Not measured for any method: KL, perplexity, length and distinct-2."),
         (with_odd_values, "DPO: values that are missing and left out: 30 of reward."),
         (with_failures(lambda one: one.method == "sft"), "Nothing can be compared with SFT"),
         (with_failures(lambda one: True), "Failed: SFT (seeds 0 and 1)"),
@@ -258,12 +326,15 @@ def luminance(colour: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-@pytest.mark.parametrize("theme", THEMES)
-def test_lines_and_marks_stand_out(theme):
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_lines_and_marks_stand_out(small_report, theme):
     """3 to 1 for what is no text, by WCAG 2.1, 1.4.11."""
-    colours = THEMES[theme]
+    page = (small_report[1] / "comparison.html").read_text()
+    found = re.findall(r"--([\w-]+):light-dark\((#\w{6}),(#\w{6})\)", page)
+    colours = {name: light if theme == "light" else dark for name, light, dark in found}
     page = luminance(colours["page"])
-    drawn = [*colours["series"].split(), colours["up"], colours["down"], colours["muted"]]
+    marks = {"up", "down", "muted"}
+    drawn = [colour for name, colour in colours.items() if name in marks or name.startswith("series")]
     assert len(drawn) == 10
     for colour in drawn:
         light, dark = sorted((luminance(colour), page), reverse=True)

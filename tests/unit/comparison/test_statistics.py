@@ -92,11 +92,11 @@ def test_missing_values_are_left_out_and_nothing_is_nothing():
 
 
 def test_values_that_make_no_pairs_are_refused():
-    with pytest.raises(ValueError, match="make no pairs"):
+    with pytest.raises(ValueError, match="one value for each seed and prompt"):
         win_rate([[1.0, 2.0]], [[1.0]])
-    with pytest.raises(ValueError, match="of other answers"):
+    with pytest.raises(ValueError, match="of the same answers"):
         length_controlled_win_rate([[1.0, 2.0]], [[1.0, 3.0]], [[1]], [[1]])
-    with pytest.raises(ValueError, match="for the same prompts 'p'"):
+    with pytest.raises(ValueError, match="Seeds with the prompts 'p' must"):
         mean_interval([[1.0, 2.0], [1.0]], ["p", "p"])
 
 

@@ -186,7 +186,7 @@ def test_pairs_of_spin_by_hand():
         {"prompt": "c", "tools": "[]", "chosen": "one", "rejected": "two", "rejected_is_cut": True},
         {"prompt": "d", "chosen": "one", "rejected": "two", "rejected_is_cut": False},
     ]
-    with pytest.raises(ValueError, match="Of 2 generated answers 1 equal the real one and 1 are empty"):
+    with pytest.raises(ValueError, match="of 2, 1 equal the real answer and 1 are empty"):
         spin_pairs(rows[:2], "reference")
 
 
