@@ -166,7 +166,7 @@ def test_the_playground_of_a_reward_model(share, tmp_path):
 def test_the_playground_of_a_comparison(share, tmp_path):
     play_on("compare", share, tmp_path / "run")
     found = {result.method: result for result in ComparisonResults.load(tmp_path / "run" / "comparison.json").results}
-    assert list(found) == ["sft", "dpo"] and found["dpo"].status == "done" and found["dpo"].updates == 50
+    assert list(found) == ["sft", "dpo"] and found["dpo"].status == "done" and found["dpo"].measured["updates"] == 50
     assert (tmp_path / "run" / "comparison.html").is_file()
 
 
