@@ -397,7 +397,7 @@ def test_one_value_or_one_for_each_iteration(config_kwargs):
     config = SPINConfig("x", bf16=False, use_cpu=True)
     assert (config.output_dir, config.beta) == ("x", 0.1)
     for name, value in (("learning_rate", 10**400), ("beta", [0.1, 10**400, 5])):
-        with pytest.raises(ValueError, match=f"{name}=.* is too large a number. Lower it"):
+        with pytest.raises(ValueError, match=f"`{name}` must be a number that a float can hold"):
             SPINConfig(**{**config_kwargs, name: value})
     with pytest.raises(TypeError, match="`weight_decay` must be float, got .*, too large a number"):
         SPINConfig(**{**config_kwargs, "weight_decay": 10**400})
