@@ -142,7 +142,7 @@ def test_a_method_that_fails_does_not_take_the_others_with_it(model_dir, prompts
     output = tmp_path / "compared"
     broken = {"rl": {"reward_max_length": 100_000}}  # more than the reward model has positions
     printed = run(command(model_dir, prompts_file, output, "rl", "dpo", settings=json.dumps(broken)), code=1)
-    assert "RLOO failed and is left out" in printed and "Some methods failed" in printed
+    assert "RLOO failed and is skipped" in printed and "Some methods failed" in printed
     found = {result.method: result for result in ComparisonResults.load(output / "comparison.json").results}
     assert found["rl"].status == "failed" and found["dpo"].status == "done"
     assert "RLOO" in (output / "comparison.md").read_text()

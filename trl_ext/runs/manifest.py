@@ -49,10 +49,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
 
 
 def _remedy(folder: Path) -> str:
-    return (
-        f"Put back what was there, or remove {folder} and what follows it to make it anew, or set another "
-        "`--output_dir`."
-    )
+    return f"Restore it, or remove {folder} and the stages after it to run them again, or set another `--output_dir`."
 
 
 def outputs_of(folder: Path) -> dict[str, dict[str, Any]]:

@@ -173,7 +173,7 @@ class Run:
                 where = ", ".join(str(inputs[key]) for key in changed)
                 problem = (
                     f"Stage {name!r} was made from another {' and '.join(changed)} than there is now in {where}. "
-                    f"Remove {folder} and what follows it to make it anew, or set another `--output_dir`."
+                    f"Remove {folder} and the stages after it to run them again, or set another `--output_dir`."
                 )
         problem = self.first_from_any_rank(problem)
         if problem is not None:
