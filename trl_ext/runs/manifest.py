@@ -111,7 +111,7 @@ def settings_of(folder: str | Path) -> dict[str, Any] | None:
     try:
         return read_sealed(file, RUN_KEYS)["settings"]
     except ValueError as error:
-        raise ValueError(f"{error} Restore the file, or set another `--output_dir`.") from None
+        raise ValueError(f"{error} Restore it, or set another `--output_dir`.") from None
 
 
 def _begun(folder: Path) -> list[Path]:
