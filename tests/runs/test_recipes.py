@@ -184,7 +184,7 @@ def test_a_failed_start_does_not_hold_the_folder(model_dir, tmp_path):
     for changes, error, message in (
         ({"rewards": f"{REWARDS}:vovels"}, ImportError, "Did you mean vowels"),
         ({"judge": "tests/support/rewards.py:nothing"}, ImportError, "nothing"),
-        ({"model_name_or_path": "./nowhere"}, FileNotFoundError, "looks like a local folder"),
+        ({"model_name_or_path": "./nowhere"}, FileNotFoundError, "existing folder, got './nowhere'"),
         ({"dataset_name": tmp_path / "prompt.jsonl"}, FileNotFoundError, "which is not there"),
         (
             {"num_watched_prompts": 5},

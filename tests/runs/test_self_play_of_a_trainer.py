@@ -38,7 +38,7 @@ def test_train_plays_all_iterations_from_a_model_in_memory(model, model_dir, tok
     """The weights in memory are not those of the folder the model came from."""
     settings = {"learning_rate": [3e-3, 1e-3], "loss": "hinge", "num_train_epochs": 2, "processing_class": tokenizer}
     trainer = self_play(model, ROWS, config_kwargs, **settings)
-    with pytest.raises(AttributeError, match="has no 'model' before `train\\(\\)` has played the iterations"):
+    with pytest.raises(AttributeError, match="has no 'model' before `train\\(\\)` has run the iterations"):
         trainer.model  # noqa: B018
     result = trainer.train()
     assert stages_are_numbered(capsys.readouterr().out)
@@ -131,8 +131,8 @@ def test_messages_are_split(tokenizer, config_kwargs):
 @pytest.mark.parametrize(
     ("rows", "settings", "message"),
     [
-        ([{"prompt": "a"}], {}, r"has the columns \['prompt'\]. SPIN plays all iterations on `prompt` and `compl"),
-        ([{"completion": "a"}], {}, r"has the columns \['completion'\]. SPIN needs `prompt` and `completion`"),
+        ([{"prompt": "a"}], {}, r"to run all iterations.* Got the columns \['prompt'\]"),
+        ([{"completion": "a"}], {}, r"`prompt` and `completion` .*got the columns \['completion'\]"),
         ([*ROWS, {**ROWS[0], "completion": " "}], {}, "row 24: column 'completion' is empty. Remove rows"),
         ([*ROWS, {**ROWS[0], "completion": None}], {}, r"row 24: column 'completion' is missing \(None\)"),
         ([*ROWS, {**ROWS[0], "prompt": ""}], {}, "row 24: column 'prompt' is missing or empty"),
@@ -146,20 +146,20 @@ def test_messages_are_split(tokenizer, config_kwargs):
             [*ROWS, {**ROWS[0], "prompt": "x" * 510}], {"max_length": None},
             "row 24: column 'prompt' has 510 tokens and with max_new_tokens=8 exceeds the model's window of 512",
         ),
-        (ROWS, {"first_turn_only": True}, "first_turn_only=True would do nothing"),
+        (ROWS, {"first_turn_only": True}, "`first_turn_only` must be False"),
         (ROWS, {"num_watched_prompts": 20}, "`num_watched_prompts` must be at most half of the 24 "),
-        (ROWS, {"num_watched_prompts": 0, "early_stop": "nll"}, "early_stop='nll' watches held-out rows"),
-        (ROWS, {"num_watched_prompts": 0, "rewards": ["f.py:f"]}, "would do nothing: there are no held-out rows"),
-        ([{**row, "label": True} for row in ROWS], {}, "has a column `label`"),
+        (ROWS, {"num_watched_prompts": 0, "early_stop": "nll"}, "early_stop='nll' needs held-out rows, got none"),
+        (ROWS, {"num_watched_prompts": 0, "rewards": ["f.py:f"]}, "`rewards` needs held-out rows"),
+        ([{**row, "label": True} for row in ROWS], {}, "must not have a column `label`"),
         ([{"messages": ["hi", "ho"]}], {}, "row 0: column 'messages' is not a list of messages"),
         ([{**row, "note": datetime(2026, 1, 1)} for row in ROWS], {}, "Row 0: column 'note' must hold"),
         (ROWS, {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"}, "load_best_mod"),
-        (ROWS, {"save_only_model": True}, "save_only_model=True would let an interrupted iteration"),
-        (ROWS, {"push_to_hub": True}, "push_to_hub would push the model of every iteration"),
-        (ROWS, {"quantization_config": 4}, "Leave the quantisation out"),
+        (ROWS, {"save_only_model": True}, "`save_only_model` must be False in self-play"),
+        (ROWS, {"push_to_hub": True}, "`push_to_hub` must be False in self-play"),
+        (ROWS, {"quantization_config": 4}, "Remove the quantisation"),
         (ROWS, {"rewards": ["trl_ext.playground:nothing"]}, "trl_ext.playground has no .nothing."),
-        (ROWS, {"callbacks": [1]}, "callbacks cannot go to the processes"),
-        (ROWS, {"ref_model": "x"}, "ref_model cannot go to the processes"),
+        (ROWS, {"callbacks": [1]}, "`callbacks` cannot be passed on"),
+        (ROWS, {"ref_model": "x"}, "`ref_model` cannot be passed on"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_named_before_any_weight_is_loaded(

@@ -1,7 +1,7 @@
 """`recipes/compare.py`: what it refuses, how the budget is shared out, and what each method gets."""
 
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +14,7 @@ from trl_ext import SLiCConfig, SLiCTrainer
 from trl_ext.cli.options import recipe_dataclasses
 from trl_ext.cli.parse import given_options, parse_recipe_args
 from trl_ext.comparison.arguments import shared_settings
-from trl_ext.comparison.compare import _with_labels_of_now, compare
+from trl_ext.comparison.compare import NOT_RECORDED, _results, _with_labels_of_now, compare
 from trl_ext.comparison.config import ComparisonConfig
 from trl_ext.comparison.methods import METHODS
 from trl_ext.comparison.results import ComparisonResults, MethodResult
@@ -31,32 +31,32 @@ CIRCLE["circle"] = CIRCLE
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"methods": ["dpoo"]}, "'dpoo' is not known.* 'dpoo' may be meant for 'dpo'"),
-        ({"seeds": [1, 1]}, "has none, or one twice"),
-        ({"max_steps": 1}, "max_steps=1: methods that train twice"),
+        ({"methods": ["dpoo"]}, "got 'dpoo'. Did you mean `dpo`"),
+        ({"seeds": [1, 1]}, "each once, got .1, 1."),
+        ({"max_steps": 1}, "`max_steps` must be at least 2, got 1: methods that train twice"),
         ({"settings": "{"}, "`settings` must be JSON, got .{.*Correct it"),
-        ({"settings": "[1]"}, "has to be options by name of a method"),
-        ({"settings": {"dpo": 3}}, "'dpo' has 3, and it has to be options by name"),
-        ({"settings": {"dpo": {1: 3}}}, "'dpo' has {1: 3}, and it has to be options by name"),
-        ({"settings": {"dpo": {"model_init_kwargs": CIRCLE}}}, "'dpo' has values that are none of JSON .Circular"),
-        ({"settings": {"dpo": {"max_steps": 3}}}, "'dpo' sets max_steps, which the comparison sets itself"),
-        ({"settings": {"all": {"output_dir": "x"}}}, "'all' sets output_dir"),
-        ({"settings": {"rl": {"min_p": 0.1}}}, "'rl' sets min_p, which the comparison sets itself"),
-        ({"settings": {"dpo": {"label": "x"}}}, "'dpo' is a name that is taken"),
-        ({"settings": {"mine": {"beta": 1.0}}}, "'mine' is no method"),
-        ({"settings": {"../x": {"method": "dpo"}}}, "'../x' cannot be the name of a further method"),
-        ({"settings": {"candidates": {"method": "dpo"}}}, "'candidates' cannot be the name"),
-        ({"settings": {"mine": {"method": "dpo", "label": 3}}}, "the `label` of 'mine' is 3"),
+        ({"settings": "[1]"}, "must be options by name of a method"),
+        ({"settings": {"dpo": 3}}, "'dpo' must be options by name, got 3"),
+        ({"settings": {"dpo": {1: 3}}}, "'dpo' must be options by name, got {1: 3}"),
+        ({"settings": {"dpo": {"model_init_kwargs": CIRCLE}}}, "'dpo' must be values of JSON .Circular"),
+        ({"settings": {"dpo": {"max_steps": 3}}}, "'dpo' must not set `max_steps`: the comparison sets"),
+        ({"settings": {"all": {"output_dir": "x"}}}, "'all' must not set `output_dir`"),
+        ({"settings": {"rl": {"min_p": 0.1}}}, "'rl' must not set `min_p`: the comparison sets"),
+        ({"settings": {"dpo": {"label": "x"}}}, "must be new, got 'dpo'"),
+        ({"settings": {"mine": {"beta": 1.0}}}, "must be one of .*, got 'mine'"),
+        ({"settings": {"../x": {"method": "dpo"}}}, "got '../x': a folder has the same name"),
+        ({"settings": {"candidates": {"method": "dpo"}}}, "got 'candidates': a folder"),
+        ({"settings": {"mine": {"method": "dpo", "label": 3}}}, "`label` of 'mine' in `settings` must be text, got 3"),
         (
             {"settings": {"a": {"method": "dpo", "label": "x"}, "b": {"method": "ipo", "label": "x"}}},
-            "'a' and 'b' are both called 'x'",
+            "got 'x' for 'a' and 'b'",
         ),
-        ({"settings": {"mine": {"method": "dpo", "label": "DPO"}}}, "'dpo' and 'mine' are both called 'DPO'"),
+        ({"settings": {"mine": {"method": "dpo", "label": "DPO"}}}, "got 'DPO' for 'dpo' and 'mine'"),
         (
             {"methods": ["mine"], "settings": {"mine": {"method": "dpo", "label": "SFT"}}},
-            "'sft' and 'mine' are both called 'SFT'",
+            "got 'SFT' for 'sft' and 'mine'",
         ),
-        ({"num_checkpoints": -1}, "num_checkpoints=-1"),
+        ({"num_checkpoints": -1}, "got -1 and 128"),
         ({"num_train_epochs": 2.0}, "num_train_epochs=2.0: set `max_steps`"),
     ],
 )
@@ -68,9 +68,9 @@ def test_settings_that_cannot_be_are_refused(settings, message, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dpo": {"betta": 1.0}}, "'dpo' has the unknown options betta.* meant for 'beta'"),
+        ({"dpo": {"betta": 1.0}}, "Unknown options `betta` in `settings` of 'dpo'. Did you mean `beta`"),
         ({"dpo": {"learning_rate": [1]}}, "dpo: "),
-        ({"sft": {"beta": 1.0}}, "'sft' is not trained"),
+        ({"sft": {"beta": 1.0}}, "'sft' must be empty, as it is not trained"),
         ({"slic_direct": {"delta": -1.0}}, "slic_direct: delta=-1.0"),
     ],
 )
@@ -92,7 +92,7 @@ def test_labels_of_earlier_results(tmp_path):
     names = {"sft": "SFT", "low": "low beta", "gone": "an earlier one"}
     results = [MethodResult(name, label, seed, "failed") for name, label in names.items() for seed in (1, 2)]
     ComparisonResults("title", "sft", 4, results).save(tmp_path / "comparison.json")
-    for label, message in (("DPO, beta 0.01", None), ("an earlier one", "stays in the report: .*'low' and 'gone'")):
+    for label, message in (("DPO, beta 0.01", None), ("an earlier one", "stay in the report: .*'low' and 'gone'")):
         words = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", "true", "--methods", "low",
                  "--settings", json.dumps({"low": {"method": "dpo", "label": label}})]  # fmt: skip
         parsed = parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, words)
@@ -289,17 +289,17 @@ def test_settings_of_a_file_may_name_code(tmp_path):
 
 def test_what_two_rounds_and_the_report_need(tmp_path):
     for words, message in (
-        (["--num_candidates", "3"], "RRHF in two rounds has half of them in each"),
-        (["--num_checkpoints", "1", "--use_peft"], "checkpoints of adapters are not looked at"),
-        (["--settings", '{"ipo": {"use_peft": true}}'], "with use_peft, of ipo: checkpoints of adapters are not"),
+        (["--num_candidates", "3"], "must be at least 4 for RRHF in two rounds, got 3"),
+        (["--num_checkpoints", "1", "--use_peft"], "checkpoints of adapters are not evaluated"),
+        (["--settings", '{"ipo": {"use_peft": true}}'], "got 1 for ipo: checkpoints of adapters are not"),
         (["--eval_strategy", "no"], "models are evaluated on held-out prompts"),
-        (["--save_steps", "7", "--logging_steps", "1"], "logging_steps .*save_steps .set `num_checkpoints`. would do"),
+        (["--save_steps", "7", "--logging_steps", "1"], "logging_steps .*save_steps .* must not be set"),
     ):
         words = ["--output_dir", str(tmp_path / "out"), *words]
         parsed = parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, words)
         with pytest.raises(ValueError, match=message):
             SeedRun(parsed, RECIPES, 1, given_options(words, PLAYGROUND))
-    with pytest.raises(ValueError, match="perplexity_model: the fixed model of a comparison"):
+    with pytest.raises(ValueError, match="`perplexity_model` must not be set: the fixed model of a comparison"):
         parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, ["--perplexity_model", "x"])
 
 
@@ -331,3 +331,13 @@ def test_candidates_are_counted_for_the_method_whose_reward_model_has_them(tmp_p
     monkeypatch.setattr(game, "_num_sampled", lambda name: {"candidates": 48}[name], raising=False)
     assert game._data(METHODS["rl"]) == (tmp_path / "prompts.jsonl", 48)
     assert game._data(METHODS["dpo"]) == (tmp_path / "ranked.jsonl", 48)
+
+
+def test_the_report_has_every_setting_of_sampling(tmp_path):
+    words = ["--output_dir", str(tmp_path / "out"), "--top_p", "0.9", "--min_p", "0.05", "--stop_strings", "END"]
+    parsed = parse_recipe_args(recipe_dataclasses(RECIPE), PLAYGROUND, words)
+    settings = _results(parsed, 4, []).settings
+    of_sampling = asdict(parsed[4])
+    assert {"temperature", "top_k", "role_markers", "sampling_engine"} < set(of_sampling)
+    assert set(of_sampling) - set(settings) == set(NOT_RECORDED)
+    assert (settings["top_p"], settings["min_p"], settings["stop_strings"]) == (0.9, 0.05, ["END"])
