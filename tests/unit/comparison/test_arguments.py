@@ -71,7 +71,7 @@ def test_settings_that_cannot_be_are_refused(settings, message, tmp_path):
         ({"dpo": {"betta": 1.0}}, "Unknown options `betta` in `settings` of 'dpo'. Did you mean `beta`"),
         ({"dpo": {"learning_rate": [1]}}, "dpo: "),
         ({"sft": {"beta": 1.0}}, "'sft' must be empty, as it is not trained"),
-        ({"slic_direct": {"delta": -1.0}}, "slic_direct: delta=-1.0"),
+        ({"slic_direct": {"delta": -1.0}}, "slic_direct: `delta` must be above 0, got -1.0"),
     ],
 )
 def test_options_of_methods_are_checked_before_anything_is_begun(settings, message, tmp_path):
@@ -144,7 +144,7 @@ def test_what_was_trained_before_an_option_was_added_stays(tmp_path):
     (folder / "manifest.json").touch()
     of_then = {name: value for name, value in values.items() if name not in ("min_p", "logging_steps")}
     (folder / "config.yaml").write_text(yaml.safe_dump({**of_then, "model_name_or_path": "elsewhere"}))
-    with pytest.raises(ValueError, match="rl is trained, with other options .*: logging_steps was 10 and is 1. Set"):
+    with pytest.raises(ValueError, match="rl must have the options .*: logging_steps was 10 and is 1. Set"):
         run._refuse_other_options("rl", METHODS["rl"], values)
     run._refuse_other_options("rl", METHODS["rl"], {**values, "logging_steps": 10})
     with pytest.raises(ValueError, match="min_p was 0.0 and is 0.3"):
