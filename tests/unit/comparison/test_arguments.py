@@ -291,7 +291,7 @@ def test_what_two_rounds_and_the_report_need(tmp_path):
     for words, message in (
         (["--num_candidates", "3"], "must be at least 4 for RRHF in two rounds, got 3"),
         (["--num_checkpoints", "1", "--use_peft"], "checkpoints of adapters are not evaluated"),
-        (["--settings", '{"ipo": {"use_peft": true}}'], "got 1 for ipo: checkpoints of adapters are not"),
+        (["--settings", '{"ipo": {"use_peft": true}}'], "got 3 for ipo: checkpoints of adapters are not"),
         (["--eval_strategy", "no"], "models are evaluated on held-out prompts"),
         (["--save_steps", "7", "--logging_steps", "1"], "logging_steps .*save_steps .* must not be set"),
     ):
