@@ -44,9 +44,7 @@ def main(arguments):
     parsed = parse_args(DATACLASSES, with_config_apart(arguments))
     script_args, config, model_args, dataset_args, sampling = parsed
     if model_args.model_name_or_path is None or (script_args.dataset_name is None and not dataset_args.datasets):
-        raise ValueError(
-            "`--model_name_or_path` and `--dataset_name` must be set: the model that answers, and its prompts."
-        )
+        raise ValueError("`--model_name_or_path` and `--dataset_name` must be set: who answers, and to what.")
     refuse_all_but(USED, script_args, model_args, dataset_args)
     state, folder = all_processes(), Path(config.output_dir)
     hold_folder(folder)
