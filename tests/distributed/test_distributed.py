@@ -8,12 +8,7 @@ One process runs padded and two share prefixes, so that each comparison is one o
 import pytest
 import torch
 
-from tests.distributed.launching import (
-    PADDED,
-    SHARED,
-    Cell,
-    assert_as_one_process,
-)
+from tests.distributed.launching import PADDED, SHARED, Cell, assert_as_one_process
 
 TWO_AT_A_TIME = {**SHARED, "max_completions_per_forward": 2}
 ONE_EACH = {"split": "1x1x2"}

@@ -10,7 +10,7 @@ import trl.trainer.utils
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PromptTuningConfig
+from peft import PromptTuningConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
@@ -18,28 +18,20 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from tests.equivalence.compare import FIELDS, batch_of, random_sequences, run
 from tests.equivalence.small_models import make
+from tests.support import methods
 from tests.support.data import LISTS
+from tests.support.methods import LORA
 from tests.support.training import Losses, assert_same_gradients, copy_of, counting, gradients, one_batch, weights
-from trl_ext import RRHFConfig, RRHFTrainer, SLiCConfig, SLiCTrainer, enable_prefix_sharing
+from trl_ext import RRHFConfig, RRHFTrainer, SLiCConfig, enable_prefix_sharing
 from trl_ext._trl import add_fused_lm_head
 from trl_ext.execution import chunking
 from trl_ext.execution.chunking import add_chunking, chunk_sizes
 from trl_ext.execution.sharing import PrefixSharing
 from trl_ext.playground.model import save_byte_level_model
 
-LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
-
-def build(model, tokenizer, config_kwargs, rows=LISTS, method="rrhf", peft_config=None, callbacks=None, **settings):
-    trainer_class, config_class = {"rrhf": (RRHFTrainer, RRHFConfig), "slic": (SLiCTrainer, SLiCConfig)}[method]
-    return trainer_class(
-        model=model,
-        args=config_class(**{**config_kwargs, **settings}),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        peft_config=peft_config,
-        callbacks=callbacks,
-    )
+def build(model, tokenizer, config_kwargs, rows=LISTS, method="rrhf", **settings):
+    return methods.build(method, model, tokenizer, rows, config_kwargs, **settings)
 
 
 # How a batch is cut

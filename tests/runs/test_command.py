@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+import trl_ext
 from tests.support.data import PAIRS, REPOSITORY
+from tests.support.recipes import RECIPES
 from trl_ext.cli import main as command
 
 OPTIONS = dict.fromkeys(("model_name_or_path", "learning_rate", "bf16", "report_to"))
@@ -48,6 +51,16 @@ def test_a_config_is_the_users_file_or_a_shipped_one(tmp_path, monkeypatch):
 def test_an_option_of_neither_is_refused(word, meant):
     with pytest.raises(ValueError, match=rf"Unknown option `{word}`. Did you mean `--{meant}`\?"):
         command.split_options([word, "1"], OPTIONS)
+
+
+def test_trainers_are_imported_on_first_use():
+    program = (
+        "import sys, trl_ext\n"
+        "assert not {'torch', 'transformers', 'trl', 'accelerate'} & set(sys.modules)\n"
+        "assert {'RRHFTrainer', 'RRHFConfig', 'share_prefixes'} <= set(dir(trl_ext)) >= set(trl_ext.__all__)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=REPOSITORY)
+    assert all(getattr(trl_ext, name) for name in trl_ext.__all__)
 
 
 def test_help_comes_without_heavy_imports():
@@ -97,3 +110,51 @@ def test_the_wheel_trains_in_an_environment_without_the_repository(model_dir, tm
     words += " --bf16 false --report_to none --max_length 128 --use_cpu true"
     run(str(script), *words.split(), "--model_name_or_path", model_dir)
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def refused(launcher, *words):
+    done = subprocess.run(
+        [*launcher, str(RECIPES["slic"]), *words],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stderr == "Error: Unknown option `--lerning_rate`. Did you mean `--learning_rate`?\n"
+    assert done.stdout == ""
+    return done
+
+
+def test_a_recipe_prints_one_line_at_once():
+    """The time has room for a busy machine: importing torch and TRL takes ten times as long."""
+    started = time.monotonic()
+    done = refused([sys.executable], "--lerning_rate", "1")
+    assert done.returncode == 1 and time.monotonic() - started < 10
+
+
+def test_the_launcher_of_one_process_adds_nothing():
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
+                "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    assert refused(launcher, "--lerning_rate", "1").returncode == -signal.SIGTERM
+
+
+def test_warnings_of_libraries_are_silenced_word_by_word():
+    """In a process of its own: pytest has warning filters, and here the libraries are imported already."""
+    code = """
+import logging, sys, warnings
+import trl_ext.runtime.library_warnings as silenced
+import torch
+from torch.utils.data import DataLoader
+from trl import DPOConfig
+DPOConfig("x", bf16=False, report_to="none")
+next(iter(DataLoader([1], pin_memory=True)))
+logger = logging.getLogger("DeepSpeed")
+logger.warning(silenced.LOGGED["DeepSpeed"][0])
+from accelerate.logging import get_logger
+from accelerate import PartialState
+PartialState(cpu=True)
+orpo = "trl.experimental.orpo.orpo_trainer"
+get_logger(orpo).warning(silenced.LOGGED[orpo][0])
+logger.warning("another message")
+warnings.warn(silenced.PYTHON_WARNINGS[0] + " And more.")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert [line for line in done.stderr.splitlines() if not line.startswith("  ")][0] == "another message"
+    assert "And more." in done.stderr and len(done.stderr.splitlines()) <= 3

@@ -9,14 +9,17 @@ from datasets import Dataset
 from peft import PeftModel
 from trl import get_peft_config
 
-from tests.support.comparing import RECIPE, one_seed, run
+from tests.support.comparing import RECIPE, one_seed
 from tests.support.data import PAIRS, REPOSITORY, REWARDS, read_jsonl
 from tests.support.methods import TRAINERS
 from tests.support.processes import stages_are_numbered
-from trl_ext import methods
+from tests.support.recipes import run
+from trl_ext import SLiCConfig, SLiCTrainer, methods
 from trl_ext.comparison.methods import METHODS
 from trl_ext.comparison.results import ComparisonResults
 from trl_ext.comparison.seed_run import models_resident
+from trl_ext.comparison.stages import pairs_stage
+from trl_ext.runtime.jsonl import write_jsonl
 
 ROWS = [{**row, "reference": row["chosen"]} for row in PAIRS * 2]
 ROWS = [{**row, "prompt": f"{number}. {row['prompt']}"} for number, row in enumerate(ROWS)]
@@ -133,7 +136,7 @@ def test_every_method_is_compared_and_more_can_be_added(model_dir, prompts_file,
 
     # other options do not pass for those it was trained with
     again |= {"settings": json.dumps({**further, "slic_direct": {"delta": 2.0}})}
-    printed = run(command(model_dir, prompts_file, output, "slic_direct", **again), code=1)
+    printed = run(command(model_dir, prompts_file, output, "slic_direct", **again), fails=True)
     assert "slic_direct must have the options that it was trained with: delta was 1.0 and is 2.0" in printed
 
 
@@ -141,7 +144,7 @@ def test_every_method_is_compared_and_more_can_be_added(model_dir, prompts_file,
 def test_a_method_that_fails_does_not_take_the_others_with_it(model_dir, prompts_file, tmp_path):
     output = tmp_path / "compared"
     broken = {"rl": {"reward_max_length": 100_000}}  # more than the reward model has positions
-    printed = run(command(model_dir, prompts_file, output, "rl", "dpo", settings=json.dumps(broken)), code=1)
+    printed = run(command(model_dir, prompts_file, output, "rl", "dpo", settings=json.dumps(broken)), fails=True)
     assert "RLOO failed and is skipped" in printed and "Some methods failed" in printed
     found = {result.method: result for result in ComparisonResults.load(output / "comparison.json").results}
     assert found["rl"].status == "failed" and found["dpo"].status == "done"
@@ -156,7 +159,7 @@ def test_two_processes(model_dir, prompts_file, tmp_path):
         words = command(model_dir, prompts_file, output, "slic_direct", "rl",
                         per_device_train_batch_size=batch)  # fmt: skip
         cpu = str(REPOSITORY / "accelerate_configs" / "cpu.yaml")
-        run(words, "--config_file", cpu, "--num_processes", str(processes))
+        run([*words[:3], "--config_file", cpu, "--num_processes", str(processes), *words[3:]])
         results.append(ComparisonResults.load(output / "comparison.json").results)
         assert all(result.status == "done" and result.measured["updates"] in (0, 2) for result in results[-1])
     for one, two in zip(*results, strict=True):
@@ -167,3 +170,15 @@ def test_two_processes(model_dir, prompts_file, tmp_path):
     # without sampling in between, training is the same
     one, two = (next(result.measured for result in found if result.method == "slic_direct") for found in results)
     assert one["nll"] == pytest.approx(two["nll"], rel=1e-3) and one["kl"] == pytest.approx(two["kl"], abs=1e-3)
+
+
+def test_pairs_of_the_dataset_keep_their_scores(model_dir, tmp_path):
+    scored = [{**row, "score_chosen": 3.0, "score_rejected": 1.0, "source": "web"} for row in PAIRS]
+    write_jsonl(tmp_path / "prompts.jsonl", scored)
+    pairs_stage(tmp_path, prompts=tmp_path / "prompts.jsonl", on_playground=False, seed=1)
+    rows = read_jsonl(tmp_path / "pairs.jsonl")
+    assert rows == [{key: value for key, value in row.items() if key != "source"} for row in scored]
+    # which this loss cannot do without
+    args = SLiCConfig(str(tmp_path / "out"), calibration="margin", max_steps=1, report_to="none")
+    trainer = SLiCTrainer(model_dir, args=args, train_dataset=Dataset.from_list(rows))
+    assert trainer.train_dataset[0]["scores"] == [3.0, 1.0]

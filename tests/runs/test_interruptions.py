@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from tests.support.data import PAIRS, REPOSITORY
 from tests.support.processes import ended_after, wait_until
 from tests.support.recipes import command as recipe_command
+from tests.support.sampling import SETTINGS, TEXTS, shard_files
 from trl_ext import SLiCConfig, SLiCTrainer
 from trl_ext.methods.best_of_n.config import BestOfNConfig
 from trl_ext.methods.best_of_n.trainer import BestOfNTrainer
@@ -27,6 +28,8 @@ from trl_ext.runs.run import Run
 from trl_ext.runtime.checkpoints import checkpoint_to_resume
 from trl_ext.runtime.run_lock import hold_folder, release_folder
 from trl_ext.runtime.signals import RESUME_HINT
+from trl_ext.sampling.candidates import sample_candidates
+from trl_ext.sampling.config import SamplingConfig
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals as on Linux")
 
@@ -180,3 +183,29 @@ def test_ctrl_c_to_a_launch(model_dir, tmp_path):
     assert "Traceback" not in printed and printed.count(RESUME_HINT) == 1, printed
     # that second run took a while, in which the first may have come to another stage
     assert re.search(r"Ctrl-C: ended in stage 'round-1/\w+'\. What is finished is kept\. The same command", printed)
+
+
+MANY = [{"prompt": f"{number}: {text}", "number": number} for number, text in enumerate(TEXTS * 2)]
+
+
+def sample_many(model, folder):
+    return sample_candidates(model, MANY, SamplingConfig(**SETTINGS), folder, shard_size=1)
+
+
+def test_killed_and_resumed(sampler_dir, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))  # it is one for all tests, and those of stages need it like that
+    process = context.Process(target=sample_many, args=(sampler_dir, tmp_path / "killed"))
+    process.start()
+    deadline = time.monotonic() + 120
+    while len(shard_files(tmp_path / "killed")) < 3 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    finished = shard_files(tmp_path / "killed")
+    assert process.exitcode == -9 and 3 <= len(finished) < len(MANY), "killed half-way"
+    rows, report = sample_many(sampler_dir, tmp_path / "killed")
+    now = shard_files(tmp_path / "killed")
+    assert len(now) == len(MANY) and {name: now[name] for name in finished} == finished, "nothing is made again"
+    expected, expected_report = sample_many(sampler_dir, tmp_path / "whole")
+    assert rows == expected and report == expected_report

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from datetime import datetime
 
 import pytest
@@ -20,6 +19,8 @@ from trl import DatasetMixtureConfig, ScriptArguments
 from tests.support import warm
 from tests.support.data import PAIRS, REPOSITORY, REWARDS, read_jsonl, real_data
 from tests.support.methods import TRAINERS
+from tests.support.processes import wait_until
+from tests.support.recipes import RECIPES, run
 from trl_ext.cli.options import recipe_dataclasses
 from trl_ext.cli.parse import parse_recipe_args
 from trl_ext.cli.start import in_rounds, start_rounds
@@ -55,12 +56,6 @@ def small_run(model_dir, data, output_dir, **kwargs):
         "learning_rate": 1e-3, "logging_steps": 1,
     }  # fmt: skip
     return [*LAUNCH, *arguments(**{**settings, **kwargs})]
-
-
-def launch(command, **kwargs):
-    done = warm.run(command, capture_output=True, text=True, timeout=900, cwd=REPOSITORY, **kwargs)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout + done.stderr
 
 
 # Arguments and data
@@ -146,8 +141,8 @@ def test_mixture_is_split_the_same_way_every_time(tmp_path, pairs):
 def test_a_forgotten_data_flag_deletes_nothing(tmp_path):
     """Without model and data the playground would run, but not over the checkpoints of another run."""
     (tmp_path / "checkpoint-500").mkdir()
-    done = warm.run([*LAUNCH, "--output_dir", str(tmp_path)], capture_output=True, text=True, cwd=REPOSITORY)
-    assert done.returncode and "it has no run.json and holds checkpoint-500" in done.stderr
+    printed = run([*LAUNCH, "--output_dir", str(tmp_path)], fails=True)
+    assert "it has no run.json and holds checkpoint-500" in printed
     assert (tmp_path / "checkpoint-500").is_dir()
 
 
@@ -335,7 +330,7 @@ def test_plot_draws_train_and_eval(tmp_path):
 def test_train_evaluate_save_on_local_files(model_dir, pairs_file, tmp_path):
     output = tmp_path / "out"
     command = small_run(model_dir, pairs_file, output, eval_strategy="steps", eval_steps=4, test_split_size=0.25)
-    printed = launch([*command, "--use_peft", "--lora_target_modules", "q_proj", "v_proj"])
+    printed = run([*command, "--use_peft", "--lora_target_modules", "q_proj", "v_proj"])
     assert "train data: 24 rows -> 24 prompts, 48 completions" in printed
     results = json.loads((output / "all_results.json").read_text())
     assert results["train_loss"] > 0 and results["eval_rewards/accuracies"] >= 0 and results["eval_loss"] > 0
@@ -348,20 +343,18 @@ def test_killed_run_resumes_to_the_same_weights(model_dir, pairs_file, tmp_path)
     """kill -9 in mid-training; the resumed run ends where an uninterrupted one does."""
     settings = {"save_strategy": "steps", "save_steps": 4, "num_train_epochs": 30, "max_steps": 300}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    launch(small_run(model_dir, pairs_file, whole, **{**settings, "save_steps": 300}))
+    run(small_run(model_dir, pairs_file, whole, **{**settings, "save_steps": 300}))
 
     command = small_run(model_dir, pairs_file, broken, **settings)
     with warm.Popen(
         command, cwd=REPOSITORY, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as run:
-        deadline = time.time() + 200
-        while not (broken / "checkpoint-12").is_dir() and time.time() < deadline and run.poll() is None:
-            time.sleep(0.01)
-        os.killpg(run.pid, signal.SIGKILL)
+    ) as process:
+        wait_until((broken / "checkpoint-12").is_dir, process)
+        os.killpg(process.pid, signal.SIGKILL)
     assert not (broken / "all_results.json").exists(), "it was too late to kill it"
     checkpoints = sorted(broken.glob("checkpoint-*"))
     assert checkpoints
-    printed = launch([*command, "--resume_from_checkpoint", "true"])
+    printed = run([*command, "--resume_from_checkpoint", "true"])
 
     histories = [json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (whole, broken)]
     losses = [{log["step"]: log["loss"] for log in history if "loss" in log} for history in histories]
@@ -380,13 +373,13 @@ def test_real_preference_data(tmp_path, model_dir):
         "max_steps": 4, "max_length": 512, "on_invalid_row": "drop", "eval_strategy": "steps", "eval_steps": 2,
         "test_split_size": 0.1, "save_strategy": "steps", "save_steps": 2,
     }  # fmt: skip
-    printed = launch(small_run(model_dir, data, output, **settings))
+    printed = run(small_run(model_dir, data, output, **settings))
     assert "train data: 211 rows -> " in printed and "cut at max_length=512: " in printed
     first = json.loads((output / "trainer_state.json").read_text())["log_history"]
     assert [log["step"] for log in first if "eval_loss" in log][:2] == [2, 4]
 
     shutil.rmtree(output / "checkpoint-4")
-    launch([*small_run(model_dir, data, output, **settings), "--resume_from_checkpoint", "true"])
+    run([*small_run(model_dir, data, output, **settings), "--resume_from_checkpoint", "true"])
     again = json.loads((output / "trainer_state.json").read_text())["log_history"]
     assert [log.get("loss") for log in again if "loss" in log] == [log.get("loss") for log in first if "loss" in log]
     model = AutoModelForCausalLM.from_pretrained(output)
@@ -405,17 +398,17 @@ def test_sampled_and_ranked_data_train_any_recipe(model_dir, tmp_path):
         model_name_or_path=model_dir, dataset_name=prompts, output_dir=data, rewards=rewards, max_new_tokens=8,
         pair_rule="best_worst",
     ), "--mix_in", "chosen", "rejected"]  # fmt: skip
-    assert "sampled 32 candidates" in launch(command)
+    assert "sampled 32 candidates" in run(command)
     made = (data / "ranked.jsonl").read_text()
     row = json.loads(made.splitlines()[0])
     assert row["sources"][-2:] == ["chosen", "rejected"] and len(row["scores"]) == len(row["completions"]) > 2
     stamp = (data / "shards" / "00000.jsonl").stat().st_mtime_ns
-    launch(command)
+    run(command)
     assert (data / "ranked.jsonl").read_text() == made
     assert (data / "shards" / "00000.jsonl").stat().st_mtime_ns == stamp
     for recipe, rows in (("rrhf", "ranked"), ("slic", "pairs")):
-        run = small_run(model_dir, data / f"{rows}.jsonl", tmp_path / recipe, max_steps=2)
-        launch([*run[:3], str(REPOSITORY / "recipes" / f"{recipe}.py"), *run[4:]])
+        words = small_run(model_dir, data / f"{rows}.jsonl", tmp_path / recipe, max_steps=2)
+        run([*words[:3], str(RECIPES[recipe]), *words[4:]])
         assert json.loads((tmp_path / recipe / "all_results.json").read_text())["train_loss"] > 0
 
 

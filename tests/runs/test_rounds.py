@@ -1,11 +1,6 @@
 """The loop as its users start it, and its parts."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -13,10 +8,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.support import warm
-from tests.support.data import PAIRS, REPOSITORY
+from tests.support.data import PAIRS, REWARDS
 from tests.support.processes import stages_are_numbered
-from tests.support.recipes import REWARDS, command
+from tests.support.recipes import command, launcher, run, start_and_kill
 from trl_ext.data.prompts import hold_out
 from trl_ext.runs.config import RoundsConfig
 from trl_ext.runs.watch import reward_hacking
@@ -30,13 +24,6 @@ def prompts_file(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
     return path
-
-
-def run(arguments, expect_failure=False):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"}
-    done = warm.run(arguments, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
-    assert (done.returncode != 0) == expect_failure, done.stdout[-4000:] + done.stderr[-6000:]
-    return done.stdout + done.stderr
 
 
 def weights(folder):
@@ -67,29 +54,20 @@ def test_killed_rounds_go_on_to_the_same_model(finished, model_dir, prompts_file
     assert len(read_jsonl(kept / "watched.jsonl")) == 4 and len(read_jsonl(kept / "train.jsonl")) == 20
 
     arguments = command("rrhf.py", model_dir, prompts_file, broken)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with warm.Popen(
-        arguments, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
-        deadline = time.time() + 300
-        while not list((broken / "round-2" / "model").glob("checkpoint-*")) and time.time() < deadline:
-            assert process.poll() is None, "it was too late to kill it"
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)  # this one alone: what it started has to end by itself
+    start_and_kill(arguments, lambda: list((broken / "round-2" / "model").glob("checkpoint-*")))
     assert not (broken / "round-2" / "model" / "manifest.json").exists()
     sampled = broken / "round-2" / "candidates" / "manifest.json"
     stamp = sampled.stat().st_mtime_ns
-    time.sleep(2)
     run([*arguments, "--resume_from_checkpoint", "true"])
     assert sampled.stat().st_mtime_ns == stamp
     expected, found = weights(whole / "round-2" / "model"), weights(broken / "round-2" / "model")
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
     assert json.loads((broken / "rounds.json").read_text())["models"] == report["models"]
 
-    refused = run(arguments, expect_failure=True)
+    refused = run(arguments, fails=True)
     assert "holds an earlier run. Add `--resume_from_checkpoint true`" in refused
     changed = [*arguments, "--resume_from_checkpoint", "true", "--temperature", "0.5"]
-    assert "was begun with other settings: temperature was 1.0 and is 0.5" in run(changed, expect_failure=True)
+    assert "was begun with other settings: temperature was 1.0 and is 0.5" in run(changed, fails=True)
 
 
 @pytest.mark.slow
@@ -99,7 +77,7 @@ def test_a_failing_reward_loses_no_candidates(model_dir, prompts_file, tmp_path,
     monkeypatch.setenv("SCORING_BREAKDOWN", str(breakdown))
     breakdown.touch()
     arguments = command("rrhf.py", model_dir, prompts_file, output, rewards=f"{REWARDS}:from_a_service", num_rounds=1)
-    printed = run(arguments, expect_failure=True)
+    printed = run(arguments, fails=True)
     assert "the scoring service is down" in printed and "What is finished is kept" in printed
     candidates = output / "round-1" / "candidates"
     stamps = {path: path.stat().st_mtime_ns for path in candidates.rglob("*") if path.is_file()}
@@ -114,8 +92,7 @@ def test_a_failing_reward_loses_no_candidates(model_dir, prompts_file, tmp_path,
 @pytest.mark.slow
 def test_two_processes_equal_one(finished, model_dir, prompts_file, tmp_path):
     one, two = finished[0], tmp_path / "two"
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    run(command("rrhf.py", model_dir, prompts_file, two, launcher, per_device_train_batch_size=1))
+    run(command("rrhf.py", model_dir, prompts_file, two, launcher("ddp"), per_device_train_batch_size=1))
     name = "round-1/ranked/ranked.jsonl"
     for expected, found in zip(read_jsonl(one / name), read_jsonl(two / name), strict=True):
         assert found["logps"] == pytest.approx(expected["logps"], rel=1e-5)  # computed in batches of another shape
@@ -128,11 +105,12 @@ def test_two_processes_equal_one(finished, model_dir, prompts_file, tmp_path):
 
 @pytest.mark.slow
 def test_zero3_trains_and_samples_in_turn(finished, model_dir, prompts_file, tmp_path):
-    pytest.importorskip("deepspeed", reason="needs the extra trl_ext[deepspeed]")
     one, two = finished[0], tmp_path / "two"
-    config = str(REPOSITORY / "accelerate_configs" / "zero3.yaml")
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2")
-    run(command("rrhf.py", model_dir, prompts_file, two, launcher, num_rounds=1, per_device_train_batch_size=1))
+    run(
+        command(
+            "rrhf.py", model_dir, prompts_file, two, launcher("zero3"), num_rounds=1, per_device_train_batch_size=1
+        )
+    )
     expected, found = weights(one / "round-1" / "model"), weights(two / "round-1" / "model")
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-4)

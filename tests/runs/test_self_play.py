@@ -2,8 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 
@@ -13,14 +11,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support import reference, warm
+from tests.support import reference
 from tests.support.data import PAIRS, REPOSITORY, real_data
 from tests.support.processes import stages_are_numbered
-from tests.support.self_play import ROWS, assert_same_weights, manifest, run, weights
+from tests.support.recipes import launcher, run, start, start_and_kill
+from tests.support.self_play import ROWS, assert_same_weights, manifest, weights
 from trl_ext.runtime.fingerprints import model_fingerprint
 from trl_ext.runtime.jsonl import read_jsonl
-
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
 @pytest.fixture
@@ -52,28 +49,6 @@ def slow_logps(folder, pairs):
         answers[1] = answers[1][:-1] if pair["rejected_is_cut"] else answers[1]
         found.append([reference.sequence_logp(model, prompt, ids).item() for ids in answers])
     return torch.tensor(found)
-
-
-def start_and_kill(arguments, when):
-    """kill -9 the run, and it alone, as soon as `when()`."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    with warm.Popen(
-        arguments, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
-        deadline = time.time() + 300
-        while not when() and time.time() < deadline:
-            assert process.poll() is None, "it was too late to kill it"
-            time.sleep(0.005)
-        os.kill(process.pid, signal.SIGKILL)
-    time.sleep(2)  # what it started has to end by itself
-
-
-def launcher(strategy):
-    if strategy == "ddp":
-        return TORCHRUN
-    pytest.importorskip("deepspeed", reason="needs the extra trl_ext[deepspeed]")
-    config = str(REPOSITORY / "accelerate_configs" / f"{strategy}.yaml")
-    return (sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2")
 
 
 @pytest.fixture(scope="module")
@@ -138,11 +113,11 @@ def test_two_iterations_by_hash(model_dir, sft_file, tmp_path):
     arguments = command(model_dir, sft_file, whole)
     resume = [*arguments, "--resume_from_checkpoint", "true"]
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    assert "holds an earlier run. Add `--resume_from_checkpoint true`" in run(arguments, expect_failure=True)
-    changed = run([*resume, "--beta", "0.5"], expect_failure=True)
+    assert "holds an earlier run. Add `--resume_from_checkpoint true`" in run(arguments, fails=True)
+    changed = run([*resume, "--beta", "0.5"], fails=True)
     assert "was begun with other settings: beta of iteration 0 was 0.1 and is 0.5" in changed
     sft_file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[1:]))
-    assert "was begun with other settings: data was" in run(resume, expect_failure=True)
+    assert "was begun with other settings: data was" in run(resume, fails=True)
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
@@ -176,7 +151,7 @@ def test_killed_at_any_point_and_played_further(finished, model_dir, sft_file, t
     # a model that somebody has replaced is noticed
     first, second = (broken / f"iteration-{number}" / "model" / "model.safetensors" for number in (0, 1))
     first.write_bytes(second.read_bytes())
-    replaced = run([*resume, "--num_iterations", "3"], expect_failure=True)
+    replaced = run([*resume, "--num_iterations", "3"], fails=True)
     assert f"{first} holds something else than stage 'iteration-0/model' had written" in replaced
 
 
@@ -184,7 +159,7 @@ def test_a_folder_of_something_else_is_left_alone(model_dir, sft_file, tmp_path)
     output = tmp_path / "out"
     output.mkdir()
     (output / "notes.txt").write_text("mine")
-    printed = run(command(model_dir, sft_file, output), expect_failure=True)
+    printed = run(command(model_dir, sft_file, output), fails=True)
     assert "it has no run.json and holds notes.txt" in printed
     assert [path.name for path in output.iterdir()] == ["notes.txt"]
 
@@ -215,7 +190,7 @@ def test_lora_and_initial_reference(model_dir, sft_file, tmp_path):
     assert changed and all("q_proj" in name or "v_proj" in name for name in changed)
     assert report["model"] == str(output / "iteration-1" / "merged")
     # another process sees sets in another order, and the same settings
-    run([*arguments, "--resume_from_checkpoint", "true"], hash_seed=2)
+    run([*arguments, "--resume_from_checkpoint", "true"], PYTHONHASHSEED="2")
 
 
 def hash_of_weights_of_start(output):
@@ -285,9 +260,9 @@ def test_the_trainer_by_itself_on_two_processes(model_dir, sft_file, tmp_path):
 @pytest.mark.slow
 def test_two_processes_killed_between_stages_go_on(finished, model_dir, sft_file, tmp_path):
     whole, broken = finished(strategy="ddp"), tmp_path / "broken"
-    start = command(model_dir, sft_file, broken, launcher("ddp"), per_device_train_batch_size=2)
-    start_and_kill(start, lambda: (broken / "iteration-0" / "generated" / "manifest.json").exists())
-    run([*start, "--resume_from_checkpoint", "true"])
+    arguments = command(model_dir, sft_file, broken, launcher("ddp"), per_device_train_batch_size=2)
+    start_and_kill(arguments, lambda: (broken / "iteration-0" / "generated" / "manifest.json").exists())
+    run([*arguments, "--resume_from_checkpoint", "true"])
     assert_same_weights(whole / "iteration-1" / "model", broken / "iteration-1" / "model")
 
 
@@ -296,11 +271,8 @@ def test_memory_stays_flat_over_iterations(model_dir, sft_file, tmp_path):
     """Of the process that lives through all of them; the others end with their stage."""
     output = tmp_path / "out"
     arguments = command(model_dir, sft_file, output, num_iterations=5)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     resident = {}
-    with warm.Popen(
-        arguments, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
+    with start(arguments) as process:
         while process.poll() is None:
             for number in (1, 4):
                 if number not in resident and (output / f"iteration-{number}/evaluation/manifest.json").exists():

@@ -209,23 +209,3 @@ def test_rows_with_and_without_tools_are_trained_on_together(tmp_path):
     plain, tools = {"prompt": "a"}, {"prompt": "b", "tools": '[{"name": "f"}]'}
     found = as_dataset([plain, tools])
     assert found["tools"][:] == [None, tools["tools"]] and found["prompt"][:] == ["a", "b"]
-
-
-def test_an_answer_that_was_cut_gets_no_end(model_dir, tokenizer, config_kwargs):
-    pair = {"prompt": "a? ", "chosen": "yes", "rejected": "no, for"}
-    chat = {
-        "prompt": [{"role": "user", "content": "a?"}],
-        "chosen": [{"role": "assistant", "content": "yes"}],
-        "rejected": [{"role": "assistant", "content": "no, for"}],
-    }
-    for row in (pair, chat):
-        rows = [{**row, "rejected_is_cut": False}, {**row, "rejected_is_cut": True}]
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-        trainer = SPINTrainer(
-            model=model,
-            args=SPINConfig(**config_kwargs),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
-        )
-        whole, cut = trainer.train_dataset["completion_ids"][:]
-        assert cut[0] == whole[0] and whole[1] == [*cut[1], tokenizer.eos_token_id]

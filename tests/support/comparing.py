@@ -1,6 +1,5 @@
 """A comparison on a tiny model as a command."""
 
-from tests.support import warm
 from tests.support.data import REPOSITORY
 from trl_ext.cli.options import recipe_dataclasses
 from trl_ext.cli.parse import given_options
@@ -10,13 +9,6 @@ from trl_ext.comparison.seed_run import SeedRun
 RECIPES = REPOSITORY / "recipes"
 RECIPE = RECIPES / "compare.py"
 PLAYGROUND = RECIPES / "configs" / "compare_playground.yaml"
-
-
-def run(words, *launch, code=0):
-    words = [*words[:3], *launch, *words[3:]]
-    done = warm.run(words, capture_output=True, text=True, timeout=900, cwd=REPOSITORY)
-    assert (done.returncode == 0) == (code == 0), done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout + done.stderr
 
 
 def parsed_from(arguments):

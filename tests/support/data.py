@@ -49,3 +49,8 @@ LISTS = [
         start=1,
     )
 ]
+
+
+TINY = {"num_sft": 256, "num_prompts": 24, "num_held_out": 16, "max_digits": 3}
+# targets of their own for these pairs
+REFERENCES = ["four", PAIRS[1]["rejected"], "It is down.", "yes", "nay", "word", "ta ta", "forty-two"]

@@ -46,7 +46,7 @@ KINDS = {
     "playground": r"accelerate launch recipes/\w+\.py",
     # read by the recipe's own parser, and its trainer built
     "recipe": r"(?:[A-Z_]+=\S+ )*(?:accelerate launch|sbatch) .*recipes/\w+\.py.*|trl-ext .+",
-    "help": r"python recipes/\w+\.py --help",  # run for every recipe, by tests/unit/cli/test_recipe_help.py
+    "help": r"python recipes/\w+\.py --help",  # run for every recipe, by tests/runs/test_recipe_help.py
     "small model": r"python -m trl_ext\.playground [\w-]+",  # run
     # measures for minutes or hours, or downloads packages: its options are parsed
     "script": r"python (?:benchmarks|tests)/\S+\.py.*",

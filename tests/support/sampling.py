@@ -4,9 +4,7 @@ import os
 import sys
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from tests.support import warm
 from tests.support.data import REPOSITORY
@@ -111,3 +109,7 @@ TEMPLATE = (
     "[{{ tools | map(attribute='function') | map(attribute='name') | join(',') }}]{% endif %}{{ mood or '' }}"
     "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
 )
+
+
+def shard_files(folder):
+    return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in sorted(folder.glob("shards/*.jsonl"))}

@@ -1,32 +1,17 @@
 """Self-play on a few rows."""
 
 import json
-import os
 
 import torch
 from safetensors.torch import load_file
 
-from tests.support import warm
-from tests.support.data import PAIRS, REPOSITORY
+from tests.support.data import PAIRS
 
 ROWS = [
     {"prompt": f"{row['prompt']}{number} ", "completion": row["chosen"], "note": number}
     for number in range(3)
     for row in PAIRS
 ]
-
-
-def run(arguments, expect_failure=False, hash_seed=0):
-    environment = {
-        **os.environ,
-        "PYTHONHASHSEED": str(hash_seed),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(REPOSITORY),
-        "DS_ACCELERATOR": "cpu",
-    }
-    done = warm.run(arguments, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
-    assert (done.returncode != 0) == expect_failure, done.stdout[-4000:] + done.stderr[-6000:]
-    return done.stdout + done.stderr
 
 
 def manifest(output, *stage):

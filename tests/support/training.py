@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 from trl_ext import CandidateCollator
 from trl_ext.data import limits
 from trl_ext.trainers import adapter_checks
+from trl_ext.trainers.reference import ReferenceCollator
 
 # Adam divides a gradient by its own size, so that where terms nearly cancel a weight moves by their rounding, which is
 # another on each processor. SGD moves in proportion to the gradients; clipping would hide an error in their size.
@@ -25,6 +26,8 @@ def assert_same_movement(found, expected, start, share=1e-5):
 
 def one_batch(trainer, **collator_kwargs):
     collator = CandidateCollator(trainer.processing_class.pad_token_id, **collator_kwargs)
+    if isinstance(trainer.data_collator, ReferenceCollator):
+        collator = ReferenceCollator(collator)
     return collator(list(trainer.train_dataset))
 
 
@@ -57,6 +60,15 @@ def perturbed(model, scale=0.02, seed=1):
         for parameter in copy.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
     return copy.requires_grad_(False).eval()
+
+
+def move(model, scale=0.02):
+    """Change the weights of a model in place, as training would."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
 class Losses(TrainerCallback):

@@ -1,6 +1,7 @@
 """What would fail or go wrong hours later is found before training, by every trainer."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -17,10 +18,13 @@ from peft import (
 )
 from transformers import AutoModelForCausalLM
 
+from tests.support.data import PAIRS
 from tests.support.methods import all_but
 from trl_ext import (
     IPOConfig,
     IPOTrainer,
+    RRHFConfig,
+    RRHFTrainer,
     SLiCConfig,
     SLiCTrainer,
     SPINConfig,
@@ -276,3 +280,14 @@ def test_best_metric_that_no_evaluation_gives(trainer_class, config, model_dir, 
             train(metric, eval_dataset)
     train("rewards/margins", pairs)
     train("eval_a_loss", {"a": pairs, "b": pairs})
+
+
+def test_a_trainer_says_it_once(model_dir, tmp_path, caplog):
+    config = RRHFConfig(
+        str(tmp_path), sft_weight=1e5, max_steps=3, logging_steps=1, report_to="none", use_cpu=True, bf16=False
+    )
+    trainer = RRHFTrainer(model_dir, args=config, train_dataset=Dataset.from_list(PAIRS))
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    said = [record.message for record in caplog.records if "next to no effect" in record.message]
+    assert len(said) == 1 and "`sft_weight` (100000 now)" in said[0]

@@ -1,51 +1,32 @@
 """RRHFTrainer against the slow reference, and as its users use it."""
 
 import random
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig
 from scipy.stats import kendalltau
-from transformers import AutoModelForCausalLM
-from trl import DPOConfig
 
-from tests.support import reference, warm
+from tests.support import methods, reference
 from tests.support.data import LISTS, PAIRS, WORDS, read_jsonl, real_data
+from tests.support.methods import LORA
 from tests.support.training import (
-    SGD,
-    Losses,
     assert_same_gradients,
-    assert_same_movement,
     copy_of,
     counting,
-    gradients,
     one_batch,
-    weights,
 )
 from trl_ext import RRHFConfig, RRHFTrainer
 from trl_ext.playground.model import save_byte_level_model
 
-LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+build = partial(methods.build, "rrhf")
+run = partial(methods.run, "rrhf")
 
 
 @pytest.fixture
 def lists():
     return Dataset.from_list(LISTS)
-
-
-def build(model, tokenizer, dataset, config_kwargs, **settings):
-    trainer_keys = ("eval_dataset", "ref_model", "peft_config", "callbacks")
-    trainer_kwargs = {key: settings.pop(key) for key in trainer_keys if key in settings}
-    return RRHFTrainer(
-        model=model,
-        args=RRHFConfig(**{**config_kwargs, **settings}),
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        **trainer_kwargs,
-    )
 
 
 # The loss
@@ -119,61 +100,7 @@ def test_one_candidate_or_equal_scores_leave_the_likelihood_alone(model, tokeniz
     assert trainer.data_reports["train"].num_without_order == 3
 
 
-@pytest.mark.parametrize("collator_kwargs", [{"padding_side": "left"}, {"pad_to_multiple_of": 64}])
-@pytest.mark.parametrize("arithmetic", ["paper", "official"])
-def test_padding_does_not_matter(arithmetic, collator_kwargs, model, tokenizer, lists, config_kwargs):
-    trainer = build(model, tokenizer, lists, config_kwargs, arithmetic=arithmetic)
-    results = []
-    for kwargs in ({}, collator_kwargs):
-        trainer.model.zero_grad()
-        loss = trainer.compute_loss(model, one_batch(trainer, **kwargs))
-        loss.backward()
-        results.append((loss, gradients(trainer.model)))
-    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-3, atol=1e-5)
-
-
-def test_sharing_prompts_changes_nothing(model, tokenizer, lists, config_kwargs):
-    results = []
-    for prefix_sharing in (False, True):
-        trainer = build(copy_of(model), tokenizer, lists, config_kwargs, prefix_sharing=prefix_sharing)
-        loss = trainer.compute_loss(trainer.model, one_batch(trainer))
-        loss.backward()
-        results.append((loss, gradients(trainer.model)))
-    statistics = trainer.prefix_sharing.statistics
-    assert statistics.batches_shared == 1 and statistics.positions_computed < 0.5 * statistics.positions_padded
-    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-3, atol=1e-5)
-
-
 # Training
-
-
-def run(model_dir, tokenizer, rows, config_kwargs, **settings):
-    losses = Losses()
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    trainer = build(model, tokenizer, rows, config_kwargs, callbacks=[losses], **settings)
-    trainer.train()
-    return trainer, losses
-
-
-@pytest.mark.parametrize("settings", [{}, {"arithmetic": "official"}, {"rank_weight": 0.0}])
-def test_any_split_into_micro_batches_gives_the_same_training(settings, model_dir, tokenizer, lists, config_kwargs):
-    """1 x 8 = 8 x 1 with rows of 1 to 8 candidates, and in 3 x 3 the last micro-batch is smaller."""
-    runs = []
-    for batch_size, accumulation in ((8, 1), (1, 8), (3, 3)):
-        kwargs = {**config_kwargs, **SGD, "per_device_train_batch_size": batch_size, "num_train_epochs": 3}
-        runs.append(run(model_dir, tokenizer, lists, kwargs, gradient_accumulation_steps=accumulation, **settings))
-    start = weights(build(model_dir, tokenizer, lists, config_kwargs))
-    (first, first_losses), others = runs[0], runs[1:]
-    assert len(first_losses.series()) == 3
-    names = [name for log in first_losses.logs for name in log if "loss" in log]
-    names = {name for name in names if "/" in name or name in ("loss", "entropy", "num_tokens")}
-    assert ("rank/kendall_tau" in names) == (settings.get("rank_weight") != 0)
-    for trainer, losses in others:
-        for name in names:
-            torch.testing.assert_close(losses.series(name), first_losses.series(name), rtol=1e-4, atol=1e-5)
-        assert_same_movement(weights(trainer), weights(first), start)
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -298,33 +225,7 @@ def test_real_ranked_lists_are_ranked_better_on_rows_not_trained_on(tmp_path):
     assert after["eval_rank/kendall_tau"] > max(before["eval_rank/kendall_tau"], 0.0) + 0.05
 
 
-def test_stream_trains_like_the_same_rows_in_a_list(model_dir, tokenizer, config_kwargs):
-    kwargs = {**config_kwargs, "max_steps": 4, "train_sampling_strategy": "sequential"}
-    stream = IterableDataset.from_generator(lambda: iter(LISTS))
-    streamed, stream_losses = run(model_dir, tokenizer, stream, kwargs)
-    listed, list_losses = run(model_dir, tokenizer, Dataset.from_list(LISTS), kwargs)
-    assert len(stream_losses.series()) == 4 and stream_losses.series() == list_losses.series()
-    assert torch.equal(weights(streamed), weights(listed))
-
-
-def test_model_card_cites_rrhf(model_dir, tokenizer, pairs, config_kwargs):
-    run(model_dir, tokenizer, pairs, {**config_kwargs, "save_strategy": "steps", "save_steps": 4})
-    card = (Path(config_kwargs["output_dir"]) / "README.md").read_text()
-    assert "RRHF" in card and "2304.05302" in card and "yuan2023rrhf" in card and "rrhf" in card
-    assert "Rafailov" not in card.split("Cite TRL")[0]
-
-
 # What is computed
-
-
-@pytest.mark.parametrize("how", ["name", "lora"])
-def test_one_model_one_forward_per_batch(how, model_dir, tokenizer, lists, config_kwargs):
-    config_kwargs["prefix_sharing"] = False
-    with counting() as counts:
-        trainer = build(model_dir, tokenizer, lists, config_kwargs, peft_config=LORA if how == "lora" else None)
-        trainer.train()
-    assert trainer.ref_model is None
-    assert counts == {"models": 1, "forwards": 4, "rows": 1 + 2 + 3 + 4 + 5 + 6 + 7 + 8}
 
 
 @pytest.mark.parametrize("form", ["lists", "pairs", "chat pairs", "stream"])
@@ -457,29 +358,3 @@ def test_one_answer_without_its_prompt_is_refused(model_dir, tokenizer, config_k
 def test_settings_that_mean_nothing_are_refused(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         RRHFConfig(str(tmp_path), bf16=False, **settings)
-
-
-def test_reference_models_and_other_configs_are_refused(model_dir, model, tokenizer, pairs, config_kwargs):
-    with pytest.raises(ValueError, match="`ref_model` must be None for RRHFTrainer"):
-        build(model_dir, tokenizer, pairs, config_kwargs, ref_model=model)
-    with pytest.raises(TypeError, match="`args` must be a RRHFConfig, got DPOConfig"):
-        RRHFTrainer(model_dir, args=DPOConfig(**config_kwargs), train_dataset=pairs)
-
-
-def test_drop_in_without_args_and_tokenizer(model_dir, lists, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    trainer = RRHFTrainer(model=model_dir, train_dataset=lists)
-    assert isinstance(trainer.args, RRHFConfig) and trainer.args.output_dir.endswith("-RRHF")
-
-
-def test_it_is_imported_from_the_package_on_first_use(tmp_path):
-    (tmp_path / "program.py").write_text(
-        "import sys\n"
-        "for name in [name for name in sys.modules if name.startswith('trl_ext')]: del sys.modules[name]\n"
-        "import trl_ext\n"
-        "assert 'trl_ext.methods.rrhf.trainer' not in sys.modules\n"
-        "assert {'RRHFTrainer', 'RRHFConfig'} <= set(dir(trl_ext))\n"
-        "from trl_ext import RRHFConfig, RRHFTrainer\n"
-        "assert RRHFTrainer.config_class is RRHFConfig\n"
-    )
-    warm.run([sys.executable, str(tmp_path / "program.py")], check=True)

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -10,36 +11,13 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig
 
-from tests.support import reference
-from tests.support.data import PAIRS
-from tests.support.slic import REFERENCES, build
-from tests.support.training import (
-    Losses,
-    counting,
-    one_batch,
-)
+from tests.support import methods, reference
+from tests.support.data import PAIRS, REFERENCES
+from tests.support.training import Losses, counting, one_batch
 from trl_ext import SLiCConfig, SLiCTrainer
 
+build = partial(methods.build, "slic")
 LORA = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-
-
-@pytest.mark.parametrize("how", ["name", "object", "lora", "peft_model"])
-def test_one_model_one_forward_per_batch(how, model_dir, tokenizer, pairs, config_kwargs):
-    config_kwargs["prefix_sharing"] = False
-    with counting() as counts:
-        model = model_dir
-        if how in ("object", "peft_model"):
-            model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-        if how == "peft_model":
-            model = get_peft_model(model, LORA)
-        trainer = build(model, tokenizer, pairs, config_kwargs, peft_config=LORA if how == "lora" else None)
-        trainer.train()
-    assert trainer.ref_model is None
-    # 4 batches of 2 pairs, and y_ref, which is the chosen answer, is not forwarded a second time
-    assert counts == {"models": 1, "forwards": 4, "rows": 16}
-    if how in ("lora", "peft_model"):
-        assert list(trainer.model.peft_config) == ["default"], "no copy of the adapter either"
-        assert not any(".ref." in name for name, _ in trainer.model.named_parameters())
 
 
 def test_without_regulariser_its_target_is_not_computed(model_dir, tokenizer, pairs, config_kwargs):
@@ -200,12 +178,6 @@ def test_foreign_collator_is_refused_by_name(model, tokenizer, pairs, config_kwa
     trainer = build(model, tokenizer, pairs, config_kwargs, data_collator=collator)
     with pytest.raises(ValueError, match="must have what `trl_ext.CandidateCollator` makes"):
         trainer.train()
-
-
-def test_drop_in_without_args_and_tokenizer(model_dir, pairs, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    trainer = SLiCTrainer(model=model_dir, train_dataset=pairs)
-    assert isinstance(trainer.args, SLiCConfig) and trainer.args.output_dir.endswith("-SLiC-HF")
 
 
 def test_invalid_rows_can_be_dropped(model_dir, tokenizer, config_kwargs):

@@ -1,5 +1,6 @@
 """SLiCTrainer against the slow reference, and as its users use it."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,16 +8,13 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM
 
-from tests.support import reference
-from tests.support.data import PAIRS
-from tests.support.slic import REFERENCES, build
+from tests.support import methods, reference
+from tests.support.data import REFERENCES
 from tests.support.training import (
-    SGD,
     Losses,
     assert_same_gradients,
-    assert_same_movement,
     copy_of,
     gradients,
     one_batch,
@@ -25,6 +23,8 @@ from tests.support.training import (
 )
 from trl_ext.methods.slic.config import CALIBRATIONS
 
+build = partial(methods.build, "slic")
+run = partial(methods.run, "slic")
 BF16_LOSS, BF16_GRADIENT = 0.001, 0.07  # measured: at most 0.00033 and 0.033
 
 
@@ -146,35 +146,6 @@ def test_bfloat16_autocast_stays_close(
     assert (rough_gradient - exact_gradient).norm() < BF16_GRADIENT * exact_gradient.norm()
 
 
-def test_left_padding_equals_right_padding(model, tokenizer, ranked, config_kwargs):
-    trainer = build(model, tokenizer, ranked, config_kwargs)
-    results = []
-    for collator_kwargs in ({}, {"padding_side": "left"}, {"pad_to_multiple_of": 64}):
-        trainer.model.zero_grad()
-        loss = trainer.compute_loss(model, one_batch(trainer, **collator_kwargs))
-        loss.backward()
-        results.append((loss, gradients(trainer.model)))
-    for loss, grads in results[1:]:
-        torch.testing.assert_close(loss, results[0][0], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(grads, results[0][1], rtol=1e-3, atol=1e-5)
-
-
-def test_order_of_rows_does_not_matter(model, tokenizer, ranked, config_kwargs):
-    trainer = build(model, tokenizer, ranked, config_kwargs)
-    collator = trainer.data_collator
-    rows = list(trainer.train_dataset)
-    forward, backward = (trainer.compute_loss(model, collator(order)) for order in (rows, rows[::-1]))
-    torch.testing.assert_close(forward, backward, rtol=1e-5, atol=1e-5)
-
-
-def run(model_dir, tokenizer, rows, config_kwargs, **settings):
-    losses = Losses()
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    trainer = build(model, tokenizer, rows, config_kwargs, callbacks=[losses], **settings)
-    trainer.train()
-    return trainer, losses
-
-
 def test_scores_are_not_rounded_under_deepspeed(model, tokenizer, ranked, config_kwargs):
     """`Trainer` would cast what is floating in a batch to the model's dtype, and bfloat16 has three digits."""
     trainer = build(model, tokenizer, ranked, config_kwargs)
@@ -187,25 +158,6 @@ def test_scores_are_not_rounded_under_deepspeed(model, tokenizer, ranked, config
     prepared = trainer._prepare_inputs(batch)
     assert {name: tensor.dtype for name, tensor in prepared.items()} == {n: t.dtype for n, t in batch.items()}
     assert torch.equal(prepared["scores"], batch["scores"])
-
-
-@pytest.mark.parametrize("num_rows", [8, 7])
-def test_any_split_into_micro_batches_gives_the_same_training(num_rows, model_dir, tokenizer, pairs, config_kwargs):
-    """1 x 8 = 8 x 1, and with 7 rows the last micro-batch of 3 x 3 is smaller than the others."""
-    rows = pairs.select(range(num_rows))
-    runs = []
-    for batch_size, accumulation in ((8, 1), (1, 8), (3, 3)):
-        kwargs = {**config_kwargs, **SGD, "per_device_train_batch_size": batch_size}
-        runs.append(
-            run(model_dir, tokenizer, rows, kwargs, gradient_accumulation_steps=accumulation, num_train_epochs=3)
-        )
-    (first, first_losses), others = runs[0], runs[1:]
-    start = weights(build(model_dir, tokenizer, rows, config_kwargs))
-    assert len(first_losses.series()) == 3
-    for trainer, losses in others:
-        for name in ("loss", "loss/calibration", "hinge/active", "rewards/margins", "logps/chosen", "entropy"):
-            torch.testing.assert_close(losses.series(name), first_losses.series(name), rtol=1e-4, atol=1e-5)
-        assert_same_movement(weights(trainer), weights(first), start)
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -300,15 +252,6 @@ def test_evaluation_during_training_and_best_checkpoint(model_dir, tokenizer, pa
     assert trainer.state.best_metric == max(log["eval_rewards/accuracies"] for log in evals)
 
 
-def test_stream_trains_like_the_same_rows_in_a_list(model_dir, tokenizer, config_kwargs):
-    kwargs = {**config_kwargs, "max_steps": 6, "train_sampling_strategy": "sequential"}
-    stream = IterableDataset.from_generator(lambda: iter(PAIRS))
-    streamed, stream_losses = run(model_dir, tokenizer, stream, kwargs)
-    listed, list_losses = run(model_dir, tokenizer, Dataset.from_list(PAIRS), kwargs)
-    assert len(stream_losses.series()) == 6 and stream_losses.series() == list_losses.series()
-    assert torch.equal(weights(streamed), weights(listed))
-
-
 def test_evaluating_a_stream_gives_the_numbers_of_a_list(model, tokenizer, pairs, ranked, config_kwargs):
     """5 rows in batches of 4: the last batch is short, and Trainer's own mean would count it as whole."""
     rows = [*ranked, {**ranked[0], "prompt": "again "}]
@@ -350,15 +293,6 @@ def test_saved_model_loads_and_agrees(model_dir, tokenizer, pairs, config_kwargs
     torch.testing.assert_close(
         loaded.compute_loss(loaded.model, batch), trainer.compute_loss(trainer.model, batch), rtol=1e-6, atol=1e-6
     )
-
-
-def test_model_card_cites_slic_hf(model_dir, tokenizer, pairs, config_kwargs):
-    run(model_dir, tokenizer, pairs, {**config_kwargs, "save_strategy": "steps", "save_steps": 4})
-    card = (Path(config_kwargs["output_dir"]) / "README.md").read_text()
-    assert "SLiC-HF" in card and "2305.10425" in card and "zhao2023slichf" in card and "slic-hf" in card
-    assert "Rafailov" not in card.split("Cite TRL")[0]
-    assert f"fine-tuned version of the model in `{model_dir}`" in card and "None" not in card
-    assert f'model="{config_kwargs["output_dir"]}"' in card
 
 
 def test_balancing_loss_of_a_mixture_of_experts_is_added_once(tokenizer, pairs, config_kwargs):

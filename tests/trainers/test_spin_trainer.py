@@ -3,6 +3,7 @@
 import math
 import shutil
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 
-from tests.support import reference
+from tests.support import methods, reference
 from tests.support.data import PAIRS
+from tests.support.methods import LORA
 from tests.support.training import (
-    SGD,
     Losses,
     assert_same_gradients,
-    assert_same_movement,
-    gradients,
+    copy_of,
+    move,
+    one_batch,
     perturbed,
     weights,
 )
@@ -28,39 +30,9 @@ from trl_ext.losses import spin_loss
 from trl_ext.sampling.config import SamplingOptions
 from trl_ext.trainers.reference import refuse_fsdp
 
-LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+build = partial(methods.build, "spin")
+run = partial(methods.run, "spin")
 START = {"sigmoid": math.log(2), "hinge": 1.0}
-
-
-def build(model, tokenizer, dataset, config_kwargs, **settings):
-    trainer_keys = ("eval_dataset", "ref_model", "peft_config", "callbacks", "compute_metrics")
-    trainer_kwargs = {key: settings.pop(key) for key in trainer_keys if key in settings}
-    return SPINTrainer(
-        model=model,
-        args=SPINConfig(**{**config_kwargs, **settings}),
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        **trainer_kwargs,
-    )
-
-
-def copy_of(model):
-    copy = type(model)(model.config)
-    copy.load_state_dict(model.state_dict())
-    return copy
-
-
-def one_batch(trainer):
-    return trainer.data_collator(list(trainer.train_dataset))
-
-
-def move(model, scale=0.02):
-    """Change the weights of a model in place, as training would."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
 # The loss
@@ -109,24 +81,6 @@ def test_compute_loss_equals_slow_reference_and_trl(
     theirs.backward()
     torch.testing.assert_close(fast, theirs, rtol=1e-4, atol=1e-4)
     assert_same_gradients(trainer.model, trl_trainer.model)
-
-
-@pytest.mark.parametrize("settings", [{}, {"prefix_sharing": False}, {"max_completions_per_forward": 1}])
-def test_layouts_change_nothing(settings, model, tokenizer, pairs, config_kwargs):
-    results = []
-    for layout in ({"prefix_sharing": True, "check_prefix_sharing": True}, settings):
-        trainer = build(copy_of(model), tokenizer, pairs, config_kwargs, beta=2.0, **layout)
-        trainer._checks_first_loss = False
-        move(trainer.model)
-        loss = trainer.compute_loss(trainer.model, one_batch(trainer))
-        loss.backward()
-        results.append((loss, gradients(trainer.model), trainer))
-    shared = results[0][2].prefix_sharing.statistics
-    assert shared.batches_shared == 2, "the reference's pass over the data is shared as well"
-    for reference_logps in zip(*(result[2].train_dataset["reference_logps"] for result in results), strict=True):
-        torch.testing.assert_close(*map(torch.tensor, reference_logps), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-3, atol=1e-4)
 
 
 # The reference is the model that training starts from
@@ -290,29 +244,6 @@ def test_training_tells_real_from_generated(lora, loss, model_dir, tokenizer, pa
     assert ("hinge/active" in last) == (loss == "hinge")
 
 
-def run(model_dir, tokenizer, rows, config_kwargs, resume=None, **settings):
-    losses = Losses()
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    trainer = build(model, tokenizer, rows, {}, callbacks=[losses], **config_kwargs, **settings)
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer, losses
-
-
-def test_any_split_into_micro_batches_gives_the_same_training(model_dir, tokenizer, pairs, config_kwargs):
-    runs = []
-    for batch_size, accumulation in ((8, 1), (1, 8), (3, 3)):
-        kwargs = {**config_kwargs, **SGD, "per_device_train_batch_size": batch_size, "num_train_epochs": 3}
-        runs.append(run(model_dir, tokenizer, pairs, kwargs, gradient_accumulation_steps=accumulation, beta=1.0))
-    first, first_losses = runs[0]
-    start = weights(build(model_dir, tokenizer, pairs, config_kwargs))
-    assert first_losses.series()[-1] < first_losses.series()[0] - 1e-3
-    for trainer, losses in runs[1:]:
-        for name in ("loss", "rewards/margins", "logps/chosen", "lengths/rejected"):
-            torch.testing.assert_close(losses.series(name), first_losses.series(name), rtol=1e-3, atol=1e-4)
-        # the margin is a difference of float32 sums of about 100 nats, whose last digit is 8e-6
-        assert_same_movement(weights(trainer), weights(first), start, share=5e-5)
-
-
 @pytest.mark.parametrize("lora", [False, True])
 def test_resumed_iteration_keeps_its_reference(lora, model_dir, tokenizer, pairs, config_kwargs):
     """The reference is that of the start, not of the checkpoint, and is not computed again."""
@@ -337,14 +268,12 @@ def test_what_another_model_left_behind_is_not_taken(model_dir, model, tokenizer
     assert changed.train_dataset["reference_logps"][0] == pytest.approx(ours.train_dataset["reference_logps"][1])
 
 
-def test_lora_adapter_is_saved_alone_and_model_card_cites_spin(model_dir, tokenizer, pairs, config_kwargs):
+def test_lora_adapter_is_saved_alone(model_dir, tokenizer, pairs, config_kwargs):
     kwargs = {**config_kwargs, "save_strategy": "steps", "save_steps": 4}
     trainer, _ = run(model_dir, tokenizer, pairs, kwargs, peft_config=LORA)
     assert isinstance(trainer.model, PeftModel)
     checkpoint = Path(kwargs["output_dir"]) / "checkpoint-4"
     assert (checkpoint / "adapter_model.safetensors").is_file() and not (checkpoint / "ref").exists()
-    card = (Path(kwargs["output_dir"]) / "README.md").read_text()
-    assert "SPIN" in card and "2401.01335" in card and "chen2024spin" in card
 
 
 # What is refused

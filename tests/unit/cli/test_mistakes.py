@@ -1,11 +1,6 @@
 """A known mistake is one line and comes before torch is imported; a true fault keeps its traceback."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -151,26 +146,3 @@ def test_faults_are_not_mistakes():
     with pytest.raises(ValueError) as raised:
         raise ValueError("of somebody else's code")
     assert not is_known(raised.value)
-
-
-def test_a_recipe_prints_one_line_at_once():
-    """The time has room for a busy machine: importing torch and TRL takes ten times as long."""
-    started = time.monotonic()
-    done = run([sys.executable], "--lerning_rate", "1")
-    assert done.returncode == 1 and time.monotonic() - started < 10
-
-
-def test_the_launcher_of_one_process_adds_nothing():
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
-                "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
-    assert run(launcher, "--lerning_rate", "1").returncode == -signal.SIGTERM
-
-
-def run(launcher, *words):
-    done = subprocess.run(
-        [*launcher, str(RECIPES["slic"]), *words],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.stderr == "Error: Unknown option `--lerning_rate`. Did you mean `--learning_rate`?\n"
-    assert done.stdout == ""
-    return done

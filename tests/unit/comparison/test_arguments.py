@@ -6,11 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from datasets import Dataset
 
 from tests.support.comparing import PLAYGROUND, RECIPE, RECIPES, one_seed, parsed_from
-from tests.support.data import PAIRS, read_jsonl
-from trl_ext import SLiCConfig, SLiCTrainer
 from trl_ext.cli.options import recipe_dataclasses
 from trl_ext.cli.parse import given_options, parse_recipe_args
 from trl_ext.comparison.arguments import shared_settings
@@ -19,12 +16,12 @@ from trl_ext.comparison.config import ComparisonConfig
 from trl_ext.comparison.methods import METHODS
 from trl_ext.comparison.results import ComparisonResults, MethodResult
 from trl_ext.comparison.seed_run import REWARD_MODEL, SeedRun
-from trl_ext.comparison.stages import pairs_stage
 from trl_ext.playground.task import Playground, preference_rows, read_answer
-from trl_ext.runtime.jsonl import write_jsonl
 from trl_ext.sampling.config import NEUTRAL
 
 CIRCLE = {}
+
+
 CIRCLE["circle"] = CIRCLE
 
 
@@ -310,18 +307,6 @@ def test_preferences_of_the_playground_are_right_and_friendlier():
         chosen, rejected = (read_answer(row[name], row["answer"]) for name in ("chosen", "rejected"))
         assert chosen[0] and rejected[0] and chosen[2] > rejected[2]
     assert made == preference_rows(rows, seed=1) != preference_rows(rows, seed=2)
-
-
-def test_pairs_of_the_dataset_keep_their_scores(model_dir, tmp_path):
-    scored = [{**row, "score_chosen": 3.0, "score_rejected": 1.0, "source": "web"} for row in PAIRS]
-    write_jsonl(tmp_path / "prompts.jsonl", scored)
-    pairs_stage(tmp_path, prompts=tmp_path / "prompts.jsonl", on_playground=False, seed=1)
-    rows = read_jsonl(tmp_path / "pairs.jsonl")
-    assert rows == [{key: value for key, value in row.items() if key != "source"} for row in scored]
-    # which this loss cannot do without
-    args = SLiCConfig(str(tmp_path / "out"), calibration="margin", max_steps=1, report_to="none")
-    trainer = SLiCTrainer(model_dir, args=args, train_dataset=Dataset.from_list(rows))
-    assert trainer.train_dataset[0]["scores"] == [3.0, 1.0]
 
 
 def test_candidates_are_counted_for_the_method_whose_reward_model_has_them(tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ import json
 import math
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from tests.support.comparisons import hostile_comparison, invented_comparison
 from tests.support.data import REPOSITORY
 from trl_ext.comparison import measures
 from trl_ext.comparison.measures import MEASURES, FinishedRun, Measure, Picture, measured
-from trl_ext.comparison.page import write_report
+from trl_ext.comparison.page import Page, write_report
 from trl_ext.comparison.results import ComparisonResults, MethodResult
 from trl_ext.comparison.statistics import (
     win_rate,
@@ -201,13 +200,11 @@ def test_a_new_measure_is_one_entry(tmp_path, measure):
         assert rows["dpo", "questions_difference"]["value"] == "1"
 
 
-def conclusions(comparison: ComparisonResults, folder: Path) -> str:
-    write_report(comparison, folder)
-    text = (folder / "comparison.md").read_text()
-    return text[: text.index("| method")]
+def conclusions(comparison: ComparisonResults) -> str:
+    return Page(comparison).markdown().partition("| method")[0]
 
 
-def test_conclusions_follow_from_the_figures(tmp_path):
+def test_conclusions_follow_from_the_figures():
     """Constant figures, so that what follows is plain: a gains, b gains and pays for it, c loses, d is as before."""
     prompts = 40
 
@@ -224,7 +221,7 @@ def test_conclusions_follow_from_the_figures(tmp_path):
 
     cases = {"sft": (0, 0, 1), "a": (1, 0.5, 1), "b": (2, -1, 2), "c": (-1, 0, 1), "d": (0, 0, 1)}
     results = [result(method, seed, *case) for method, case in cases.items() for seed in (0, 1)]
-    said = conclusions(ComparisonResults("t", "sft", prompts, results), tmp_path)
+    said = conclusions(ComparisonResults("t", "sft", prompts, results))
     assert "More reward than SFT, by more than the 95 % interval: B (+2.00) and A (+1.00)." in said
     assert "Less reward than SFT, by more than the 95 % interval: C (−1.00)." in said
     assert "Not to be told apart from SFT by reward: D." in said
@@ -232,7 +229,7 @@ def test_conclusions_follow_from_the_figures(tmp_path):
     assert "prompts and 2 training runs, which is few" in said
 
     results = [one for one in results if one.method in ("sft", "a") and one.seed == 0]
-    said = conclusions(ComparisonResults("t", "sft", prompts, results), tmp_path)
+    said = conclusions(ComparisonResults("t", "sft", prompts, results))
     assert "None of those with more reward is worse by judge or perplexity." in said
     assert "one training run of each" in said
 

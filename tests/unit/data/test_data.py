@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import AddedToken
-from trl import DPOConfig, DPOTrainer, extract_prompt
+from trl import extract_prompt
 
 from tests.support.data import PAIRS, read_jsonl, real_data
 from trl_ext.data.messages import extract_shared_prompt
@@ -25,29 +25,6 @@ def prepare(rows, tokenizer, options=None, **kwargs):
 
 def decode(tokenizer, row):
     return tokenizer.decode(row["prompt_ids"]), [tokenizer.decode(ids) for ids in row["completion_ids"]]
-
-
-@pytest.mark.parametrize("form", ["pairs", "chat_pairs", "implicit", "implicit_chat"])
-def test_pairs_have_the_ids_of_dpo_trainer(form, pairs, chat_pairs, tokenizer, model, config_kwargs):
-    if form == "implicit":
-        rows = Dataset.from_list([{k: row["prompt"] + row[k] for k in ("chosen", "rejected")} for row in pairs])
-    elif form == "implicit_chat":
-        rows = Dataset.from_list([{k: row["prompt"] + row[k] for k in ("chosen", "rejected")} for row in chat_pairs])
-    else:
-        rows = {"pairs": pairs, "chat_pairs": chat_pairs}[form]
-    ours, _ = prepare(rows, tokenizer)
-    theirs = DPOTrainer(
-        model=model,
-        ref_model=None,
-        args=DPOConfig(**config_kwargs, precompute_ref_log_probs=False),
-        train_dataset=rows,
-        processing_class=tokenizer,
-    ).train_dataset
-    assert len(ours) == len(theirs) == len(PAIRS)
-    for our_row, their_row in zip(ours, theirs, strict=True):
-        assert our_row["prompt_ids"] == their_row["prompt_ids"]
-        assert our_row["completion_ids"] == [their_row["chosen_ids"], their_row["rejected_ids"]]
-        assert our_row["scores"] == [1.0, 0.0] and our_row["target_index"] == 0
 
 
 def test_plain_text_gets_the_end_token_and_chat_text_gets_it_from_the_template(pairs, chat_pairs, tokenizer):
@@ -153,7 +130,11 @@ def test_scores_of_pairs_where_they_are_given(tokenizer):
 
 
 GOOD = {"prompt": "p ", "chosen": "good", "rejected": "bad"}
+
+
 GOOD_LIST = {"prompt": "p ", "completions": ["a", "b"], "scores": [1.0, 0.0]}
+
+
 CHAT = {
     "prompt": [{"role": "user", "content": "hi"}],
     "chosen": [{"role": "assistant", "content": "hello"}],

@@ -1,14 +1,7 @@
 """Warnings about runs that work and do not do what they are for; numbered headings."""
 
-import logging
-import subprocess
-import sys
-
 import pytest
-from datasets import Dataset
 
-from tests.support.data import PAIRS
-from trl_ext import RRHFConfig, RRHFTrainer
 from trl_ext.runtime.headings import Headings, count
 from trl_ext.runtime.run_warnings import ToldApart, cut_answers, unequal_terms
 
@@ -52,17 +45,6 @@ def test_margins_above_zero_for_all():
     assert told_apart.look({"train_runtime": 1.0}, 40, 8) is None
 
 
-def test_a_trainer_says_it_once(model_dir, tmp_path, caplog):
-    config = RRHFConfig(
-        str(tmp_path), sft_weight=1e5, max_steps=3, logging_steps=1, report_to="none", use_cpu=True, bf16=False
-    )
-    trainer = RRHFTrainer(model_dir, args=config, train_dataset=Dataset.from_list(PAIRS))
-    with caplog.at_level(logging.WARNING):
-        trainer.train()
-    said = [record.message for record in caplog.records if "next to no effect" in record.message]
-    assert len(said) == 1 and "`sft_weight` (100000 now)" in said[0]
-
-
 def test_headings(capsys):
     headings = Headings(7)
     headings.print("a", "training")
@@ -76,28 +58,3 @@ def test_headings(capsys):
     assert capsys.readouterr().out == "\n1 of at most 9: evaluating on 1 prompt\n"
     Headings().print("a", "training")
     assert capsys.readouterr().out == "\n1: training\n"
-
-
-def test_warnings_of_libraries_are_silenced_word_by_word():
-    """In a process of its own: pytest has warning filters, and here the libraries are imported already."""
-    code = """
-import logging, sys, warnings
-import trl_ext.runtime.library_warnings as silenced
-import torch
-from torch.utils.data import DataLoader
-from trl import DPOConfig
-DPOConfig("x", bf16=False, report_to="none")
-next(iter(DataLoader([1], pin_memory=True)))
-logger = logging.getLogger("DeepSpeed")
-logger.warning(silenced.LOGGED["DeepSpeed"][0])
-from accelerate.logging import get_logger
-from accelerate import PartialState
-PartialState(cpu=True)
-orpo = "trl.experimental.orpo.orpo_trainer"
-get_logger(orpo).warning(silenced.LOGGED[orpo][0])
-logger.warning("another message")
-warnings.warn(silenced.PYTHON_WARNINGS[0] + " And more.")
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert [line for line in done.stderr.splitlines() if not line.startswith("  ")][0] == "another message"
-    assert "And more." in done.stderr and len(done.stderr.splitlines()) <= 3

@@ -7,11 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import (
-    GenerationConfig,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from tests.support.sampling import PROMPTS, SETTINGS, TEXTS, answer, chat, greedy, plain_logps
 from trl_ext.data.tokens import tokenize_candidates

@@ -2,62 +2,20 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import time
 from pathlib import Path
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.sampling import (
-    PROMPTS,
-    SETTINGS,
-    TEMPLATE,
-    TEXTS,
-    by_number,
-)
-from trl_ext.runs.process import PRELOADED
+from tests.support.sampling import PROMPTS, SETTINGS, TEMPLATE, by_number, shard_files
 from trl_ext.runtime.files import checksum, read_sealed, sealed
 from trl_ext.runtime.fingerprints import model_fingerprint
 from trl_ext.sampling.candidates import sample_candidates
 from trl_ext.sampling.config import SamplingConfig
 from trl_ext.sampling.shards import _default_shard_size, _read_shard, _shard
-
-
-def shard_files(folder):
-    return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in sorted(folder.glob("shards/*.jsonl"))}
-
-
-MANY = [{"prompt": f"{number}: {text}", "number": number} for number, text in enumerate(TEXTS * 2)]
-
-
-def sample_many(model, folder):
-    return sample_candidates(model, MANY, SamplingConfig(**SETTINGS), folder, shard_size=1)
-
-
-def test_killed_and_resumed(sampler_dir, tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))  # it is one for all tests, and those of stages need it like that
-    process = context.Process(target=sample_many, args=(sampler_dir, tmp_path / "killed"))
-    process.start()
-    deadline = time.monotonic() + 120
-    while len(shard_files(tmp_path / "killed")) < 3 and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.kill()
-    process.join()
-    finished = shard_files(tmp_path / "killed")
-    assert process.exitcode == -9 and 3 <= len(finished) < len(MANY), "killed half-way"
-    rows, report = sample_many(sampler_dir, tmp_path / "killed")
-    now = shard_files(tmp_path / "killed")
-    assert len(now) == len(MANY) and {name: now[name] for name in finished} == finished, "nothing is made again"
-    expected, expected_report = sample_many(sampler_dir, tmp_path / "whole")
-    assert rows == expected and report == expected_report
 
 
 def test_a_folder_of_something_else_is_refused(sampler_dir, tmp_path, unlimited):

@@ -6,7 +6,6 @@ import logging
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification
 
 from tests.support.scoring import CANDIDATES, chat, save_reward_model
@@ -37,24 +36,6 @@ def test_reward_model_scores_the_whole_text_batched_as_one_by_one(form, reward_m
     for row, expected_row in zip(scores, expected, strict=True):
         assert row == pytest.approx(expected_row, abs=1e-5)
     assert np.std(np.concatenate(scores)) > 0.05, "the model tells them apart, or the comparison says nothing"
-
-
-def test_reward_model_reads_what_trl_trains_it_on(reward_model_dir, tmp_path):
-    from trl import RewardConfig, RewardTrainer
-
-    rows = [{"prompt": row["prompt"], "chosen": row["completions"][0], "rejected": "x"} for row in CANDIDATES]
-    chats = [{**chat({"prompt": row["prompt"], "completions": [row["chosen"], "x"]})} for row in rows]
-    pairs = [{"prompt": c["prompt"], "chosen": c["completions"][0], "rejected": c["completions"][1]} for c in chats]
-    scorer = RewardModelScorer(reward_model_dir)
-    for data in (rows, pairs):
-        args = RewardConfig(
-            str(tmp_path), use_cpu=True, bf16=False, report_to="none", activation_checkpointing=False, max_length=None
-        )
-        theirs = RewardTrainer(
-            scorer.model, args, train_dataset=Dataset.from_list(data), processing_class=scorer.tokenizer
-        )
-        ours = [scorer._token_ids(row, row["chosen"]) for row in data]
-        assert ours == list(theirs.train_dataset["chosen_ids"])
 
 
 def test_too_long_texts_lose_their_beginning(reward_model_dir, caplog):
