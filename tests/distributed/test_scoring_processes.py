@@ -10,6 +10,7 @@ from accelerate import PartialState
 
 from tests.support import warm
 from tests.support.data import REPOSITORY
+from tests.support.scoring import save_reward_model
 from trl_ext.scoring.functions import FunctionScorer
 from trl_ext.scoring.models import RewardModelScorer
 from trl_ext.scoring.score import score_rows
@@ -49,7 +50,8 @@ def work(folder, reward_model_dir, state):
     (Path(folder) / f"process-{state.num_processes}-{state.process_index}.json").write_text(json.dumps(seen))
 
 
-def test_two_processes_score_exactly_as_one(reward_model_dir, tmp_path):
+def test_two_processes_score_exactly_as_one(tmp_path):
+    reward_model_dir = str(save_reward_model(tmp_path / "tiny-rm"))
     num_threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)  # as there, so that sums are made in the same order

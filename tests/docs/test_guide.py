@@ -145,7 +145,7 @@ def test_a_row_is_read_by_those_that_the_page_names_and_refused_by_the_others(na
         if reader in readers:
             assert read(reader, path, tokenizer, dataset), reader
         else:
-            with pytest.raises(ValueError, match="dataset (has (the columns|a column)|must have a column)"):
+            with pytest.raises(ValueError, match="dataset must (not )?have"):
                 read(reader, path, tokenizer, dataset)
                 pytest.fail(f"{reader} reads it, and the page does not say so")
 

@@ -10,22 +10,22 @@ def check_columns(columns: list[str], name: str) -> None:
         NotImplementedError: rows with images.
     """
     has = set(columns)
-    given = f"The {name} dataset has the columns {sorted(has)}"
+    dataset, given = f"The {name} dataset", f"got the columns {sorted(has)}"
     if has & {"image", "images"}:
-        raise NotImplementedError(f"{given}: rows with images are not supported. Use text rows.")
+        raise NotImplementedError(f"{dataset} must not have images, {given}. Use text rows.")
     if "completions" in has and has & {"chosen", "rejected"}:
         raise ValueError(
-            f"{given}: `completions` and `chosen`/`rejected` say the same thing twice. Remove one of them."
+            f"{dataset} must have `completions`, or `chosen` and `rejected`, not both, {given}. Remove one of them."
         )
     if "completions" in has:
         if "scores" not in has:
             raise ValueError(
-                f"{given}: `completions` cannot be ranked without scores. Add the column `scores`, one per completion."
+                f"{dataset} must have `scores` beside `completions`, one per completion, {given}. Add the column."
             )
         return
     missing = {"chosen", "rejected"} - has
     if missing:
         raise ValueError(
-            f"{given}, without {' and '.join(f'`{column}`' for column in sorted(missing))}. Needed are `prompt`, "
-            "`chosen` and `rejected`, or `prompt`, `completions` and `scores`: rename or add the columns."
+            f"{dataset} must have `prompt`, `chosen` and `rejected`, or `prompt`, `completions` and `scores`, "
+            f"{given}, without {' and '.join(f'`{column}`' for column in sorted(missing))}. Rename or add the columns."
         )

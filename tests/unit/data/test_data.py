@@ -317,10 +317,10 @@ def test_broken_template_arguments_and_parts_are_named(row, message, tokenizer):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "p", "chosen": "c"}, r"columns \['chosen', 'prompt'\], without `rejected`. Needed are"),
+        ({"prompt": "p", "chosen": "c"}, r"must have .*columns \['chosen', 'prompt'\], without `rejected`. Rename"),
         ({"prompt": "p", "completion": "c", "label": True}, r"without `chosen` and `rejected`"),
-        ({"prompt": "p", "completions": ["a", "b"]}, r"cannot be ranked without scores. Add the column `scores`"),
-        ({**GOOD, **GOOD_LIST}, r"say the same thing twice. Remove one"),
+        ({"prompt": "p", "completions": ["a", "b"]}, r"must have `scores` beside `completions`, .* Add the column"),
+        ({**GOOD, **GOOD_LIST}, r"not both, got the columns .*Remove one"),
     ],
 )
 def test_missing_columns_are_refused(row, message, tokenizer):
@@ -329,7 +329,7 @@ def test_missing_columns_are_refused(row, message, tokenizer):
 
 
 def test_images_are_refused(tokenizer):
-    with pytest.raises(NotImplementedError, match="rows with images are not supported"):
+    with pytest.raises(NotImplementedError, match="must not have images"):
         prepare([{**GOOD, "image": "x.png"}], tokenizer)
 
 
