@@ -82,9 +82,11 @@ def test_no_arguments_mean_the_playground(tmp_path):
     assert rounds.num_rounds == 3 and rounds.pair_rule == "best_worst" and rounds.rewards == playground["rewards"]
     config = tmp_path / "config.yaml"
     config.write_text("seed: 1\n")
-    with pytest.raises(ValueError, match="The config file names neither a model nor data. Set `model_name_or_path`"):
+    with pytest.raises(
+        ValueError, match="The config file must name a model and data, got neither. Set `model_name_or_path`"
+    ):
         parse("--config", str(config))
-    with pytest.raises(ValueError, match="test_split_size, eval_strategy would do nothing on the playground"):
+    with pytest.raises(ValueError, match="test_split_size, eval_strategy must not be set on the playground"):
         parse("--test_split_size", "0.1", "--eval_strategy", "epoch")
 
 
@@ -101,7 +103,7 @@ def test_unknown_keys_are_fatal(tmp_path):
 
 
 def test_flags_that_would_do_nothing_and_missing_models_are_refused(tmp_path, pairs):
-    with pytest.raises(ValueError, match="Data is given but no model. Set `--model_name_or_path`"):
+    with pytest.raises(ValueError, match="`--model_name_or_path` must be set where data is given"):
         parse("--dataset_name", "x", "--output_dir", str(tmp_path))
     with pytest.raises(ValueError, match="`--ignore_bias_buffers` .* is not offered here"):
         parse(

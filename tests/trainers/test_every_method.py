@@ -1,5 +1,6 @@
 """What holds for the trainer of every method, whatever its loss."""
 
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ SAMPLES = [
     {"prompt": "once more ", "completions": ["one", "two"], "scores": [1.0, 0.0], "reference": "one"},
     {"prompt": "task ", "completions": ["alone"], "scores": [1.0], "reference": "no sample"},
 ]
-ROWS = {"slic": PAIRS, "rrhf": LISTS, "click": SAMPLES, "spin": PAIRS, "ipo": PAIRS}
+ROWS = defaultdict(lambda: PAIRS, {"rrhf": LISTS, "click": SAMPLES})
 SETTINGS = {"spin": {"beta": 1.0}}
 
 

@@ -60,8 +60,8 @@ def parse_recipe_args(
             args = ["--config", str(playground_config), *args]
         elif Path(config).resolve() != Path(playground_config).resolve():
             raise ValueError(
-                "The config file names neither a model nor data. Set `model_name_or_path` and `dataset_name`, or "
-                "leave `--config` out to run the playground."
+                "The config file must name a model and data, got neither. Set `model_name_or_path` and "
+                "`dataset_name`, or run the playground without `--config`."
             )
         parsed = parse_args(dataclass_types, args)
         script_args, training_args, _, dataset_args, *_ = parsed
@@ -69,14 +69,14 @@ def parse_recipe_args(
         meaningless += ["eval_strategy"] if training_args.eval_strategy != "no" else []
         if meaningless:
             raise ValueError(
-                f"{', '.join(meaningless)} would do nothing on the playground, which makes its own data and evaluates "
-                "at the end. Leave them out, or set `--model_name_or_path` and `--dataset_name`."
+                f"{', '.join(meaningless)} must not be set on the playground, which makes its own data and evaluates "
+                "at the end. Remove the options, or set `--model_name_or_path` and `--dataset_name`."
             )
         return parsed
     if not model:
         raise ValueError(
-            "Data is given but no model. Set `--model_name_or_path` to a Hub name or a folder; with neither a model "
-            "nor data the recipe runs its playground."
+            "`--model_name_or_path` must be set where data is given. Set it to a Hub name or a folder. With neither a "
+            "model nor data the recipe runs its playground."
         )
     parsed = parse_args(dataclass_types, args)
     if parsed[0].ignore_bias_buffers:
@@ -172,4 +172,4 @@ def refuse_all_but(used: Sequence[str], *parts: Any) -> None:
     """
     idle = [name for part in parts for name in changed_fields(part) if name not in used]
     if idle:
-        raise ValueError(f"{', '.join(idle)} would do nothing here. Leave them out.")
+        raise ValueError(f"{', '.join(idle)} must not be set here: nothing reads them. Remove the options.")

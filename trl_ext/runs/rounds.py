@@ -195,7 +195,7 @@ class Rounds:
             self.write_report(reason)
             if reason is not None:
                 self.stopped = reason
-                PartialState().print(f"The rounds end here, and the model before {name} is the one to take: {reason}")
+                PartialState().print(f"The rounds end here. Take the model before {name}: {reason}")
                 break
         return Path(self.model_to_take)
 

@@ -254,9 +254,7 @@ class SelfPlay:
                 self.model_to_take, self.iteration_to_take, before = str(model), number, name
             self.write_report()
             if self.stopped is not None:
-                PartialState().print(
-                    f"The game ends here, and the model before {name} is the one to take: {self.stopped}"
-                )
+                PartialState().print(f"Self-play ends here. Take the model before {name}: {self.stopped}")
                 break
         return Path(self.model_to_take)
 
