@@ -203,6 +203,14 @@ def test_settings_under_which_nothing_is_rearranged(strong_model_dir, settings, 
         )
 
 
+def test_one_process_with_several_gpus_runs_padded(strong_model_dir, settings, long_prompts):
+    """transformers would copy the model into threads, which share what sharing remembers of a batch."""
+    trainer = padded_dpo_trainer(strong_model_dir, long_prompts, settings)
+    trainer.args._n_gpu = 2
+    with pytest.warns(UserWarning, match="start a process for each GPU"):
+        assert not enable_prefix_sharing(trainer).shares
+
+
 @pytest.mark.slow
 def test_dropout_is_drawn_in_either_layout(strong_model_dir, settings, long_prompts):
     # not the same draws, but the same loss on average: at learning rate 0, over many draws

@@ -212,19 +212,21 @@ def test_another_version_or_a_changed_file_is_not_answered_from_the_file(tmp_pat
     assert cli_options._is_current(table)
     assert set(table["versions"]) == {"transformers", "trl"} and "trainers/common_config.py" in table["files"]
     assert not cli_options._is_current({**table, "versions": {**table["versions"], "trl": "1.15.0"}})
+    monkeypatch.setattr(cli_options, "version", lambda name: "1.17.0.dev0")  # which says nothing about its options
+    assert not cli_options._is_current({**table, "versions": {"trl": "1.17.0.dev0"}})
+    monkeypatch.undo()
     changed = {**table, "files": {**table["files"], "methods/ipo/config.py": "0"}}
     monkeypatch.setattr(cli_options, "SHIPPED", tmp_path / "options.json")
     cli_options.SHIPPED.write_text(json.dumps(changed))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "cache").write_text("a file, in which nothing can be kept")
-    done = subprocess.CompletedProcess(
-        [], 0, f"said by a library\n{json.dumps(table_of(['trl_ext.IPOConfig']))}\n", ""
-    )
+    found = cli_options.MARK + json.dumps(table_of(["trl_ext.IPOConfig"]))
+    done = subprocess.CompletedProcess([], 0, f"said by a library\n{found}\nsaid at the end\n", "")
     calls = []
     monkeypatch.setattr(subprocess, "run", lambda words, **_: calls.append(words) or done)
     load_classes.cache_clear()
     assert [one.name for one in load_classes("trl_ext.IPOConfig")["trl_ext.IPOConfig"]][0] == "IPOConfig"
-    assert calls == [[sys.executable, "-m", "trl_ext.cli.options", "trl_ext.IPOConfig"]]
+    assert calls == [[sys.executable, "-P", "-m", "trl_ext.cli.options", "trl_ext.IPOConfig"]]
     load_classes.cache_clear()
 
 

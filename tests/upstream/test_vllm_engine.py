@@ -77,6 +77,7 @@ class TestWithoutVllm:
         [
             ({"temperature": 0.005}, "`temperature` must be 0 or at least 0.01 with vLLM, got 0.005"),
             ({"vllm_args": {"model": "x", "seed": 1, "logprobs_mode": "x"}}, "must not have model, logprobs_mode,"),
+            ({"vllm_args": {"served_model_name": "x", "api_key": "y"}}, "must not have api_key, served_model_name,"),
             ({"vllm_args": {"seed": {1}}}, r"must hold numbers, strings, lists and dictionaries, got seed=\{1\}"),
         ],
     )

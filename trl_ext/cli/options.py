@@ -6,6 +6,7 @@ installed ones differ, as with another TRL, another process imports the classes,
 """
 
 import ast
+import contextlib
 import functools
 import hashlib
 import json
@@ -23,6 +24,7 @@ from ..runtime.files import write_atomically
 
 PACKAGE = Path(__file__).parents[1]
 SHIPPED = Path(__file__).with_name("options.json")
+MARK = "options: "  # before what another process has found
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def load_classes(*paths: str) -> Classes:
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "trl_ext")
     cached = cache / f"options-{hashlib.sha256(' '.join(paths).encode()).hexdigest()[:16]}.json"
-    for file in (SHIPPED, cached):
+    for file in (SHIPPED, cached) if cached.is_absolute() else (SHIPPED,):
         try:
             table = json.loads(file.read_text(encoding="utf-8"))
             if set(paths) <= set(table["paths"]) and _is_current(table):
@@ -105,18 +107,17 @@ def load_classes(*paths: str) -> Classes:
         except (OSError, ValueError, LookupError, TypeError):  # of the cache: not there, or damaged
             continue
     done = subprocess.run(
-        [sys.executable, "-m", __name__, *paths], capture_output=True, text=True,
+        [sys.executable, "-P", "-m", __name__, *paths], capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no reason is given"])[-1]
         raise ImportError(f"The options of {', '.join(paths)} cannot be read: {reason}")
-    text = done.stdout.splitlines()[-1]  # libraries may print before
-    try:
-        write_atomically(cached, text)
-    except OSError:  # it is read again next time
-        pass
-    return classes_in(json.loads(text))
+    table = json.loads(done.stdout.partition(MARK)[2].splitlines()[0])  # libraries may print before and after
+    if cached.is_absolute():  # without a home folder there is none
+        with contextlib.suppress(OSError):  # it is read again next time
+            write_atomically(cached, json.dumps(table))
+    return classes_in(table)
 
 
 def classes_in(table: dict[str, Any]) -> Classes:
@@ -148,9 +149,10 @@ def unused_fields(classes: Sequence[OptionClass]) -> dict[str, str]:
 
 def _is_current(table: dict[str, Any]) -> bool:
     """Whether a table was made with the versions that are installed and with the files as they are."""
-    return all(_version(name) == made_with for name, made_with in table["versions"].items()) and all(
-        _digest(PACKAGE / file) == digest for file, digest in table["files"].items()
-    )
+    return all(
+        _version(name) == made_with and "dev" not in (made_with or "")  # a development version changes as it is
+        for name, made_with in table["versions"].items()
+    ) and all(_digest(PACKAGE / file) == digest for file, digest in table["files"].items())
 
 
 def _version(distribution: str) -> str | None:
@@ -181,7 +183,7 @@ def table_of(paths: Sequence[str]) -> dict[str, Any]:
     from .parse import imported
 
     versions: dict[str, str] = {}
-    files: dict[str, str] = {}
+    files = {str(Path(__file__).relative_to(PACKAGE)): _digest(Path(__file__))}
     classes: dict[str, Any] = {}
     inherited: dict[str, list[str]] = {}
     for path, named in zip(paths, imported(paths), strict=True):
@@ -250,4 +252,4 @@ def _described(docstring: str, name: str) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(table_of(sys.argv[1:])))
+    print(MARK + json.dumps(table_of(sys.argv[1:])))

@@ -159,7 +159,7 @@ def path_plot(
     """
 
     def draw(figure):
-        axis = figure.subplots()
+        axis, ends, names = figure.subplots(), [], []
         for number, summary in enumerate(summaries):
             colour = INK if summary.method == base else SERIES[number % len(SERIES)]
             kl, reward = (dict(mean_curve(results[summary.method], key)) for key in ("kl", "reward"))
@@ -173,11 +173,13 @@ def path_plot(
                 # another marker each time the colours begin anew
                 turn = number + number // len(SERIES)
                 marker = "D" if summary.method == base else MARKERS[turn % len(MARKERS)]
-                axis.plot(*end, marker, color=colour, markersize=8, label=row_label(summary, base))
+                ends += axis.plot(*end, marker, color=colour, markersize=8)
+                names.append(row_label(summary, base))
         axis.set_xscale("function", functions=(_signed_root, _signed_square))
         axis.set(xlabel="KL to the SFT model, nats per answer (square-root scale)", ylabel="reward")
         axis.margins(x=0.06)
-        figure.legend(loc="outside right upper", frameon=False)
+        # named here: matplotlib leaves labels that begin with "_" out
+        figure.legend(ends, names, loc="outside right upper", frameon=False)
 
     return _svg(name, described, (10, 5.6), draw)
 

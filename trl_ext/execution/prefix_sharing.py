@@ -109,7 +109,8 @@ def _is_one_of(trainer: Trainer, names: set[str]) -> bool:
 
 def _share_without_fused_head(trainer: Trainer, mode: str | bool, self_check: bool) -> SharedPrefixes | None:
     model, always = trainer.accelerator.unwrap_model(trainer.model), mode is True
-    reason = settings_reason(trainer.args, model) or reason_against(model, always=always)
+    reason = settings_reason(trainer.args, model)
+    reason = reason or reason_against(model, always=always, option="prefix_sharing=True")
     if reason is None:
         sharing = SharedPrefixes(model, always=always, self_check=self_check)
         sharing.install()
@@ -193,6 +194,8 @@ def settings_reason(args: DPOConfig, model: str | PreTrainedModel) -> str | None
     split = sequence_split(args, model)
     if split is not None:
         return f"with {split} a process does not compute its sequences whole"
+    if args.n_gpu > 1:
+        return "one process with several GPUs copies the model into threads; start a process for each GPU"
     if args.torch_compile:
         return "the model is compiled as a whole (torch_compile), and layouts differ from batch to batch"
     if args.neftune_noise_alpha is not None:

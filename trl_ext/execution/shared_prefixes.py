@@ -64,7 +64,7 @@ def shared_prefixes(model: PreTrainedModel, *, always: bool = False) -> Iterator
     print(sharing.statistics)
     ```
     """
-    reason = reason_against(model, always=always)
+    reason = reason_against(model, always=always, option="always=True")
     if reason is not None:
         raise ValueError(f"`model` must be able to share prefixes: {reason}.")
     sharing = SharedPrefixes(model, always=always)
@@ -75,11 +75,14 @@ def shared_prefixes(model: PreTrainedModel, *, always: bool = False) -> Iterator
         sharing.remove()
 
 
-def reason_against(model: PreTrainedModel, *, always: bool) -> str | None:
-    """Why a model cannot share prefixes; `None` if it can. Architectures that are not tested need `always`."""
+def reason_against(model: PreTrainedModel, *, always: bool, option: str) -> str | None:
+    """
+    Why a model cannot share prefixes; `None` if it can. Architectures that are not tested need `always`, which the
+    caller's user sets by `option`.
+    """
     support = inspect_model(model)
     if support.reason is None and not support.verified and not always:
-        return f"{type(model).__name__} is not among the architectures tested; always=True uses it all the same"
+        return f"{type(model).__name__} is not among the architectures tested; {option} uses it all the same"
     return support.reason
 
 

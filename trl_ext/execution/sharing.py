@@ -178,7 +178,9 @@ class PrefixSharing:
         pair = None if plan is None or plan.layout is None else closest_pair(plan.layout.slots)
         rows = [0] if pair is None else pair
         if kwargs.get("input_ids") is not None:
-            kwargs |= {name: kwargs[name][rows] for name in KNOWN_INPUTS if kwargs.get(name) is not None}
+            size = len(kwargs["input_ids"])  # one row of positions may stand for all
+            given = {name: kwargs[name] for name in KNOWN_INPUTS if kwargs.get(name) is not None}
+            kwargs |= {name: value.expand(size, *value.shape[1:])[rows] for name, value in given.items()}
             labels = labels[rows]
         shares = False
         if pair is not None:

@@ -94,7 +94,7 @@ def hang_watchdog(seconds: float) -> Iterator[None]:
 
 class _Watchdog:
     def __init__(self, seconds: float):
-        self.seconds, self.period = seconds, seconds / 10
+        self.seconds, self.period = seconds, min(seconds / 10, 15)
         self.rank, number = distributed.get_rank(), next(_numbers)
         self.keys = [f"trl_ext/watchdog/{number}/{rank}" for rank in range(distributed.get_world_size())]
         # a connection of its own: the main thread may be waiting on the other

@@ -6,6 +6,7 @@ the interpreter of an environment that has it runs `vllm serve`, and requests go
 no other user can enter.
 """
 
+import math
 import os
 import shutil
 import signal
@@ -21,6 +22,10 @@ from .engine import Generated
 from .vllm_server import RequestError, VllmServer, flags, server_environment
 
 SET_BY_ARGUMENTS = ("model", "dtype", "generation_config", "logprobs_mode", "uds")
+# of a server that others speak to; with these it would not answer us
+OF_PUBLIC_SERVERS = ("api_key", "headless", "root_path", "served_model_name", "ssl_certfile", "ssl_keyfile")
+# an engine takes as many GPUs as the product of these
+NUMBERS_OF_GPUS = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
 LEAST_TEMPERATURE = 0.01  # vLLM silently samples at this one where it is given a lower one
 
@@ -124,9 +129,8 @@ class VllmEngine:
             "uvicorn_log_level": "warning",
         }
         words = [self.model, *flags({**engine_args, **fixed})]
-        environment = server_environment(
-            os.environ, self.python, engine_args.get("tensor_parallel_size", 1), torch.cuda.device_count()
-        )
+        gpus = math.prod(engine_args.get(name, 1) for name in NUMBERS_OF_GPUS)
+        environment = server_environment(os.environ, self.python, gpus, torch.cuda.device_count())
         self._server: VllmServer | None = VllmServer(self.python, words, environment)
         try:
             self._server.wait_until_ready(startup_timeout)
@@ -195,11 +199,12 @@ class VllmEngine:
             raise error
         why, advice, lines = str(error), OTHERWISE, server.last_lines()
         if is_gone and status is not None:
-            why = (
-                f"its process was ended from outside, by {signal.Signals(-status).name}"
-                if status < 0
-                else f"its process ended with exit status {status}"
-            )
+            if status >= 0:
+                why = f"its process ended with exit status {status}"
+            elif -status in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                why = f"its process was ended from outside, by {signal.Signals(-status).name}"
+            else:
+                why = f"its process crashed with {signal.Signals(-status).name}"
         if is_late:
             advice = (
                 "Set `startup_timeout` higher, or `vllm_args` to {'enforce_eager': True}, which starts faster and "
@@ -216,7 +221,7 @@ class VllmEngine:
 
 
 def _check_settings(model: str, temperature: float, engine_args: dict[str, Any]) -> None:
-    doubled = [name for name in SET_BY_ARGUMENTS if name in engine_args]
+    doubled = [name for name in (*SET_BY_ARGUMENTS, *OF_PUBLIC_SERVERS) if name in engine_args]
     if doubled:
         raise ValueError(
             f"`vllm_args` must not have {', '.join(doubled)}, which the engine sets itself. Remove {doubled[0]!r}."

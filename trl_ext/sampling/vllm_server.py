@@ -51,7 +51,7 @@ LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "PET_")
 LAUNCHER_VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME",
     "ROLE_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCH_NCCL_ASYNC_ERROR_HANDLING",
-    "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV",
+    "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "VLLM_API_KEY",
 )  # fmt: skip
 
 SERVER_DEFAULTS = {
@@ -78,11 +78,18 @@ class _Connection(http.client.HTTPConnection):
         self.sock.connect(self.path)
 
 
+# in bytes; the path of a socket has 107 at most
+LONGEST_FOLDER = 90
+
+
 class VllmServer:
     """The process that runs `vllm serve`."""
 
     def __init__(self, python: str, arguments: list[str], environment: Mapping[str, str]):
         folder = tempfile.mkdtemp(prefix="vllm-")
+        if len(os.fsencode(folder)) > LONGEST_FOLDER:
+            os.rmdir(folder)
+            folder = tempfile.mkdtemp(prefix="vllm-", dir="/tmp")
         self.socket = os.path.join(folder, "socket")
         # a session of its own: its process group is the server and all that it starts, and nothing else
         self.process = subprocess.Popen(
@@ -198,7 +205,7 @@ def flags(arguments: Mapping[str, Any]) -> Iterator[str]:
         if isinstance(value, bool):
             yield flag if value else f"--no-{flag[2:]}"
         elif isinstance(value, list):
-            yield from (flag, *map(str, value))
+            yield from (flag, *(item if isinstance(item, str) else json.dumps(item) for item in value))
         elif value is not None:
             try:
                 yield from (flag, value if isinstance(value, str) else json.dumps(value))
@@ -244,9 +251,11 @@ def server_environment(environment: Mapping[str, str], python: str, gpus: int, p
         return result
     needed = processes * gpus
     if len(devices) < needed:
+        fit = len(devices) // gpus
+        fewer = f"Start {fit} processes" if fit else "Lower `tensor_parallel_size` in `vllm_args`"
         raise ValueError(
             f"{processes} processes with an engine on {gpus} GPUs each must have {needed} GPUs, got {len(devices)}. "
-            f"Start {len(devices) // gpus} processes, or set `sampling_engine` to 'transformers'."
+            f"{fewer}, or set `sampling_engine` to 'transformers'."
         )
     result["CUDA_VISIBLE_DEVICES"] = ",".join(devices[rank * gpus : (rank + 1) * gpus])
     return result

@@ -2,12 +2,12 @@
 
 import pytest
 
-from trl_ext.sampling.vllm_server import server_environment
+from trl_ext.sampling.vllm_server import flags, server_environment
 
 LAUNCHED = {
     "PATH": "/usr/bin", "HF_HOME": "/models", "PYTHONPATH": "/ours", "RANK": "5", "LOCAL_RANK": "1",
     "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "29500",
-    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "TORCHELASTIC_RUN_ID": "none",
+    "VLLM_API_KEY": "secret", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "TORCHELASTIC_RUN_ID": "none",
 }  # fmt: skip
 
 
@@ -67,3 +67,14 @@ def test_too_few_gpus_of_the_machine(rank):
     first = 2 * (rank % 4)
     visible = server_environment(environment, "python", gpus=2, present=8)["CUDA_VISIBLE_DEVICES"]
     assert visible == f"{first},{first + 1}"
+
+
+def test_an_engine_larger_than_the_machine():
+    environment = {**LAUNCHED, "LOCAL_WORLD_SIZE": "2"}
+    with pytest.raises(ValueError, match="must have 8 GPUs, got 2. Lower `tensor_parallel_size` in `vllm_args`, or"):
+        server_environment(environment, "python", gpus=4, present=2)
+
+
+def test_lists_of_an_option_are_words_or_json():
+    given = {"stop": ["a", "b"], "rules": [{"x": 1}], "eager": True, "length": 8, "absent": None}
+    assert list(flags(given)) == ["--stop", "a", "b", "--rules", '{"x": 1}', "--eager", "--length", "8"]
