@@ -106,6 +106,11 @@ BOUNDS: dict[str, dict[str, tuple[float | None, float | None]]] = {
         "accuracy": (0.87, None),
         "perplexity": (None, 1.6),
     },
+    "reward": {
+        "accuracy": (0.92, None),
+        "ordered_last": (0.9, None),
+        "ordered_rise": (0.0, None),
+    },
 }
 
 
