@@ -28,10 +28,7 @@ def command(recipe, model_dir, prompts, output_dir, launcher=(), **kwargs):
     return [*(launcher or (sys.executable,)), str(REPOSITORY / "recipes" / recipe), *arguments]
 
 
-ENVIRONMENT = {
-    **os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONHASHSEED": "0",
-    "PYTHONPATH": str(REPOSITORY),
-}  # fmt: skip
+VARIABLES = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONHASHSEED": "0", "PYTHONPATH": str(REPOSITORY)}
 RECIPES = {file.stem: file for file in sorted((REPOSITORY / "recipes").glob("*.py"))}
 recipes = pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
 DATACLASSES = {name: recipe_dataclasses(file) for name, file in RECIPES.items()}
@@ -47,7 +44,7 @@ def recipe_module(name):
 
 def run(arguments, fails=False, **variables):
     """What a command printed, in a process with these variables; it has to succeed, or to fail."""
-    environment = {**ENVIRONMENT, **variables}
+    environment = {**os.environ, **VARIABLES, **variables}
     done = warm.run(arguments, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
     assert (done.returncode != 0) == fails, done.stdout[-4000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
@@ -56,7 +53,7 @@ def run(arguments, fails=False, **variables):
 def start(arguments):
     """A command that is running, and whose output nobody reads."""
     nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return warm.Popen(arguments, cwd=REPOSITORY, env=ENVIRONMENT, **nowhere)
+    return warm.Popen(arguments, cwd=REPOSITORY, env={**os.environ, **VARIABLES}, **nowhere)
 
 
 def start_and_kill(arguments, when):
