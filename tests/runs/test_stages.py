@@ -301,7 +301,7 @@ def test_sigterm_while_a_stage_starts(seconds, tmp_path):
     """Which takes some seconds; the signal may come to a thread, which does not keep it off."""
     script = (
         "import os, signal, sys, threading, time\n"
-        "from tests.stage_functions import run_a_sleeping_stage\n"
+        "from tests.support.stage_functions import run_a_sleeping_stage\n"
         "threading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
         f"threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
         f"run_a_sleeping_stage({str(tmp_path / 'run')!r})\n"

@@ -97,6 +97,6 @@ def run_on_two_processes(job_file: str) -> None:
 
 
 if __name__ == "__main__":
-    from tests import stage_functions  # by the name that the stages' processes know
+    from tests.support import stage_functions  # by the name that the stages' processes know
 
     stage_functions.run_on_two_processes(sys.argv[1])
