@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY / "recipes"))
 
 import slic  # noqa: E402

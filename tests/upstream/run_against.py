@@ -25,7 +25,7 @@ import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 SHOWN = ("trl", "transformers", "torch", "accelerate", "datasets", "peft", "deepspeed")
 
 
