@@ -17,6 +17,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from tests.support.data import PAIRS
+from tests.support.large_weights import enlarge
 from tests.support.sampling import PROMPTS, SETTINGS, common_settings, tiny_model
 from tests.support.schedule import (  # noqa: F401
     pytest_collection_modifyitems,
@@ -49,13 +50,8 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture
 def model(model_dir):
-    # larger weights than a fresh model's, so that its distributions are far from uniform and mistakes show
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
+    enlarge(model)
     return model
 
 

@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
+from tests.support.large_weights import enlarge
 from trl_ext.playground.model import byte_level_tokenizer
 
 
@@ -13,11 +14,7 @@ def strong_model_dir(tmp_path_factory, model_dir):
     """The small model with weights large enough that mistakes show."""
     directory = str(tmp_path_factory.mktemp("strong"))
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
+    enlarge(model)
     model.save_pretrained(directory)
     byte_level_tokenizer().save_pretrained(directory)
     return directory

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support import warm
 from tests.support.data import REPOSITORY
+from tests.support.large_weights import enlarge
 from trl_ext.playground.model import byte_level_tokenizer
 from trl_ext.sampling.config import SamplingConfig
 from trl_ext.sampling.engine import Generated
@@ -26,11 +27,8 @@ def tiny_model(config):
     config.tie_word_embeddings = False
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    generator = torch.Generator().manual_seed(0)
+    enlarge(model)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
         model.get_output_embeddings().weight[config.get_text_config().eos_token_id] *= 1.7
     return model
 

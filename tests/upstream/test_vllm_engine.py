@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from tests.support import fake_vllm
+from tests.support.large_weights import enlarge
 from trl_ext.playground.model import save_byte_level_model
 from trl_ext.sampling.candidates import sample_candidates
 from trl_ext.sampling.config import NEUTRAL, SamplingConfig
@@ -217,11 +218,7 @@ def large_weights(tmp_path_factory):
     directory = tmp_path_factory.mktemp("vllm") / "model"
     save_byte_level_model(directory, hidden_size=128, num_layers=2, max_position_embeddings=512)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
+    enlarge(model)
     end_ids = [model.generation_config.eos_token_id, greedy(model, PROMPTS[0], [], 10)[0][-1]]
     model.save_pretrained(directory)
     GenerationConfig(
