@@ -9,6 +9,11 @@ from typing import Any, get_args
 
 from ..runtime.settings import WIDER_THAN_DECLARED, did_you_mean, has_type, list_items, shown_hint
 
+DATA_WITHOUT_MODEL = (
+    "`--model_name_or_path` must be set where data is given. Set it to a Hub name or a folder. With neither a model "
+    "nor data, the recipe runs its playground."
+)
+
 # option of the command line -> what it replaces in a config file, beside itself
 INSTEAD_OF = {"dataset_name": ("datasets",), "rewards": ("ranker",), "ranker": ("rewards", "reward_weights")}
 

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..runs.settings import changed_fields
-from .arguments import INSTEAD_OF, explained, read_config, refuse_unknown_options, typed_options, with_config_apart
+from .arguments import (
+    DATA_WITHOUT_MODEL,
+    INSTEAD_OF,
+    explained,
+    read_config,
+    refuse_unknown_options,
+    typed_options,
+    with_config_apart,
+)
 
 
 def imported(dataclass_types: Sequence[str | type]) -> tuple[type, ...]:
@@ -74,10 +82,7 @@ def parse_recipe_args(
             )
         return parsed
     if not model:
-        raise ValueError(
-            "`--model_name_or_path` must be set where data is given. Set it to a Hub name or a folder. With neither a "
-            "model nor data the recipe runs its playground."
-        )
+        raise ValueError(DATA_WITHOUT_MODEL)
     parsed = parse_args(dataclass_types, args)
     if parsed[0].ignore_bias_buffers:
         raise ValueError("`--ignore_bias_buffers` is a debugging switch of TRL's scripts that is not offered here.")

@@ -16,7 +16,15 @@ from typing import Any, Literal, get_args, get_origin
 from ..data.column_names import check_columns
 from ..runtime.model_folders import refuse_without_tokenizer
 from ..runtime.settings import list_items
-from .arguments import INSTEAD_OF, explained, read_config, refuse_unknown_options, typed_options, with_config_apart
+from .arguments import (
+    DATA_WITHOUT_MODEL,
+    INSTEAD_OF,
+    explained,
+    read_config,
+    refuse_unknown_options,
+    typed_options,
+    with_config_apart,
+)
 from .options import Option, options_of
 
 LOOKED_AT = 4 << 20  # bytes of a data file
@@ -107,10 +115,7 @@ def _check_model_and_data(values: dict[str, Any], needs_both: bool) -> None:
     if needs_both and not (model or data):
         raise ValueError("`--model_name_or_path` and `--dataset_name` must be set, got neither.")
     if data and not model:
-        raise ValueError(
-            "`--model_name_or_path` must be set where data is given. Set it to a Hub name or a folder. With neither a "
-            "model nor data, the recipe runs its playground."
-        )
+        raise ValueError(DATA_WITHOUT_MODEL)
     if model and not data:
         raise ValueError(
             "`--dataset_name` must be set where a model is given. Set it to a Hub name, a local file or a folder. "

@@ -300,7 +300,7 @@ def naming_a_full_disk(folder: Path) -> Iterator[None]:
     or none.
 
     Raises:
-        DiskFullError: with what is left to go on from.
+        DiskFullError: with what is left to resume from.
     """
     try:
         yield

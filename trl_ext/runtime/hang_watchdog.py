@@ -180,9 +180,7 @@ class _Watchdog:
                 line += f", in {said.get('where')}"
             lines.append(line)
         if self.rank != min(living):
-            time.sleep(
-                min(self.period, 15)
-            )  # one message is enough; the launcher ends this process once it is printed
+            time.sleep(self.period)  # one message is enough; the launcher ends this process once it is printed
         print(
             f"{what} for {self.seconds:.0f} s, so the run ends here.\n  " + "\n  ".join(lines) + "\nA process that "
             "waits for others is in a collective or in the backward pass; look at the one that is not. If it was at "

@@ -98,7 +98,7 @@ def read_when_there(path: Path, seconds: float = 90) -> str:
 
 def refuse_unless_all_see_checkpoint(checkpoint: str | Path) -> None:
     """
-    Refuse to go on from a checkpoint of which a process lacks a file: each has to see what belongs to all, and what
+    Refuse to resume from a checkpoint of which a process lacks a file: each has to see what belongs to all, and what
     belongs to itself. Called by all processes.
 
     Raises:

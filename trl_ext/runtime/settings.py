@@ -143,9 +143,9 @@ def changes(
     """
     found = []
     for name in sorted({*before, *now} - set(apart_from)):
-        if name not in before or name not in now or before[name] != now[name]:
-            old, new = (one[name] if name in one else default_of(name) for one in (before, now))
-            found += [f"{name} was {old!r:.80} and is {new!r:.80}"] if old != new else []
+        old, new = (one[name] if name in one else default_of(name) for one in (before, now))
+        if old != new:
+            found.append(f"{name} was {old!r:.80} and is {new!r:.80}")
     return ", ".join(found)
 
 

@@ -46,7 +46,8 @@ if current_platform.is_cpu() and not any("enable-chunked-prefill" in word for wo
 main()
 """
 
-# what a launcher tells its processes, which vLLM would take to be meant for it; and ways into our own packages
+# what a launcher tells its processes, which vLLM would take to be meant for it; ways into our own packages; and a key
+# that the server would ask us for
 LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "PET_")
 LAUNCHER_VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME",
@@ -59,6 +60,10 @@ SERVER_DEFAULTS = {
     "VLLM_NO_USAGE_STATS": "1",  # whether to report to vLLM's makers is not for a library to decide
     "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB; on a CPU it would be most of the machine's memory
 }
+
+
+# in bytes; the path of a socket has 107 at most
+LONGEST_FOLDER = 90
 
 
 class RequestError(Exception):
@@ -76,10 +81,6 @@ class _Connection(http.client.HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(self.timeout)
         self.sock.connect(self.path)
-
-
-# in bytes; the path of a socket has 107 at most
-LONGEST_FOLDER = 90
 
 
 class VllmServer:
