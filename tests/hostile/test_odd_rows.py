@@ -142,7 +142,7 @@ def test_no_row_of_a_dataset_is_lost_silently(number, tokenizer):
         with refused("row ", "column", "dataset must have rows") as again:
             prepared, report = prepare_dataset(table, tokenizer, options, name="train", on_invalid_row="error")
             assert len(prepared) == len(table) and not report.dropped
-        assert not errors or again, "what nothing can be made of is an error in any case"
+        assert not errors or again, "what is refused although rows may be dropped is refused in any case"
 
     check()
     assert sum(seen) > 1

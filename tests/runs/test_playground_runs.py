@@ -1,7 +1,7 @@
 """
 The playgrounds as the README has them, each run once, with its figures held to bounds; and a claim tried on one.
 
-They run with a seed that tuned nothing. The recipe of the first command runs whole; the others go on from what it has
+They run with a seed that tuned nothing. The recipe of the first command runs whole; the others begin with what it has
 made and they would have made themselves: the SFT model, its answers to the watched prompts, the candidates.
 """
 

@@ -1,5 +1,5 @@
 """
-Train, or go on from a checkpoint, through a recipe's `Training`; run under `accelerate launch`.
+Train, or resume from a checkpoint, through a recipe's `Training`; run under `accelerate launch`.
 
     resume_worker.py MODEL DATA OUTPUT_DIR [ARGUMENTS OF recipes/slic.py]
 """
